@@ -1,0 +1,23 @@
+# Every command sets up what it needs first; `make setup` alone only does that.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# A looser request than == makes pip fetch the newest CUDA build where no torch is installed.
+TORCH  := torch==2.13.0
+# An installed torch that fits is kept, together with the GPU it was built for.
+KEEPS_TORCH = $(shell $(PYTHON) -c 'import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); print("yes" if (2, 11) <= v <= (2, 13) else "")' 2>/dev/null)
+
+.PHONY: setup dev train recipe test bench gpu lint clean
+
+setup: $(VENV)/.ready
+dev: $(VENV)/.ready-dev
+
+$(VENV)/.ready: requirements.txt setup.py Makefile
+	$(PYTHON) -m venv $(if $(KEEPS_TORCH),--system-site-packages) $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(KEEPS_TORCH),,$(TORCH)) -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

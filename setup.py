@@ -1,0 +1,23 @@
+"""Installs phi4rv: pure Python, no compiled part yet."""
+
+from setuptools import setup
+
+setup(
+    name="phi4rv",
+    version="0.1.0",
+    description="Train and run Phi-4-reasoning-vision-15B on packed sequences",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=["phi4rv", "train", "infer"],
+    package_data={"train": ["*.jinja"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "numpy>=2",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "jinja2>=3.1",
+        "tqdm>=4.66",
+    ],
+    extras_require={"dev": ["pytest", "ninja", "transformers>=5", "ruff", "mypy"]},
+)
