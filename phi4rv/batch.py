@@ -1,0 +1,109 @@
+"""``Sample`` and ``PackedBatch``: one flat row of tokens, one flat row of patches, and where each thing begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from phi4rv.reference import NO_LABEL
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document before packing.
+
+    ``input_ids`` (T,) int64 with ``NO_LABEL``-free ids (any id at image positions), ``labels`` (T,) int64 or None,
+    ``image_positions`` (P,) int64 inside the document, ``grids`` (I, 2) int32, ``patches`` (P, 768) float32.
+    """
+
+    input_ids: Tensor
+    labels: Tensor | None
+    patches: Tensor
+    grids: Tensor
+    image_positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """What ``train`` and ``infer`` hand to the model; nothing in it is padded.
+
+    field               shape, type              meaning
+    ``input_ids``       (T,) int64               token ids; any id at image positions
+    ``positions``       (T,) int32               position inside its document
+    ``cu_seqlens``      (D+1,) int32             document offsets
+    ``max_seqlen``      int                      longest document
+    ``labels``          (T,) int64 or None       targets before shifting, -100 where none
+    ``patches``         (P, 768)                 normalised pixels
+    ``grids``           (I, 2) int32             rows, columns of each image
+    ``cu_patches``      (I+1,) int32             image offsets
+    ``max_patches``     int                      most patches of an image, 0 without images
+    ``image_positions`` (P,) int64               where in the token row each patch goes
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    labels: Tensor | None
+    patches: Tensor
+    grids: Tensor
+    cu_patches: Tensor
+    max_patches: int
+    image_positions: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same batch on ``device``; ``grids`` stays on the host, where the position table's sizes are needed."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if f.name != "grids" and isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    @property
+    def documents(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def targets(self) -> Tensor:
+        """(T,) int64: the label of the **next** position of the same document, ``NO_LABEL`` where there is none."""
+        if self.labels is None:
+            raise ValueError("the batch has no labels: build it from samples that carry them")
+        shifted = torch.roll(self.labels, -1)
+        ends = self.cu_seqlens[1:].long() - 1
+        return shifted.index_fill(0, ends, NO_LABEL)
+
+
+def pack(samples: Sequence[Sample]) -> PackedBatch:
+    """Lays ``samples`` behind one another. Labels are kept if every sample has them, else None."""
+    if not samples or any(len(s) == 0 for s in samples):
+        raise ValueError("pack needs one or more samples, none of them empty")
+    lengths = torch.tensor([len(s) for s in samples])
+    starts = _offsets(lengths)
+    grids = torch.cat([s.grids for s in samples])
+    patch_counts = grids.prod(dim=1)
+    labels = [s.labels for s in samples]
+    return PackedBatch(
+        input_ids=torch.cat([s.input_ids for s in samples]),
+        positions=torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths.tolist()]),
+        cu_seqlens=starts,
+        max_seqlen=int(lengths.max()),
+        labels=torch.cat([x for x in labels if x is not None]) if all(x is not None for x in labels) else None,
+        patches=torch.cat([s.patches for s in samples]),
+        grids=grids,
+        cu_patches=_offsets(patch_counts),
+        max_patches=int(patch_counts.max()) if len(grids) else 0,
+        image_positions=torch.cat(
+            [s.image_positions + start for s, start in zip(samples, starts.tolist(), strict=False)]
+        ),
+    )
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    """(N+1,) int32 running sum of (N,) lengths, from 0."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

@@ -1,0 +1,161 @@
+"""Checkpoints in the published layout: sharded safetensors with an index, in and out, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from phi4rv.config import DTYPES, Config, read_json
+from phi4rv.errors import UserError
+from phi4rv.files import whole_folder
+from phi4rv.model import Phi4RV
+from phi4rv.ops import Operations
+from phi4rv.processor import Processor
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+# This code's module names and the published ones; the first prefix that fits counts.
+PREFIXES = (
+    ("vision.", "model.vision_tower.vision_tower.vision_model."),
+    ("projector.", "model.mm_projector."),
+    ("decoder.lm_head.", "lm_head."),
+    ("decoder.", "model."),
+)
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def published_name(name: str) -> str:
+    """``decoder.norm.weight`` -> ``model.norm.weight``."""
+    ours, theirs = next(pair for pair in PREFIXES if name.startswith(pair[0]))
+    return theirs + name.removeprefix(ours)
+
+
+def load(
+    path: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    kernels: str | None = None,
+) -> tuple[Phi4RV, Processor]:
+    """Model and processor of a folder in the published layout.
+
+    device: ``cuda`` where there is one, else ``cpu``; ``meta`` gives shapes only and reads no weights.
+    dtype: the config's if None. kernels: see ``ops.Operations``.
+    Every name, shape and dtype is checked before anything is allocated; one UserError lists all that is wrong.
+    Beside the model itself, memory never holds more than the tensor being read.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; a checkpoint is a folder in the published layout")
+    config = Config.from_folder(folder)
+    processor = Processor.from_folder(folder, config)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = empty_model(config, device, dtype or DTYPES[config.dtype], kernels)
+    if device.type == "meta":
+        return model, processor
+    tensors = _locate(folder)
+    _check(folder, tensors, model)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Opened anew for each tensor: closing drops the mapped pages of the one before.
+            with safe_open(tensors[published_name(name)], "pt") as shard:
+                parameter.copy_(shard.get_tensor(published_name(name)))
+    return model, processor
+
+
+def empty_model(
+    config: Config, device: torch.device | str, dtype: torch.dtype, kernels: str | None = None
+) -> Phi4RV:
+    """The model's shapes in ``dtype`` on the meta device, with the operations chosen for ``device``."""
+    with torch.device("meta"):
+        return Phi4RV(config, Operations(kernels, device)).to(dtype)
+
+
+def save(model: Phi4RV, processor: Processor, path: str | Path) -> None:
+    """Writes the published layout in the model's dtype: written beside ``path`` and renamed, or not at all."""
+    with whole_folder(Path(path)) as folder:
+        write(model, processor, folder)
+
+
+def write(model: Phi4RV, processor: Processor, folder: Path) -> None:
+    """The files of ``save`` into an existing folder."""
+    tensors = {published_name(name): p.detach() for name, p in model.named_parameters()}
+    shards = _shards(tensors)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({n: tensors[n].cpu().contiguous() for n in names}, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    dtype = next(k for k, v in DTYPES.items() if v == model.decoder.norm.weight.dtype)
+    _write_json(folder / "config.json", {**model.config.to_dict(), "dtype": dtype})
+    processor.write(folder)
+
+
+def _shards(tensors: dict[str, Tensor]) -> list[list[str]]:
+    """Names in order, cut into runs of at most SHARD_BYTES."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and used + size > SHARD_BYTES:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def _locate(folder: Path) -> dict[str, Path]:
+    """The file of each tensor, by the index or from a single ``model.safetensors``."""
+    single = folder / "model.safetensors"
+    if single.is_file() and not (folder / INDEX).exists():
+        with _open(single) as shard:
+            return dict.fromkeys(shard.keys(), single)
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{folder / INDEX}: needs an object 'weight_map' from tensor names to file names")
+    return {name: folder / file for name, file in weight_map.items()}
+
+
+def _check(folder: Path, tensors: dict[str, Path], model: Phi4RV) -> None:
+    """Compares the headers of all shards with the model; one UserError lists everything that differs."""
+    headers = {}
+    for file in dict.fromkeys(tensors.values()):
+        with _open(file) as shard:
+            for name in shard.keys():
+                part = shard.get_slice(name)
+                headers[name] = (tuple(part.get_shape()), part.get_dtype(), file)
+    wrong = []
+    expected = {published_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+    for name, shape in expected.items():
+        if name not in tensors:
+            wrong.append(f"{name} is missing")
+        elif name not in headers or headers[name][2] != tensors[name]:
+            wrong.append(f"{name} is missing from {tensors[name].name}")
+        elif headers[name][0] != shape:
+            wrong.append(f"{name} has shape {list(headers[name][0])}, must be {list(shape)}")
+        elif headers[name][1] not in _FLOATS:
+            wrong.append(f"{name} is {headers[name][1]}, must be one of {', '.join(_FLOATS)}")
+    wrong += [f"{name} is unexpected" for name in sorted({*tensors, *headers} - {*expected})]
+    if wrong:
+        raise UserError(f"{folder}: {len(wrong)} tensor(s) do not fit config.json: {'; '.join(wrong)}")
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, "pt")
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing, though the index names it") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not a whole safetensors file, truncated or damaged ({error})") from None
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

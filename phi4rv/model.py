@@ -1,0 +1,58 @@
+"""The whole model: packed patches and tokens in, logits or loss out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from phi4rv.batch import PackedBatch
+from phi4rv.config import Config
+from phi4rv.decoder import Attend, Decoder, embed, packed
+from phi4rv.ops import Operations
+from phi4rv.projector import Projector
+from phi4rv.vision import VisionTower
+
+
+class Phi4RV(nn.Module):
+    """Phi-4-reasoning-vision: ``vision`` -> ``projector`` -> ``decoder``, all on packed rows."""
+
+    def __init__(self, config: Config, ops: Operations):
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.vision = VisionTower(config.vision, ops)
+        self.projector = Projector(config, ops)
+        self.decoder = Decoder(config, ops)
+        for parameter in self.vision.unused_parameters():
+            parameter.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.norm.weight.device
+
+    def encode_images(self, batch: PackedBatch) -> Tensor:
+        """(P, C): projected patches in patch order; (0, C) without images."""
+        if not len(batch.patches):
+            return self.decoder.embed_tokens.weight.new_empty(0, self.config.hidden_size)
+        return self.projector(self.vision(batch))
+
+    def hidden(self, batch: PackedBatch, attend: Attend | None = None) -> Tensor:
+        """(T, C): the input of the output layer. ``attend`` replaces packed causal attention (a cache does)."""
+        x = embed(self.decoder, batch.input_ids, self.encode_images(batch), batch.image_positions)
+        return self.decoder(
+            x, batch.positions, attend or packed(self.ops, batch.cu_seqlens, batch.max_seqlen)
+        )
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """(T, V) float32 logits of every position."""
+        return self.decoder.logits(self.hidden(batch))
+
+    def loss_sum(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Summed cross entropy over the labelled tokens (float32) and their count (int64)."""
+        return self.ops.linear_cross_entropy(
+            self.hidden(batch), self.decoder.lm_head.weight, batch.targets()
+        )
+
+    def loss(self, batch: PackedBatch) -> Tensor:
+        """Mean over the labelled tokens of this batch; nan if there is none."""
+        total, count = self.loss_sum(batch)
+        return total / count

@@ -1,0 +1,22 @@
+"""Vision features into the language model's embedding space (LLaVA's ``mlp2x_gelu``)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from phi4rv.config import Config
+from phi4rv.ops import Operations
+
+
+class Projector(nn.Sequential):
+    """Linear, exact GELU, Linear; an ``nn.Sequential`` because the checkpoint names its layers 0 and 2."""
+
+    def __init__(self, config: Config, ops: Operations):
+        wide, hidden = config.vision.hidden_size, config.hidden_size
+        super().__init__(nn.Linear(wide, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.ops = ops
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(P, Cv) -> (P, C)."""
+        first, second = self[0], self[2]
+        return self.ops.projector(features, first.weight, first.bias, second.weight, second.bias)

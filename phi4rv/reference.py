@@ -1,0 +1,157 @@
+"""Every operation in plain PyTorch: the definition that all kernels are held to, and what runs on a CPU.
+
+Shapes: T tokens or P patches in one packed row, H query heads, G key/value heads, D head dim, C channels.
+Each function takes any float dtype and returns the input's; sums that need it are taken in float32.
+Gradients are autograd's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NO_LABEL = -100
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v inside each document of a packed row.
+
+    q (T, H, D), k and v (T, G, D) with H a multiple of G: query head h reads key head h // (H // G).
+    cu_seqlens (N+1,) int32: document n is rows cu_seqlens[n]:cu_seqlens[n+1]; max_seqlen bounds their lengths
+    (kernels need it, this definition does not). Causal: a row sees itself and what precedes it in its document.
+    Returns (T, H, D).
+    """
+    outs = []
+    for qd, kd, vd in zip(*(x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)), strict=True):
+        outs.append(attend(qd, kd, vd, causal))
+    return torch.cat(outs)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """One document: q (M, H, D) are the last M of the N rows of k and v (N, G, D). Returns (M, H, D)."""
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    if groups > 1:  # PyTorch's own grouped path has no fused kernel on the CPU
+        k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+    rows, keys = q.shape[1], k.shape[1]
+    mask = None
+    if causal and 1 < rows < keys:
+        mask = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
+    # The leading 1 is not a batch: without four dimensions PyTorch leaves its fused kernel for the plain one.
+    out = F.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=mask, is_causal=causal and rows == keys and rows > 1
+    )
+    return out[0].transpose(0, 1)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """New tokens against what is cached, documents side by side.
+
+    q (B, M, H, D): the last M tokens of each of B documents; k, v (B, S, G, D): their caches, of which the first
+    lengths[b] rows (the M new ones included) are filled. Token m of document b sees lengths[b] - M + m + 1 rows.
+    Returns (B, M, H, D).
+    """
+    return torch.stack([attend(q[b], k[b, :n], v[b, :n], causal=True) for b, n in enumerate(lengths.tolist())])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """s = x + residual; s / sqrt(mean(s²) + eps) · weight, over the last dimension. Returns (normed, s)."""
+    summed = x if residual is None else x + residual
+    s = summed.float()
+    normed = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype), summed
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) · weight + bias, over the last dimension."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (T, D/2) float32, of position · theta^(-2i/D) (RoFormer, Su et al. 2021)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.float()[:, None] * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rope(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
+    """Rotates the first ``rotated`` heads of the fused row qkv (T, heads, D) by cos, sin (T, D/2); the rest passes.
+
+    Channel i is paired with i + D/2 (half-split, as in GPT-NeoX and Phi-3).
+    """
+    a, b = qkv[:, :rotated].float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(qkv.dtype)
+    return torch.cat([turned, qkv[:, rotated:]], dim=1)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up of the fused row (T, 2C) -> (T, C) (Shazeer 2020)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU, as in SigLIP2."""
+    return F.gelu(x, approximate="tanh")
+
+
+def patch_embed(patches: Tensor, weight: Tensor, bias: Tensor, table: Tensor, grids: Tensor) -> Tensor:
+    """patches (P, 768) · weightᵀ (C, 768) + bias (C,) + the position table (N, C) resized to each image's grid.
+
+    The table is a square grid of N rows; it is resized in float32, bilinear, antialiased, half-pixel centres
+    (SigLIP2 NaFlex, Tschannen et al. 2025). grids (I, 2): rows and columns of the images, in order. Returns (P, C).
+    """
+    side = int(table.shape[0] ** 0.5)
+    square = table.float().view(side, side, -1).permute(2, 0, 1)[None]
+    sizes = [tuple(grid) for grid in grids.tolist()]
+    resized = {
+        size: F.interpolate(square, size=size, mode="bilinear", antialias=True, align_corners=False)[0].flatten(1).T
+        for size in dict.fromkeys(sizes)
+    }
+    embedded = F.linear(patches.to(weight.dtype), weight, bias)
+    if not sizes:
+        return embedded
+    return embedded + torch.cat([resized[size] for size in sizes]).to(embedded.dtype)
+
+
+def projector(x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+    """gelu(x w0ᵀ + b0) w1ᵀ + b1 with the exact (erf) GELU: (P, Cv) -> (P, C) (LLaVA's mlp2x_gelu)."""
+    return F.linear(F.gelu(F.linear(x, w0, b0)), w1, b1)
+
+
+def scatter_rows(row: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """``row`` (T, C) with row[index[p]] replaced by values[p], (P, C); index (P,) without repeats."""
+    return row.index_copy(0, index, values.to(row.dtype))
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of -log softmax(hidden · weightᵀ)[target] over the labelled rows, and their count.
+
+    hidden (T, C), weight (V, C), targets (T,) int64 with NO_LABEL where there is none. Unlabelled rows are never
+    multiplied. Returns (sum float32 scalar, count int64 scalar): the caller divides by the global batch's count.
+    """
+    labelled = (targets != NO_LABEL).nonzero().squeeze(1)
+    logits = F.linear(hidden[labelled], weight).float()
+    return F.cross_entropy(logits, targets[labelled], reduction="sum"), labelled.new_tensor(len(labelled))
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One decoupled-weight-decay Adam step in place on float32 tensors (Loshchilov & Hutter 2019, algorithm 2)."""
+    beta1, beta2 = betas
+    param.mul_(1 - lr * weight_decay)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.lerp_(grad * grad, 1 - beta2)
+    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
