@@ -1,0 +1,89 @@
+"""AdamW on float32 masters, the learning-rate schedules, and gradients summed over micro-batches and ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from phi4rv.ops import Operations
+from train.recipe import Stage
+
+EPS = 1e-8
+
+
+def learning_rate(stage: Stage, step: int, steps: int) -> float:
+    """Rate of step ``step`` (from 0) of ``steps``: linear warm-up, then cosine from lr to min_lr_ratio · lr."""
+    warmup = math.ceil(stage.warmup * steps) if stage.warmup < 1 else int(stage.warmup)
+    if step < warmup:
+        return stage.lr * (step + 1) / warmup
+    if stage.schedule == "constant":
+        return stage.lr
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    ratio = stage.min_lr_ratio + (1 - stage.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return stage.lr * ratio
+
+
+class Optimizer:
+    """AdamW over the parameters that train. ``named``: name -> parameter, of any float dtype.
+
+    A float32 parameter is its own master; another has a float32 copy that it is rounded from after each step.
+    Gradients are summed in float32 by ``accumulate`` and are the sums, not means, until ``step`` divides them.
+    """
+
+    def __init__(self, named: dict[str, nn.Parameter], stage: Stage, ops: Operations):
+        self.params, self.stage, self.ops = named, stage, ops
+        self.steps = 0
+        self.masters = {n: p.data if p.dtype == torch.float32 else p.data.float() for n, p in named.items()}
+        self.exp_avg = {n: torch.zeros_like(m) for n, m in self.masters.items()}
+        self.exp_avg_sq = {n: torch.zeros_like(m) for n, m in self.masters.items()}
+        # One flat buffer, so that ranks exchange it in one call and its norm is one reduction.
+        self.flat = torch.zeros(sum(p.numel() for p in named.values()), device=next(iter(named.values())).device)
+        parts = self.flat.split([p.numel() for p in named.values()])
+        self.grads = {n: part.view_as(p) for part, (n, p) in zip(parts, named.items(), strict=True)}
+
+    def accumulate(self) -> None:
+        """Adds each parameter's ``.grad`` to its float32 sum and clears it. None counts as zero."""
+        for name, parameter in self.params.items():
+            if parameter.grad is not None:
+                self.grads[name].add_(parameter.grad)
+                parameter.grad = None
+
+    def step(self, lr: float, labelled: int) -> float:
+        """Sums over ranks, divides by ``labelled`` (tokens of the global batch), clips, updates.
+
+        Returns the gradient's global norm before clipping.
+        """
+        if dist.is_initialized():
+            dist.all_reduce(self.flat)
+        self.flat.div_(labelled)
+        norm = float(self.flat.norm())
+        if norm > self.stage.clip:
+            self.flat.mul_(self.stage.clip / norm)
+        self.steps += 1
+        for name, master in self.masters.items():
+            decay = self.stage.weight_decay if master.ndim >= 2 else 0.0
+            betas = (self.stage.beta1, self.stage.beta2)
+            moments = self.exp_avg[name], self.exp_avg_sq[name]
+            self.ops.adamw(master, self.grads[name], *moments, self.steps, lr, betas, EPS, decay)
+            if self.params[name].data_ptr() != master.data_ptr():
+                self.params[name].data.copy_(master)
+        self.flat.zero_()
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments, and the masters that are not the parameters themselves, by ``kind/name``."""
+        state = {f"exp_avg/{n}": t for n, t in self.exp_avg.items()}
+        state |= {f"exp_avg_sq/{n}": t for n, t in self.exp_avg_sq.items()}
+        return state | {f"master/{n}": m for n, m in self._copies().items()}
+
+    def load_state(self, state: dict[str, Tensor], steps: int) -> None:
+        """The inverse of ``state``; the tensors are copied in. KeyError if one is missing."""
+        self.steps = steps
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {n: m for n, m in self.masters.items() if m.data_ptr() != self.params[n].data_ptr()}

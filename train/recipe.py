@@ -1,0 +1,108 @@
+"""The three stages as plain data: the report's Tables 2 and 3, and what the embedded tiny model takes instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from phi4rv.errors import UserError
+
+SCHEDULES = ("cosine", "constant")
+TOO_LONG = ("drop", "shorten")
+PARTS = ("vision", "projector", "decoder")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's hyperparameters; every field but ``trains`` is a command-line option of the same name."""
+
+    trains: tuple[str, ...]  # of PARTS; the others are frozen
+    lr: float
+    schedule: str  # cosine falls to min_lr_ratio x lr at the last step
+    min_lr_ratio: float
+    warmup: float  # below 1 a share of the steps, else a number of them
+    weight_decay: float  # on matrices; norms and biases are left alone
+    beta1: float
+    beta2: float
+    clip: float  # global gradient norm
+    global_batch: int  # samples a step, at least
+    sequence_length: int  # tokens a packed sequence, at most
+    epochs: int = 1
+    max_steps: int = 0  # 0: as many as the epochs give; else exactly so many, repeating the data
+    too_long: str = "drop"  # a sample over sequence_length: drop it, or shorten it by its last turns
+
+
+STAGES = {
+    1: Stage(
+        trains=("projector",),
+        lr=1e-3,
+        schedule="cosine",
+        min_lr_ratio=0.0,
+        warmup=0.03,
+        weight_decay=0.0,
+        beta1=0.9,
+        beta2=0.999,
+        clip=1.0,
+        global_batch=1024,
+        sequence_length=2048,
+    ),
+    2: Stage(
+        trains=PARTS,
+        lr=2e-5,
+        schedule="cosine",
+        min_lr_ratio=0.1,
+        warmup=500,
+        weight_decay=1e-4,
+        beta1=0.9,
+        beta2=0.95,
+        clip=1.0,
+        global_batch=1920,
+        sequence_length=8192,
+    ),
+}
+STAGES[3] = replace(STAGES[2], lr=7e-7, sequence_length=16384)
+
+# A model of 2 M random weights learns nothing at the rates of a pretrained one, nor from batches of 1920.
+EMBEDDED: dict[int, dict[str, Any]] = {
+    1: {"global_batch": 32, "sequence_length": 2048, "max_steps": 40},
+    2: {"lr": 2e-3, "warmup": 0.03, "global_batch": 32, "sequence_length": 2048, "max_steps": 300},
+    3: {"lr": 5e-4, "warmup": 0.03, "global_batch": 32, "sequence_length": 4096, "max_steps": 100},
+}
+# Pictures with questions that the embedded generator writes for each stage: (train, held out).
+EMBEDDED_RECORDS = {1: (1000, 50), 2: (3000, 100), 3: (1000, 100)}
+
+
+def stage(number: int, embedded: bool, overrides: dict[str, Any]) -> Stage:
+    """Stage ``number`` of the report, changed first by EMBEDDED if ``embedded`` and then by ``overrides``."""
+    if number not in STAGES:
+        raise UserError(f"--stage: {number} is unknown, must be one of {', '.join(map(str, STAGES))}")
+    chosen = replace(STAGES[number], **(EMBEDDED[number] if embedded else {}))
+    chosen = replace(chosen, **{key: value for key, value in overrides.items() if value is not None})
+    _check(chosen)
+    return chosen
+
+
+def options() -> dict[str, type]:
+    """Name and type of each field that the command line can override."""
+    kinds = {"float": float, "int": int, "str": str}
+    return {f.name: kinds[str(f.type)] for f in fields(Stage) if f.name != "trains"}
+
+
+def _check(stage: Stage) -> None:
+    """UserError naming the first option out of its range."""
+    for name, allowed in (("schedule", SCHEDULES), ("too_long", TOO_LONG)):
+        if getattr(stage, name) not in allowed:
+            raise UserError(f"{_flag(name)}: {getattr(stage, name)!r} is unknown, must be one of {', '.join(allowed)}")
+    for name in ("lr", "clip", "global_batch", "sequence_length", "epochs"):
+        if not getattr(stage, name) > 0:
+            raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be above 0")
+    for name in ("warmup", "weight_decay", "max_steps"):
+        if not getattr(stage, name) >= 0:
+            raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be 0 or more")
+    for name in ("min_lr_ratio", "beta1", "beta2"):
+        if not 0 <= getattr(stage, name) < 1:
+            raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be in [0, 1)")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,137 @@
+"""The embedded default's model: the published architecture at 2 M parameters, random weights, its own tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from phi4rv.checkpoint import empty_model
+from phi4rv.config import Config, VisionConfig
+from phi4rv.model import Phi4RV
+from phi4rv.processor import TEMPLATE, TOKENIZER, Processor
+
+VOCABULARY = 768
+# The published special tokens; <think> and </think> are ordinary text to a decoder that skips special ones.
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>", "<|dummy_84|>", "<|dummy_85|>")
+THINKING = ("<think>", "</think>")
+# Numbers apart from words and at most three digits long, as in the published tokenizer.
+PIECES = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+def tiny_config() -> Config:
+    """Vision head dim 72, language head dim 128, two query heads to a key head, 16 to 96 patches an image."""
+    return Config(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        min_num_patches=16,
+        max_num_patches=96,
+        bos_token_id=VOCABULARY - 8,
+        eos_token_id=VOCABULARY - 5,
+        pad_token_id=VOCABULARY - 3,
+        dtype="float32",
+        vision=VisionConfig(
+            hidden_size=144, intermediate_size=288, num_hidden_layers=3, num_attention_heads=2, num_patches=64
+        ),
+    )
+
+
+def tiny_model(seed: int, texts: Iterable[str], kernels: str | None = None) -> tuple[Phi4RV, Processor]:
+    """Random float32 model on the CPU, and the processor whose tokenizer is trained on ``texts``."""
+    config = tiny_config()
+    model = empty_model(config, "cpu", torch.float32, kernels).to_empty(device="cpu")
+    initialise(model, seed)
+    return model, Processor(_files(config, texts), config, "embedded default")
+
+
+def initialise(model: Phi4RV, seed: int) -> None:
+    """Normal(0, 1/sqrt(inputs)) matrices, branches into the residual scaled down by depth, unit norms, zero biases.
+
+    The position table starts as sines of the grid (Vaswani et al. 2017, in two dimensions): 250 steps are too few to
+    find the plane's neighbourhoods in random rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.ndim < 2:
+                p.fill_(1.0)
+            elif "embed_tokens" in name:
+                p.normal_(0, 0.5, generator=generator)
+            else:
+                p.normal_(0, p.shape[-1] ** -0.5, generator=generator)
+            if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+                layers = model.config.num_hidden_layers if "decoder" in name else len(model.vision.layers())
+                p.mul_((2 * layers) ** -0.5)
+        table = model.vision.embeddings.position_embedding.weight
+        table.copy_(grid_sines(math.isqrt(table.shape[0]), table.shape[1]))
+
+
+def grid_sines(side: int, channels: int) -> Tensor:
+    """(side², channels): sines and cosines of row and column, wavelengths from 2 to 4 x side cells."""
+    quarter = channels // 4
+    wavelength = 2.0 * (2.0 * side) ** (torch.arange(quarter) / max(1, quarter - 1))
+    angle = torch.arange(side)[:, None] * (2 * math.pi / wavelength)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    rows, cols = axis.repeat_interleave(side, 0), axis.repeat(side, 1)
+    table = torch.zeros(side * side, channels)
+    table[:, : 4 * quarter] = torch.cat([rows, cols], dim=1)
+    return table
+
+
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """Byte-level BPE with the published special tokens as its last eight ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    size = VOCABULARY - len(SPECIAL) - len(THINKING)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < size:
+        raise ValueError(f"the texts give only {tokenizer.get_vocab_size()} of {size} pieces")
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in THINKING])
+    return tokenizer
+
+
+def _files(config: Config, texts: Iterable[str]) -> dict[str, bytes]:
+    """The published folder's files beside weights and config."""
+    bos, eos, pad = "<|endoftext|>", "<|im_end|>", "<|dummy_85|>"
+    tokens = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    objects = {
+        "tokenizer_config.json": {**tokens, "tokenizer_class": "PreTrainedTokenizerFast"},
+        "special_tokens_map.json": tokens,
+        "preprocessor_config.json": {
+            "image_processor_type": "Siglip2ImageProcessorNoUpscale",
+            "min_num_patches": config.min_num_patches,
+            "max_num_patches": config.max_num_patches,
+            "patch_size": 16,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+            "resample": 2,
+        },
+        "generation_config.json": {**ids, "do_sample": True, "temperature": 0.8, "top_p": 0.95},
+    }
+    files = {name: json.dumps(value, indent=2).encode() for name, value in objects.items()}
+    files[TOKENIZER] = train_tokenizer(texts).to_str().encode()
+    files[TEMPLATE] = (Path(__file__).parent / "tiny_chat_template.jinja").read_bytes()
+    return files

@@ -1,0 +1,111 @@
+"""The step loop: sum gradients over the step's sequences and the ranks, update, report, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from phi4rv.batch import PackedBatch
+from phi4rv.errors import UserError
+from phi4rv.model import Phi4RV
+from train.data import Corpus, Planned, Step, prefetch
+from train.optimizer import Optimizer, learning_rate
+from train.recipe import PARTS, Stage
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def trainable(model: Phi4RV, stage: Stage) -> dict[str, torch.nn.Parameter]:
+    """Freezes what the stage does not train; name -> parameter of the rest that a loss can reach."""
+    unused = {id(p) for p in model.vision.unused_parameters()}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        assert part in PARTS, name
+        parameter.requires_grad_(part in stage.trains and id(parameter) not in unused)
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def train(
+    model: Phi4RV,
+    optimizer: Optimizer,
+    corpus: Corpus,
+    source: Callable[[], Iterator[Step]],
+    total: int,
+    ranks: Ranks,
+    on_step: Callable[[dict[str, Any]], None],
+) -> None:
+    """Runs from the optimizer's step count to ``total``; ``on_step`` gets each step's metrics (every rank calls it)."""
+    start = optimizer.steps
+    ahead = prefetch(islice(source(), start, total), corpus, ranks.rank, ranks.world)
+    for number, (step, batches) in enumerate(ahead, start + 1):
+        began = time.perf_counter()
+        rate = learning_rate(optimizer.stage, number - 1, total)
+        metrics = take_step(model, optimizer, batches, rate, ranks)
+        seconds = time.perf_counter() - began
+        counted = _count(step, optimizer.stage)
+        on_step(
+            {
+                "step": number,
+                "steps": total,
+                **metrics,
+                "lr": rate,
+                **counted,
+                "seconds": seconds,
+                "tokens_per_second": counted["tokens"] / seconds,
+                "images_per_second": counted["images"] / seconds,
+                "skipped": dict(corpus.counts),
+            }
+        )
+
+
+def take_step(
+    model: Phi4RV, optimizer: Optimizer, batches: list[PackedBatch], rate: float, ranks: Ranks
+) -> dict[str, float]:
+    """One update from this rank's batches. The loss is the mean over the labelled tokens of all ranks' batches."""
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, labelled tokens
+    for batch in batches:
+        loss, labelled = model.loss_sum(batch.to(model.device, non_blocking=True))
+        loss.backward()
+        optimizer.accumulate()
+        sums += torch.stack([loss.detach().double(), labelled.double()]).cpu()
+    if ranks.world > 1:
+        sums = sums.to(model.device)
+        dist.all_reduce(sums)
+    total, labelled_tokens = sums.tolist()
+    if not labelled_tokens:
+        raise UserError("a step without a single labelled token: the data has no answers to learn from")
+    loss_mean = total / labelled_tokens
+    if loss_mean != loss_mean:
+        raise UserError(f"step {optimizer.steps + 1}: the loss is nan; lower --lr, or look for a bad record")
+    norm = optimizer.step(rate, int(labelled_tokens))
+    return {"loss": loss_mean, "grad_norm": norm, "labelled": labelled_tokens}
+
+
+def _count(step: Step, stage: Stage) -> dict[str, float]:
+    """What the whole step held, on all ranks."""
+    samples: list[Planned] = [planned for sequence in step for planned in sequence]
+    tokens = sum(len(p.sample) for p in samples)
+    return {
+        "samples": len(samples),
+        "sequences": len(step),
+        "tokens": tokens,
+        "filling": tokens / (len(step) * stage.sequence_length),
+        "images": sum(len(p.sample.grids) for p in samples),
+        "patches": sum(len(p.sample.image_positions) for p in samples),
+    }
