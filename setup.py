@@ -8,7 +8,7 @@ setup(
     description="Train and run Phi-4-reasoning-vision-15B on packed sequences",
     license="MIT",
     python_requires=">=3.11",
-    packages=["phi4rv", "train", "infer"],
+    packages=["phi4rv", "train", "train.synthetic", "infer"],
     package_data={"train": ["*.jinja"]},
     install_requires=[
         "torch>=2.11,<2.14",

@@ -45,14 +45,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """New tokens against what is cached, documents side by side.
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    """New tokens against what is cached.
 
-    q (B, M, H, D): the last M tokens of each of B documents; k, v (B, S, G, D): their caches, of which the first
-    lengths[b] rows (the M new ones included) are filled. Token m of document b sees lengths[b] - M + m + 1 rows.
-    Returns (B, M, H, D).
+    q (B, M, H, D): the last M tokens of each of B documents. k, v (N, G, D): the cache, where document b holds rows
+    starts[b] : starts[b] + lengths[b], its M new ones included; starts, lengths (B,). Token m of document b sees its
+    first lengths[b] - M + m + 1 rows. Returns (B, M, H, D).
     """
-    return torch.stack([attend(q[b], k[b, :n], v[b, :n], causal=True) for b, n in enumerate(lengths.tolist())])
+    spans = zip(starts.tolist(), lengths.tolist(), strict=True)
+    return torch.stack([attend(q[b], k[s : s + n], v[s : s + n], causal=True) for b, (s, n) in enumerate(spans)])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,12 @@ from phi4rv.config import Config, VisionConfig
 from phi4rv.model import Phi4RV
 from phi4rv.processor import TEMPLATE, TOKENIZER, Processor
 
-VOCABULARY = 768
+VOCABULARY = 1024
 # The published special tokens; <think> and </think> are ordinary text to a decoder that skips special ones.
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>", "<|dummy_84|>", "<|dummy_85|>")
 THINKING = ("<think>", "</think>")
-# Numbers apart from words and at most three digits long, as in the published tokenizer.
-PIECES = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+# Words, punctuation and numbers apart, but a coordinate is one piece, so that a box takes few steps to write.
+PIECES = r" ?\d\.\d\d| ?\p{L}+|\p{N}{1,3}|[^\s\p{L}\p{N}]+|\s+"
 
 
 def tiny_config() -> Config:

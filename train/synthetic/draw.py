@@ -74,6 +74,12 @@ def random_style(rng: Random, heldout: bool) -> Style:
     return Style(rng.choice(SIZES), dark, shade)
 
 
+def mixed(a: RGB, b: RGB, share: float) -> RGB:
+    """``a`` with ``share`` of ``b`` in it."""
+    red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+    return red, green, blue
+
+
 @lru_cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)

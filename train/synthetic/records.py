@@ -69,7 +69,7 @@ def single_picture_record(rng: Random, heldout: bool) -> Record:
 def changed_record(rng: Random, heldout: bool) -> Record:
     """Two screens that differ in one thing."""
     while True:
-        before = random_screen(rng, heldout)
+        before = random_screen(rng, heldout, fewest=2)
         if changed := change(rng, before):
             break
     after, said = changed
@@ -107,7 +107,7 @@ def which_picture_record(rng: Random, heldout: bool) -> Record:
 
 def nth_picture_record(rng: Random, heldout: bool) -> Record:
     """Two or three screens and questions of where something is in one of them."""
-    screens = [random_screen(rng, heldout) for _ in range(rng.randint(2, 3))]
+    screens = [random_screen(rng, heldout, fewest=2) for _ in range(rng.randint(2, 3))]
     turns = []
     for screen, ordinal in zip(screens, draw.ORDINALS, strict=False):
         for element in rng.sample(screen.elements, 2):

@@ -141,7 +141,7 @@ def draw_element(image: Image.Image, pen: ImageDraw.ImageDraw, element: Element,
         pen.rounded_rectangle(whole, 4, fill=colour)
         draw.write(pen, ((x1 + x2) / 2, middle), label, size, draw.contrast(colour), "mm")
     elif element.kind == "field":
-        pen.rectangle(whole, fill=style.paper, outline=colour, width=2)
+        pen.rectangle(whole, fill=draw.mixed(style.paper, colour, 0.3), outline=colour, width=2)
         draw.write(pen, (x1 + 5, middle), label, size, style.ink, "lm")
         caret = x1 + 7 + draw.text_width(label, size)
         pen.line((caret, y1 + 5, caret, y2 - 6), fill=colour)
@@ -177,16 +177,19 @@ def random_element(rng: Random, area: tuple[int, int], others: list[Element]) ->
     return Element(kind, colour, box, label, size, glyph) if box else None
 
 
-def random_screen(rng: Random, heldout: bool) -> Screen:
-    """A screen of two to five elements, no two of one colour and kind."""
+def random_screen(rng: Random, heldout: bool, fewest: int = 1) -> Screen:
+    """A screen of ``fewest`` to five elements, no two of one colour and kind.
+
+    Half have one or two: where there is little to choose from, a model first learns to say where something is.
+    """
     style, title = draw.random_style(rng, heldout), rng.choice(TITLES)
     while True:
         elements: list[Element] = []
-        for _ in range(rng.randint(2, 5)):
+        for _ in range(rng.choices((1, 2, 3, 4, 5), (30, 20, 20, 15, 15))[0]):
             if element := random_element(rng, style.size, elements):
                 elements.append(element)
         screen = Screen(style, title, tuple(elements))
-        if len(elements) > 1 and all(singled_out(screen, element) for element in elements):
+        if len(elements) >= fewest and all(singled_out(screen, element) for element in elements):
             return screen
 
 

@@ -1,0 +1,94 @@
+"""The measure at the end of a run: held-out questions, asked with their own picture and with another's.
+
+What a model scores with the pictures shuffled is what it guesses without looking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from infer.engine import generate
+from phi4rv.answers import Answer, Box, parse_answer
+from phi4rv.chat import THINK
+from phi4rv.model import Phi4RV
+from phi4rv.processor import Processor, Prompt
+from train.records import Record
+
+MAX_NEW_TOKENS = 64
+TOGETHER = 50  # prompts in one prefill
+
+
+@dataclass(frozen=True)
+class Question:
+    """The first turn of a record: its prompt, in the mode of the right answer, and that answer."""
+
+    prompt: Prompt
+    right: Answer
+
+    @staticmethod
+    def of(record: Record) -> Question:
+        asked, said = record.turns[0], record.turns[1]
+        right = parse_answer(said.content)
+        mode = "think" if said.content.lstrip().startswith(THINK) else "nothink"
+        return Question(Prompt(asked.content, record.images, mode), right)
+
+    def with_images(self, images: Sequence[Path]) -> Question:
+        return Question(Prompt(self.prompt.text, images, self.prompt.mode), self.right)
+
+
+def shuffled(questions: Sequence[Question]) -> list[Question]:
+    """Each question with the pictures of the next one that shows as many."""
+    out = []
+    for i, question in enumerate(questions):
+        later = [*questions[i + 1 :], *questions[:i]]
+        count = len(question.prompt.images)
+        other = next((q for q in later if len(q.prompt.images) == count), question)
+        out.append(question.with_images(other.prompt.images))  # type: ignore[arg-type]
+    return out
+
+
+def answers(model: Phi4RV, processor: Processor, questions: Sequence[Question]) -> list[Answer]:
+    """Greedy answers, TOGETHER at a time."""
+    out = []
+    for start in range(0, len(questions), TOGETHER):
+        prompts = [q.prompt for q in questions[start : start + TOGETHER]]
+        out += [g.answer(processor) for g in generate(model, processor, prompts, MAX_NEW_TOKENS)]
+    return out
+
+
+def score(questions: Sequence[Question], given: Sequence[Answer]) -> dict[str, float | int]:
+    """Means over the questions: ``point_in_box`` and ``iou`` where the answer is a box, ``exact_match`` elsewhere.
+
+    point_in_box (ScreenSpot): the centre of the answer's first box lies in the right one. Text is compared
+    without case and without the white space around it. No box, or no text, scores 0.
+    """
+    boxes = [(q.right.boxes[0], a.boxes[:1]) for q, a in zip(questions, given, strict=True) if q.right.boxes]
+    texts = [(q.right.text, a.text) for q, a in zip(questions, given, strict=True) if not q.right.boxes]
+    mean = lambda values: sum(values) / len(values) if values else float("nan")  # noqa: E731
+    return {
+        "boxes": len(boxes),
+        "point_in_box": mean([bool(found) and centre_in(found[0], right) for right, found in boxes]),
+        "iou": mean([iou(found[0], right) if found else 0.0 for right, found in boxes]),
+        "texts": len(texts),
+        "exact_match": mean([right.strip().lower() == said.strip().lower() for right, said in texts]),
+    }
+
+
+def centre_in(box: Box, target: Box) -> bool:
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return target[0] <= x <= target[2] and target[1] <= y <= target[3]
+
+
+def iou(a: Box, b: Box) -> float:
+    """Area of the intersection over that of the union; 0 for two empty boxes."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    both = max(0.0, width) * max(0.0, height)
+    union = _area(a) + _area(b) - both
+    return both / union if union else 0.0
+
+
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
