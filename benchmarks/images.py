@@ -1,0 +1,121 @@
+"""Pictures to patches on one core, beside transformers' Pillow-based SigLIP2 image processor.
+
+``python -m benchmarks.images [--json FILE]``. Both sides start from a decoded RGB picture and end with a float32
+tensor; they give the same values. The peer is timed as it is used, ``max_num_patches=3600``, which enlarges small
+pictures to 3600 patches, and held to ``n``, the number of patches that the published model asks for. ``ours`` is
+timed for both. Three ratios follow:
+
+- published: what each does for the published model, the peer at 3600 against ours at n;
+- same n:    both at n;
+- same 3600: both at 3600.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+from phi4rv.images import PATCH, image_to_patches
+
+SIZES = [(1280, 720), (1024, 680), (300, 200), (3840, 2160)]
+MIN_PATCHES, MAX_PATCHES = 256, 3600
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """Smooth shapes with grain: neither side's time depends on the values, but caches see real traffic."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 16, 3), dtype=np.uint8)).resize((width, height))
+    grain = rng.integers(0, 16, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(np.asarray(coarse) // 2 + grain)
+
+
+def interleaved_medians(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each variant; one call of each a round, so that drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for variant in variants.values():
+        variant()
+    for _ in range(rounds):
+        for name, variant in variants.items():
+            start = time.perf_counter()
+            variant()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(width: int, height: int, rounds: int) -> dict:
+    image = picture(width, height)
+    n = min(max((width // PATCH) * (height // PATCH), MIN_PATCHES), MAX_PATCHES)
+    processor = Siglip2ImageProcessorPil()
+
+    def peer(patches: int) -> torch.Tensor:
+        return processor(images=image, max_num_patches=patches, return_tensors="pt")["pixel_values"][0]
+
+    patches, grid = image_to_patches(image, MIN_PATCHES, MAX_PATCHES)
+    if not torch.equal(patches, peer(n)[: len(patches)]):
+        raise RuntimeError(f"{width} x {height}: the two sides disagree, so their times mean nothing")
+    medians = interleaved_medians(
+        {
+            "ours_n": lambda: image_to_patches(image, MIN_PATCHES, MAX_PATCHES),
+            "peer_n": lambda: peer(n),
+            "ours_3600": lambda: image_to_patches(image, MAX_PATCHES, MAX_PATCHES),
+            "peer_3600": lambda: peer(MAX_PATCHES),
+            "resize": lambda: image.resize((grid[1] * PATCH, grid[0] * PATCH), Image.Resampling.BILINEAR),
+        },
+        rounds,
+    )
+    return {
+        "benchmark": "images",
+        "size": [width, height],
+        "grid": list(grid),
+        **{f"{name}_ms": value for name, value in medians.items()},
+        "ratio_published": medians["peer_3600"] / medians["ours_n"],
+        "ratio_same_n": medians["peer_n"] / medians["ours_n"],
+        "ratio_same_3600": medians["peer_3600"] / medians["ours_3600"],
+    }
+
+
+def run(rounds: int = 21) -> list[dict]:
+    """One record a size: grid, median milliseconds of both sides, and the three ratios of the module's text."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [measure(width, height, rounds) for width, height in SIZES]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records to FILE")
+    parser.add_argument("--rounds", type=int, default=21, help="calls of each variant (default 21)")
+    options = parser.parse_args()
+    records = run(options.rounds)
+    columns = ["ours_n_ms", "peer_n_ms", "ours_3600_ms", "peer_3600_ms", "resize_ms"]
+    ratios = ["ratio_published", "ratio_same_n", "ratio_same_3600"]
+    heads = ["ours n", "peer n", "ours 3600", "peer 3600", "resize n", "published", "same n", "same 3600"]
+    print(f"{'size':>11} {'grid':>7} " + " ".join(f"{head:>9}" for head in heads))
+    for record in records:
+        size, grid = ("x".join(map(str, record[key])) for key in ("size", "grid"))
+        cells = [f"{record[key]:9.2f}" for key in columns] + [f"{record[key]:8.1f}x" for key in ratios]
+        print(f"{size:>11} {grid:>7} " + " ".join(cells))
+    print(
+        "milliseconds, median of interleaved calls, one thread. Ratios are peer over ours. published: peer at"
+    )
+    print(
+        "3600 patches, ours at n; same n: both at n; same 3600: both at 3600. resize n: Pillow's share of ours."
+    )
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
