@@ -9,13 +9,16 @@ import io
 import math
 import os
 import struct
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from phi4rv.errors import UserError
+
+T = TypeVar("T")
 
 PATCH = 16
 CHANNELS = PATCH * PATCH * 3
@@ -59,14 +62,23 @@ def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
     Raises UserError, naming the source, if the file is missing, unreadable, empty, truncated, not a picture,
     larger than MAX_PIXELS or of zero size, or if a float picture holds values that are not finite.
     """
-    label = name or _label(source)
+    return _read(source, name or _label(source), _decode)
+
+
+def image_size(source: str | os.PathLike | bytes, name: str | None = None) -> tuple[int, int]:
+    """Width and height that open_image would give, from the header alone; the same errors, damaged pixels aside."""
+    return _read(source, name or _label(source), _upright_size)
+
+
+def _read(source: object, label: str, reader: Callable[[Image.Image, str], T]) -> T:
+    """``reader`` of the opened picture; whatever goes wrong is a UserError that begins with ``label``."""
     try:
         if isinstance(source, Image.Image):
-            return _decode(source, label)
+            return reader(source, label)
         if isinstance(source, bytes):
-            return _open_file(io.BytesIO(source), label)
-        with open(source, "rb") as file:
-            return _open_file(file, label)
+            return _read_file(io.BytesIO(source), label, reader)
+        with open(source, "rb") as file:  # type: ignore[call-overload]
+            return _read_file(file, label, reader)
     except UserError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -89,32 +101,43 @@ def _label(source: object) -> str:
     raise UserError(f"an image must be a path, bytes or a PIL image, not {type(source).__name__}")
 
 
-def _open_file(file: BinaryIO, label: str) -> Image.Image:
+def _read_file(file: BinaryIO, label: str, reader: Callable[[Image.Image, str], T]) -> T:
     if not file.read(1):
         raise UserError(f"{label}: the image file is empty")
     with Image.open(file) as image:
         if image.format == "EPS":  # Pillow would run Ghostscript on it
             raise UserError(f"{label}: PostScript is a program, not a picture; convert it to PNG first")
-        rgb = _decode(image, label)
-        # A file image keeps its file and decoder: hand out a plain copy.
-        return rgb.copy() if rgb is image else rgb
+        return reader(image, label)
 
 
 def _decode(image: Image.Image, label: str) -> Image.Image:
     """Checks the size before anything is decoded; then decodes, converts to RGB and turns upright."""
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{label}: {width} x {height} pixels; at most {MAX_PIXELS} in all are accepted")
-    if width * height < 1:
-        raise UserError(f"{label}: the image has no pixels ({width} x {height})")
+    _check_size(image, label)
+    from_file = image.fp is not None if isinstance(image, ImageFile.ImageFile) else False
     image.load()
     turn = _TRANSPOSE.get(_orientation(image))  # after load(), where Pillow itself turns TIFF upright
     rgb = _to_rgb(image, label)
     if turn is not None:
         rgb = rgb.transpose(turn)
+    if rgb is image and from_file:
+        rgb = rgb.copy()  # a file image keeps its file and decoder
     if rgb is not image:
         rgb.info.clear()
     return rgb
+
+
+def _check_size(image: Image.Image, label: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{label}: {width} x {height} pixels; at most {MAX_PIXELS} in all are accepted")
+    if width * height < 1:
+        raise UserError(f"{label}: the image has no pixels ({width} x {height})")
+
+
+def _upright_size(image: Image.Image, label: str) -> tuple[int, int]:
+    _check_size(image, label)
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)  # 5 to 8 exchange the sides
 
 
 def _orientation(image: Image.Image) -> int:

@@ -17,6 +17,7 @@ RGB = tuple[int, int, int]
 
 # Width and height in pixels, whole 16-pixel patches: 64 to 96 of them a picture.
 SIZES = ((128, 128), (160, 128), (192, 128), (144, 144), (176, 112), (176, 128), (128, 160), (128, 192))
+SNAP = 8  # corners lie on an 8-pixel layout grid, as interfaces usually have
 GAP = 4  # pixels kept free between neighbours and at the picture's rim
 
 COLOURS: dict[str, RGB] = {
@@ -178,6 +179,7 @@ def free_spot(
     for _ in range(40):
         x = min(max(rng.randint(GAP - width // 6, right + width // 6), GAP), right)
         y = min(max(rng.randint(top + GAP - height // 6, bottom + height // 6), top + GAP), bottom)
+        x, y = x - x % SNAP, y - y % SNAP
         box = (x, y, x + width, y + height)
         if all(apart(box, other) for other in taken):
             return box
