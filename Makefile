@@ -21,3 +21,32 @@ $(VENV)/.ready: requirements.txt setup.py Makefile
 $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
+
+train: setup
+	$(BIN)/torchrun train/main.py --stage 2
+
+# The three stages, each from the last one's model.
+recipe: setup
+	@test ! -e out/recipe || { echo "error: out/recipe holds a run already; remove or rename it"; exit 2; }
+	$(BIN)/torchrun train/main.py --stage 1 --output out/recipe/stage-1
+	$(BIN)/torchrun train/main.py --stage 2 --checkpoint out/recipe/stage-1/model --output out/recipe/stage-2
+	$(BIN)/torchrun train/main.py --stage 3 --checkpoint out/recipe/stage-2/model --output out/recipe/stage-3
+
+test: dev
+	$(BIN)/python -m pytest -q
+
+bench: dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run
+
+# On a machine with a GPU: its own torch, no installs, no network.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu
+	PYTHONPATH=. $(PYTHON) -m benchmarks.run --json benchmarks/results
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info

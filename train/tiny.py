@@ -17,7 +17,7 @@ from phi4rv.config import Config, VisionConfig
 from phi4rv.model import Phi4RV
 from phi4rv.processor import TEMPLATE, TOKENIZER, Processor
 
-VOCABULARY = 1024
+VOCABULARY = 896
 # The published special tokens; <think> and </think> are ordinary text to a decoder that skips special ones.
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>", "<|dummy_84|>", "<|dummy_85|>")
 THINKING = ("<think>", "</think>")
