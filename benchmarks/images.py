@@ -1,6 +1,6 @@
 """Pictures to patches on one core, beside transformers' Pillow-based SigLIP2 image processor.
 
-``python -m benchmarks.images [--json FILE]``. Both sides start from a decoded RGB picture and end with the
+``python -m benchmarks.images``. Both sides start from a decoded RGB picture and end with the
 same float32 values. The peer is timed as it would be used, at ``max_num_patches=3600``, where it enlarges a
 small picture to 3600 patches, and held to ``n``, the number that the published model asks for. Three ratios:
 
@@ -9,12 +9,9 @@ small picture to 3600 patches, and held to ``n``, the number that the published 
 - same 3600: both at 3600.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -90,28 +87,25 @@ def run(rounds: int = 21) -> list[dict]:
         torch.set_num_threads(threads)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records to FILE")
-    parser.add_argument("--rounds", type=int, default=21, help="calls of each variant (default 21)")
-    options = parser.parse_args()
-    records = run(options.rounds)
+def table(records: list[dict]) -> str:
+    """The records as aligned text, with what each column means."""
     columns = ["ours_n_ms", "peer_n_ms", "ours_3600_ms", "peer_3600_ms", "resize_ms"]
     ratios = ["ratio_published", "ratio_same_n", "ratio_same_3600"]
     heads = ["ours n", "peer n", "ours 3600", "peer 3600", "resize n", "published", "same n", "same 3600"]
-    print(f"{'size':>11} {'grid':>7} " + " ".join(f"{head:>9}" for head in heads))
+    lines = [f"{'size':>11} {'grid':>7} " + " ".join(f"{head:>9}" for head in heads)]
     for record in records:
         size, grid = ("x".join(map(str, record[key])) for key in ("size", "grid"))
         cells = [f"{record[key]:9.2f}" for key in columns] + [f"{record[key]:8.1f}x" for key in ratios]
-        print(f"{size:>11} {grid:>7} " + " ".join(cells))
-    print("milliseconds, median of interleaved calls, one thread; ratios are peer over ours")
-    print("published: peer at 3600 patches, ours at n; same n: both at n; same 3600: both at 3600")
-    print("resize n: what Pillow's resize to the grid takes by itself")
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n")
+        lines.append(f"{size:>11} {grid:>7} " + " ".join(cells))
+    return "\n".join(
+        [
+            *lines,
+            "milliseconds, median of interleaved calls, one thread; ratios are peer over ours",
+            "published: peer at 3600 patches, ours at n; same n: both at n; same 3600: both at 3600",
+            "resize n: what Pillow's resize to the grid takes by itself",
+        ]
+    )
 
 
 if __name__ == "__main__":
-    main()
+    print(table(run()))

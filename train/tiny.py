@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from phi4rv.config import Config, VisionConfig
 from phi4rv.model import Phi4RV
 from phi4rv.processor import TEMPLATE, TOKENIZER, Processor
 
-VOCABULARY = 896
+VOCABULARY = 1024
 # The published special tokens; <think> and </think> are ordinary text to a decoder that skips special ones.
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>", "<|dummy_84|>", "<|dummy_85|>")
 THINKING = ("<think>", "</think>")
@@ -54,7 +55,7 @@ def tiny_model(seed: int, texts: Iterable[str], kernels: str | None = None) -> t
     processor = Processor(_files(config, texts), config, "embedded default")
     model = empty_model(config, "cpu", torch.float32, kernels).to_empty(device="cpu")
     initialise(model, seed)
-    order_coordinates(model, processor.tokenizer)
+    order_coordinates(model, processor.tokenizer, seed)
     return model, processor
 
 
@@ -82,18 +83,21 @@ def initialise(model: Phi4RV, seed: int) -> None:
         table.copy_(grid_sines(math.isqrt(table.shape[0]), table.shape[1]))
 
 
-def order_coordinates(model: Phi4RV, tokenizer: Tokenizer) -> None:
-    """Starts the 202 tokens ``0.00`` … ``1.00`` as sines of their value, in and out, at the usual row norm.
+def order_coordinates(model: Phi4RV, tokenizer: Tokenizer, seed: int) -> None:
+    """Starts the tokens ``0.00`` … ``1.00`` as sines of their value, in and out, at the usual row norm.
 
-    Random rows would have to learn from examples that 0.31 lies beside 0.32.
+    Random rows would have to learn from examples that 0.31 lies beside 0.32. Each side is turned by a rotation of
+    its own: were they alike, every coordinate would begin by predicting itself.
     """
     values = {i: float(t.lstrip("Ġ")) for t, i in tokenizer.get_vocab().items() if COORDINATE.fullmatch(t)}
-    ids = torch.tensor(list(values))
-    code = sines(torch.tensor(list(values.values())), model.config.hidden_size, 0.04, 4.0)
+    ids, width = torch.tensor(list(values)), model.config.hidden_size
+    code = sines(torch.tensor(list(values.values())), width, 0.04, 4.0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in (model.decoder.embed_tokens.weight, model.decoder.lm_head.weight):
+            rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
             scale = weight.norm(dim=1).mean() / code.norm(dim=1).mean()
-            weight[ids] = (weight[ids] + 2 * scale * code) / 5**0.5
+            weight[ids] = (weight[ids] + 2 * scale * code @ rotation) / 5**0.5
 
 
 def sines(values: Tensor, channels: int, shortest: float, longest: float) -> Tensor:
@@ -125,7 +129,8 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    every_coordinate = [f"[{n / 100:.2f}, {n / 100:.2f}]" for n in range(101)] * 100
+    tokenizer.train_from_iterator(chain(texts, every_coordinate), trainer)
     if tokenizer.get_vocab_size() < size:
         raise ValueError(f"the texts give only {tokenizer.get_vocab_size()} of {size} pieces")
     tokenizer.add_special_tokens(list(SPECIAL))

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 Box = tuple[int, int, int, int]
 RGB = tuple[int, int, int]
 
-# Width and height in pixels, whole 16-pixel patches: 64 to 96 of them a picture.
-SIZES = ((128, 128), (160, 128), (192, 128), (144, 144), (176, 112), (176, 128), (128, 160), (128, 192))
+# Width and height in pixels, whole 16-pixel patches: 36 to 64 of them a picture.
+SIZES = ((96, 96), (112, 96), (128, 96), (112, 112), (96, 112), (96, 128), (128, 128))
 SNAP = 8  # corners lie on an 8-pixel layout grid, as interfaces usually have
 GAP = 4  # pixels kept free between neighbours and at the picture's rim
 

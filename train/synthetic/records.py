@@ -12,8 +12,8 @@ from random import Random
 
 from phi4rv.errors import UserError
 from train.synthetic import draw
-from train.synthetic.charts import random_chart, random_scene
-from train.synthetic.screens import Description, ask, change, random_screen
+from train.synthetic.charts import Chart, Scene, random_chart, random_scene
+from train.synthetic.screens import Description, Screen, ask, change, random_screen
 
 STAGES = (1, 2, 3)
 SPLITS = ("train", "heldout")
@@ -54,16 +54,26 @@ def make_record(stage: int, split: str, seed: int, index: int) -> Record:
 
 
 def caption_record(rng: Random, heldout: bool) -> Record:
-    make = rng.choices((random_screen, random_chart, random_scene), (70, 15, 15))[0]
-    picture, detailed = make(rng, heldout), rng.random() < 0.5
-    prompt = rng.choice(DETAILED if detailed else BRIEF)
-    return Record((picture,), [(f"<image>\n{prompt}", "<nothink>" + picture.caption(detailed))])
+    picture = random_picture(rng, heldout)
+    return Record((picture,), opened("<image>\n", [caption_turn(rng, picture)]))
 
 
 def single_picture_record(rng: Random, heldout: bool) -> Record:
+    """Questions; half the training pictures are described first, as the report describes those of its questions."""
+    picture = random_picture(rng, heldout)
+    described = not heldout and rng.random() < 0.5
+    turns = [caption_turn(rng, picture)] if described else []
+    return Record((picture,), opened("<image>\n", turns + picture.questions(rng)))
+
+
+def random_picture(rng: Random, heldout: bool) -> Screen | Chart | Scene:
     make = rng.choices((random_screen, random_chart, random_scene), (70, 15, 15))[0]
-    picture = make(rng, heldout)
-    return Record((picture,), opened("<image>\n", picture.questions(rng)))
+    return make(rng, heldout)
+
+
+def caption_turn(rng: Random, picture: Screen | Chart | Scene) -> tuple[str, str]:
+    detailed = rng.random() < 0.5
+    return rng.choice(DETAILED if detailed else BRIEF), "<nothink>" + picture.caption(detailed)
 
 
 def changed_record(rng: Random, heldout: bool) -> Record:

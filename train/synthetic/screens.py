@@ -21,6 +21,8 @@ HEADER = 13  # pixels of a window's own title
 NEAR = 0.04  # of the picture: a centre this close to another third counts as lying in both
 
 QUESTIONS = ("Where is {}?", "Where is {}?", "Find {}.", "Locate {}.", "Click {}.", "Give me the box of {}.")
+NAMING = 0.25  # share of the elements that are shown and to be named, not named and to be found
+NAMING_QUESTIONS = ("What is at {}?", "What is in {}?")
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,17 @@ class Screen:
         return rng.choices([way for _, way in sure], [weight for weight, _ in sure])[0]
 
     def questions(self, rng: Random) -> list[tuple[str, str]]:
-        """One turn for each element, in random order: (question, answer)."""
+        """One turn for each element, in random order: (question, answer). Where it is, or what is there."""
         elements = rng.sample(self.elements, len(self.elements))
-        return [(ask(rng, self.name_for(rng, element)), self.answer(element)) for element in elements]
+        return [
+            (self.ask_name(rng, element), f"<nothink>{element.name}")
+            if rng.random() < NAMING
+            else (ask(rng, self.name_for(rng, element)), self.answer(element))
+            for element in elements
+        ]
+
+    def ask_name(self, rng: Random, element: Element) -> str:
+        return rng.choice(NAMING_QUESTIONS).format(draw.normalised(element.box, self.style.size))
 
     def answer(self, element: Element) -> str:
         return "<nothink>" + draw.normalised(element.box, self.style.size)
