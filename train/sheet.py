@@ -42,7 +42,7 @@ def _tile(question: Question, answer: Answer) -> Image.Image:
         picture = draw_answer(picture, answer.boxes[:1], colour=GIVEN if good else WRONG)
     tile.paste(picture, (5, 5))
     pen, font = ImageDraw.Draw(tile), ImageFont.load_default(12)
-    asked = str(question.prompt.text).replace(IMAGE_MARK, "").strip()
+    asked = question.prompt.messages()[-1].content.replace(IMAGE_MARK, "").strip()
     lines = textwrap.wrap(asked, 40)[:3]
     pen.text((6, TILE + 2), "\n".join(lines), "black", font)
     below = TILE + 4 + 15 * len(lines)
