@@ -33,7 +33,7 @@ def _tile(question: Question, answer: Answer) -> Image.Image:
     tile = Image.new("RGB", (TILE, TILE + TEXT), "white")
     picture = open_image(question.prompt.images[0])
     scale = (TILE - 10) / max(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
+    picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
     right = question.right
     good = right.text.lower() == answer.text.lower()
     if right.boxes:
