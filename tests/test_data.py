@@ -125,7 +125,9 @@ def test_shortening_keeps_one_answer_behind_a_system_turn(processor: Processor, 
     made["conversations"][0].insert(0, {"from": "system", "value": "Be brief."})
     files = dict(processor.files)
     template = files["chat_template.jinja"].decode()
-    system = "{% if message['role'] == 'system' %}\n{{ message['content'] }}\n{% endif %}\n{% if message['role']"
+    system = (
+        "{% if message['role'] == 'system' %}\n{{ message['content'] }}\n{% endif %}\n{% if message['role']"
+    )
     files["chat_template.jinja"] = template.replace("{% if message['role']", system, 1).encode()
     corpus = Corpus(
         [write_jsonl(tmp_path / "d.jsonl", [made])],
@@ -138,7 +140,9 @@ def test_shortening_keeps_one_answer_behind_a_system_turn(processor: Processor, 
 
 def test_nothing_usable_says_so(processor: Processor, tmp_path: Path) -> None:
     corpus = Corpus([mixed_data(tmp_path, 6)], processor, options(sequence_length=8))
-    with pytest.raises(UserError, match=r"--sequence-length: none of the 6 records .* 8 tokens \(6 dropped\)"):
+    with pytest.raises(
+        UserError, match=r"--sequence-length: none of the 6 records .* 8 tokens \(6 dropped\)"
+    ):
         next(corpus.epoch(0, 0))
 
 
@@ -152,9 +156,15 @@ def truncate(folder: Path) -> dict[str, Any]:
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken line": (lambda _: '{"conversations": [', "broken JSON"),
-    "missing image": (lambda _: record("<image> What?", "<nothink>A.", "gone.png"), "no image file at .*gone.png"),
+    "missing image": (
+        lambda _: record("<image> What?", "<nothink>A.", "gone.png"),
+        "no image file at .*gone.png",
+    ),
     "wrong marks": (lambda _: record("<image> What?", "<nothink>A."), "marks: 1, images: 0"),
-    "no picture": (lambda f: record("<image> What?", "A.", write_jsonl(f / "x.png", ["?"]).name), "not a picture"),
+    "no picture": (
+        lambda f: record("<image> What?", "A.", write_jsonl(f / "x.png", ["?"]).name),
+        "not a picture",
+    ),
     "empty picture": (lambda f: record("<image> What?", "A.", write_jsonl(f / "e.png", []).name), "is empty"),
     "cut picture": (truncate, "cut.png: cannot be read as an image"),
 }
@@ -202,4 +212,7 @@ def test_a_sequence_of_bad_pictures_alone_is_left_out(processor: Processor, tmp_
 def test_several_files_are_one_corpus(processor: Processor, tmp_path: Path) -> None:
     files = [write_jsonl(tmp_path / f"{n}.jsonl", [record(f"Q{n}?", "<nothink>A.")] * n) for n in (1, 3)]
     corpus = Corpus(files, processor, options())
-    assert sorted(order(corpus, 0, 0)) == [f"{tmp_path}/1.jsonl:1", *(f"{tmp_path}/3.jsonl:{i}" for i in (1, 2, 3))]
+    assert sorted(order(corpus, 0, 0)) == [
+        f"{tmp_path}/1.jsonl:1",
+        *(f"{tmp_path}/3.jsonl:{i}" for i in (1, 2, 3)),
+    ]

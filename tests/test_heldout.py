@@ -89,7 +89,12 @@ def test_score_without_a_kind_is_not_a_number() -> None:
 
 
 def test_shuffled_gives_each_another_picture_of_the_same_count() -> None:
-    asked = [question("a", "1", "A"), question("b", "2", "B1", "B2"), question("c", "3", "C"), question("d", "4", "D")]
+    asked = [
+        question("a", "1", "A"),
+        question("b", "2", "B1", "B2"),
+        question("c", "3", "C"),
+        question("d", "4", "D"),
+    ]
     mixed = shuffled(asked)
     assert [list(q.prompt.images) for q in mixed] == [["C"], ["B1", "B2"], ["D"], ["A"]]
     assert [(q.prompt.text, q.right.text, q.prompt.mode) for q in mixed] == [
@@ -157,7 +162,9 @@ def test_the_sheet_of_no_question(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "sheet.png").width > 0
 
 
-@pytest.mark.parametrize("losses", [[2.0], [3.0, 1.0], [0.0, 0.0, 0.0], [float(i % 7) for i in range(200)]], ids=len)
+@pytest.mark.parametrize(
+    "losses", [[2.0], [3.0, 1.0], [0.0, 0.0, 0.0], [float(i % 7) for i in range(200)]], ids=len
+)
 def test_loss_curve(tmp_path: Path, losses: list[float]) -> None:
     loss_curve(tmp_path / "loss.png", range(1, len(losses) + 1), losses)
     curve = Image.open(tmp_path / "loss.png").convert("RGB")

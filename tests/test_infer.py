@@ -93,7 +93,9 @@ def test_answers_end_at_different_times(small, prompts: list[Prompt]) -> None:
         assert [token for n, token in told if n == number] == generation.token_ids
 
 
-@pytest.mark.parametrize("case", json.loads((PUBLISHED / "expected" / "cases.json").read_text()), ids=lambda c: c["mode"])
+@pytest.mark.parametrize(
+    "case", json.loads((PUBLISHED / "expected" / "cases.json").read_text()), ids=lambda c: c["mode"]
+)
 def test_golden_greedy_tokens(case: dict) -> None:
     model, processor = phi4rv.load(PUBLISHED, device="cpu", dtype=torch.float32)
     prompt = Prompt(case["prompt"], [PUBLISHED / name for name in case["images"]], case["mode"])
@@ -118,7 +120,9 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_asked(small, prompts: lis
     assert ids(generate(model, processor, [prompts[0], prompts[2]], 15, WARM))[0] == alone
     second = dataclasses.replace(WARM, seed=WARM.seed + 1)
     other = ids(generate(model, processor, [prompts[3], prompts[0]], 15, WARM))[1]
-    assert other == ids(generate(model, processor, prompts[:1], 15, second))[0], "prompt i draws with seed + i"
+    assert other == ids(generate(model, processor, prompts[:1], 15, second))[0], (
+        "prompt i draws with seed + i"
+    )
     assert other != alone
 
 
@@ -130,7 +134,9 @@ def test_sampling_from_one_token_is_greedy(small, prompts: list[Prompt]) -> None
 
 
 @pytest.mark.parametrize(
-    ("listed", "expected"), [([7, 8], {7, 8, 1011}), (7, {7, 1011}), ([], {1011})], ids=["several", "one", "none"]
+    ("listed", "expected"),
+    [([7, 8], {7, 8, 1011}), (7, {7, 1011}), ([], {1011})],
+    ids=["several", "one", "none"],
 )
 def test_stop_tokens(small, listed: object, expected: set[int]) -> None:
     assert stop_tokens(with_stops(small[1], listed)) == expected

@@ -1,6 +1,7 @@
 """The stages against the report's Tables 2 and 3, and the learning rate against its definition."""
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -52,7 +53,9 @@ def test_the_stages_are_the_reports(number: int) -> None:
     assert {key: chosen[key] for key in REPORT[number]} == REPORT[number]
     assert chosen["max_steps"] == 0
     assert chosen["too_long"] == "drop"
-    assert set(chosen) == {*REPORT[number], "max_steps", "too_long"}, "a field that no table was compared with"
+    assert set(chosen) == {*REPORT[number], "max_steps", "too_long"}, (
+        "a field that no table was compared with"
+    )
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -60,7 +63,15 @@ def test_the_embedded_model_changes_only_rate_warmup_and_sizes(number: int) -> N
     """Nothing else may differ from the report where a tiny random model is trained."""
     published, embedded = (dataclasses.asdict(stage(number, e, {})) for e in (False, True))
     changed = {key for key in published if published[key] != embedded[key]}
-    assert changed <= {"lr", "warmup", "global_batch", "sequence_length", "max_steps", "epochs", "min_lr_ratio"}
+    assert changed <= {
+        "lr",
+        "warmup",
+        "global_batch",
+        "sequence_length",
+        "max_steps",
+        "epochs",
+        "min_lr_ratio",
+    }
     assert embedded["max_steps"] > 0
 
 
@@ -81,10 +92,17 @@ def test_every_field_but_the_trained_parts_is_an_option() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in ("lr", "clip", "global_batch", "sequence_length", "epochs") for value in (0, -1)),
+        *(
+            (name, value)
+            for name in ("lr", "clip", "global_batch", "sequence_length", "epochs")
+            for value in (0, -1)
+        ),
         *((name, -1) for name in ("warmup", "weight_decay", "max_steps")),
         *((name, value) for name in ("min_lr_ratio", "beta1", "beta2") for value in (-0.1, 1, 1.5)),
-        *((name, math.nan) for name in ("lr", "clip", "warmup", "weight_decay", "min_lr_ratio", "beta1", "beta2")),
+        *(
+            (name, math.nan)
+            for name in ("lr", "clip", "warmup", "weight_decay", "min_lr_ratio", "beta1", "beta2")
+        ),
         *((name, math.inf) for name in ("lr", "warmup", "weight_decay")),
         ("schedule", "linear"),
         ("too_long", "cut"),
@@ -120,8 +138,8 @@ def test_learning_rate_is_its_definition(number: int, steps: int, warmup: int, l
     rates = [learning_rate(chosen, step, steps) for step in range(steps)]
     expected = [definition(chosen.lr, low, warmup, step, steps) for step in range(steps)]
     assert rates == pytest.approx(expected, rel=1e-9, abs=1e-18)
-    assert all(a < b for a, b in zip(rates[:warmup], rates[1:warmup], strict=False))
-    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(rates[:warmup]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[warmup:]))
     assert max(rates) == rates[warmup - 1] == chosen.lr
     assert rates[-1] == pytest.approx(low, abs=1e-18)
     assert min(rates) >= 0

@@ -24,7 +24,16 @@ from train.main import main
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A command line without --output; repeats 12 records over 6 steps."""
     folder = tmp_path_factory.mktemp("inputs")
-    line = ["--checkpoint", small_checkpoint(folder), "--data", mixed_data(folder), "--device", "cpu", "--stage", 2]
+    line = [
+        "--checkpoint",
+        small_checkpoint(folder),
+        "--data",
+        mixed_data(folder),
+        "--device",
+        "cpu",
+        "--stage",
+        2,
+    ]
     line += ["--max-steps", 6, "--global-batch", 5, "--sequence-length", 256, "--lr", 1e-3, "--warmup", 1]
     return [*map(str, line), "--save-every", "2", "--seed", "3"]
 
@@ -68,7 +77,12 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize(("stopped", "saved"), [(5, 4), (3, 2), (1, None)])
 def test_a_resumed_run_is_the_run_in_one_go(
-    inputs: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int, saved: int | None
+    inputs: list[str],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped: int,
+    saved: int | None,
 ) -> None:
     """Also from no save at all, which begins anew."""
     output = tmp_path / "out"
@@ -83,7 +97,7 @@ def test_a_resumed_run_is_the_run_in_one_go(
 
 
 def test_a_killed_process(inputs: list[str], whole: Path, tmp_path: Path) -> None:
-    """kill -9 as soon as a save appears, metrics.jsonl cut in a line, and a half-written folder left behind."""
+    """kill -9 as soon as a save appears, metrics.jsonl cut in a line, half-written folders left behind."""
     output = tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "train/main.py", *inputs, "--output", str(output)]
@@ -136,7 +150,11 @@ def test_a_save_that_dies_leaves_nothing(
 
 @pytest.mark.parametrize("where", ["save_file", "write", "metrics"])
 def test_a_full_disk_is_one_line_and_keeps_the_earlier_save(
-    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
+    inputs: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
 ) -> None:
     output = tmp_path / "out"
     holder, name = (program.Progress, "step") if where == "metrics" else (saving, where)
@@ -201,7 +219,13 @@ def test_other_data_is_named(
     ],
 )
 def test_a_damaged_save_is_named(
-    inputs: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, damage: str, words: str
+    inputs: list[str],
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    damage: str,
+    words: str,
 ) -> None:
     output = tmp_path / "out"
     assert subprocess.run(["cp", "-r", whole, output]).returncode == 0
@@ -224,7 +248,9 @@ def test_only_whole_saves_count(tmp_path: Path) -> None:
     assert saving.newest_step(tmp_path / "none") is None
 
 
-def test_bfloat16_resumes_from_its_masters(inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_resumes_from_its_masters(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model folder holds rounded weights; what was below their rounding is in the optimizer's file."""
     line = [*inputs, "--dtype", "bfloat16", "--lr", "1e-4"]
     assert main([*line, "--output", str(tmp_path / "whole")]) == 0
@@ -235,4 +261,6 @@ def test_bfloat16_resumes_from_its_masters(inputs: list[str], tmp_path: Path, mo
     assert_same_run(tmp_path / "out", tmp_path / "whole")
     state = json.loads((tmp_path / "out/step-6/state.json").read_text())
     assert state["dtype"] == "torch.bfloat16"
-    assert any(name.startswith("master/") for name in load_file(tmp_path / "out/step-6/optimizer.safetensors"))
+    assert any(
+        name.startswith("master/") for name in load_file(tmp_path / "out/step-6/optimizer.safetensors")
+    )

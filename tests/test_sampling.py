@@ -13,7 +13,7 @@ LOGITS = [1.5, -0.5, 3.0, 2.0, 2.0, -4.0, 0.0, 2.9]
 
 
 def expected(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
-    """By the definitions, in Python's float64: temperature, the k largest, then the smallest set that reaches p."""
+    """By the definitions, in float64: temperature, the k largest, then the smallest set that reaches p."""
     weights = [math.exp((x - max(logits)) / temperature) for x in logits]
     order = sorted(range(len(logits)), key=lambda i: -logits[i])
     if top_k:
@@ -51,23 +51,19 @@ SETTINGS = [
 def test_probabilities_are_exact(
     monkeypatch: pytest.MonkeyPatch, temperature: float, top_k: int, top_p: float
 ) -> None:
-    """What is handed to the draw, token by token: forced to pick each place in turn."""
-    wanted = expected(LOGITS, temperature, top_k, top_p)
+    """What is handed to the draw, which here takes a place for a generator and picks it."""
     found = [0.0] * len(LOGITS)
-    place = 0
+    shares: list[float] = []
 
-    def pick(probabilities: torch.Tensor, count: int, generator: object = None) -> torch.Tensor:
-        nonlocal weight
-        weight = float(probabilities[place] / probabilities.sum()) if place < len(probabilities) else 0.0
-        return torch.tensor([min(place, len(probabilities) - 1)])
+    def pick(probabilities: torch.Tensor, count: int, generator: int) -> torch.Tensor:
+        shares[:] = (probabilities / probabilities.sum()).tolist()
+        return torch.tensor([generator])
 
     monkeypatch.setattr(torch, "multinomial", pick)
-    weight = 0.0
-    for place in range(len(LOGITS)):
-        token = next_token(torch.tensor(LOGITS), Sampling(temperature, top_k, top_p), None)
-        if weight:
-            found[token] = weight
-    assert found == pytest.approx(wanted, rel=1e-6, abs=1e-12)
+    for place in range(top_k if 0 < top_k < len(LOGITS) else len(LOGITS)):
+        token = next_token(torch.tensor(LOGITS), Sampling(temperature, top_k, top_p), place)  # type: ignore[arg-type]
+        found[token] = shares[place]
+    assert found == pytest.approx(expected(LOGITS, temperature, top_k, top_p), rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)

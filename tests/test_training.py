@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from small import ROOT, mixed_data, picture, record, small_checkpoint, small_model, timeless, weights, write_jsonl
+from small import (
+    ROOT,
+    mixed_data,
+    picture,
+    record,
+    small_checkpoint,
+    small_model,
+    timeless,
+    weights,
+    write_jsonl,
+)
 from torch import Tensor
 
 from phi4rv.batch import NO_LABEL, PackedBatch, pack
@@ -24,8 +34,8 @@ from train.trainer import Ranks, take_step, trainable
 
 # Sums in another order differ by a few units of float32's last place, 1.2e-7.
 LOSS = 5e-6
-# Adam divides each gradient by its own size: where that is rounding alone, as for the key biases, which softmax
-# cancels, a share of the rate goes in either direction (0.002 measured). The mean hardly notices (3e-7 measured).
+# Adam divides each gradient by its own size: where that is rounding alone, as for the key biases, which
+# softmax cancels, a share of the rate goes in either direction (0.002 measured; of the mean 3e-7).
 WEIGHT_SHARE, MEAN_SHARE = 0.05, 1e-5
 
 
@@ -67,7 +77,9 @@ def file(tmp_path: Path) -> Path:
 
 def test_only_what_the_assistant_wrote_is_labelled(tmp_path: Path) -> None:
     _, processor = small_model()
-    first = record("<image>\nWhere?", "<think>Left.</think>[0.1, 0.2, 0.3, 0.4]", picture(tmp_path, "a.png", 50, 40))
+    first = record(
+        "<image>\nWhere?", "<think>Left.</think>[0.1, 0.2, 0.3, 0.4]", picture(tmp_path, "a.png", 50, 40)
+    )
     second = record("And now?", "<notthink>Nowhere.")
     first["conversations"][0] += second["conversations"][0]
     [batch] = batches(processor, write_jsonl(tmp_path / "one.jsonl", [first]), [[0]])
@@ -82,7 +94,7 @@ def test_only_what_the_assistant_wrote_is_labelled(tmp_path: Path) -> None:
 
 
 def test_the_loss_is_the_mean_over_all_labelled_tokens(file: Path) -> None:
-    """From the logits in float64, document by document; answers of unequal length, so a mean of means differs."""
+    """From the logits in float64, one by one; answers of unequal length, so that a mean of means differs."""
     model, processor = small_model()
     groups = [[0, 1, 2], [3], [4, 5, 6, 7]]
     nll, per_document = 0.0, []
@@ -94,11 +106,17 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens(file: Path) -> None:
     labelled = sum(int((b.labels != NO_LABEL).sum()) for b in batches(processor, file, groups))
     chosen = options()
     metrics = take_step(
-        model, Optimizer(trainable(model, chosen), chosen, model.ops), batches(processor, file, groups), 0.0, Ranks()
+        model,
+        Optimizer(trainable(model, chosen), chosen, model.ops),
+        batches(processor, file, groups),
+        0.0,
+        Ranks(),
     )
     assert metrics["labelled"] == labelled
     assert metrics["loss"] == pytest.approx(nll / labelled, rel=LOSS)
-    assert metrics["loss"] != pytest.approx(sum(per_document) / 8, rel=1e-3), "the case does not tell the means apart"
+    assert metrics["loss"] != pytest.approx(sum(per_document) / 8, rel=1e-3), (
+        "the case does not tell the means apart"
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +186,18 @@ def test_stages_1_2_3_in_a_chain(tmp_path: Path) -> None:
     unused = ("vision.encoder.layers.2.", "vision.post_layernorm.", "vision.head.")
     for number in (1, 2, 3):
         output = tmp_path / f"stage-{number}"
-        line = ["--stage", number, "--checkpoint", source, "--data", data, "--output", output, "--device", "cpu"]
+        line = [
+            "--stage",
+            number,
+            "--checkpoint",
+            source,
+            "--data",
+            data,
+            "--output",
+            output,
+            "--device",
+            "cpu",
+        ]
         line += ["--max-steps", 3, "--global-batch", 6, "--sequence-length", 256, "--lr", 1e-2, "--warmup", 0]
         assert main(list(map(str, line))) == 0
         before, after = weights(source), weights(output / "model")
@@ -182,7 +211,7 @@ def test_stages_1_2_3_in_a_chain(tmp_path: Path) -> None:
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """torchrun with two gloo processes against one: the same losses and weights to float32's rounding."""
     checkpoint, data = small_checkpoint(tmp_path), mixed_data(tmp_path, 12)
-    line = f"--stage 2 --checkpoint {checkpoint} --data {data} --device cpu --max-steps 4 --save-every 2 --seed 5"
+    line = f"--stage 2 --checkpoint {checkpoint} --data {data} --device cpu --seed 5 --max-steps 4 --save-every 2"
     line += " --global-batch 9 --sequence-length 256 --lr 1e-3 --warmup 1"
     assert main([*line.split(), "--output", str(tmp_path / "one")]) == 0
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -11,6 +11,7 @@ from itertools import count, islice
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from phi4rv.answers import canonical_answer
 from phi4rv.batch import PackedBatch, Sample, pack
@@ -121,7 +122,7 @@ class Corpus:
 
     def _on_bad(self, message: str, where: str | None = None) -> None:
         if self._tally("bad", where or message):
-            print(f"skipped: {message}", file=sys.stderr)
+            tqdm.write(f"skipped: {message}", file=sys.stderr)  # print would write into the progress bar
 
     def _tally(self, what: str, where: str) -> bool:
         """Counts once per place; True the first time."""
