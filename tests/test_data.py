@@ -129,13 +129,13 @@ def test_shortening_keeps_one_answer_behind_a_system_turn(processor: Processor, 
         "{% if message['role'] == 'system' %}\n{{ message['content'] }}\n{% endif %}\n{% if message['role']"
     )
     files["chat_template.jinja"] = template.replace("{% if message['role']", system, 1).encode()
-    corpus = Corpus(
-        [write_jsonl(tmp_path / "d.jsonl", [made])],
-        Processor(files, processor.config),
-        options(sequence_length=10, too_long="shorten"),
-    )
-    assert corpus.plan(corpus.records[0]) is None
-    assert corpus.counts == {"dropped": 1}
+    file, reader = write_jsonl(tmp_path / "d.jsonl", [made]), Processor(files, processor.config)
+    for room in range(1, 60):
+        corpus = Corpus([file], reader, options(sequence_length=room, too_long="shorten"))
+        planned = corpus.plan(corpus.records[0])
+        assert planned is None or planned.sample.labels.max() > 0, "without an answer"
+        assert corpus.counts == {"shortened" if planned else "dropped": 1}
+    assert planned is not None
 
 
 def test_nothing_usable_says_so(processor: Processor, tmp_path: Path) -> None:
