@@ -1,11 +1,10 @@
 """Pictures to patches on one core, beside transformers' Pillow-based SigLIP2 image processor.
 
-``python -m benchmarks.images [--json FILE]``. Both sides start from a decoded RGB picture and end with a float32
-tensor; they give the same values. The peer is timed as it is used, ``max_num_patches=3600``, which enlarges small
-pictures to 3600 patches, and held to ``n``, the number of patches that the published model asks for. ``ours`` is
-timed for both. Three ratios follow:
+``python -m benchmarks.images [--json FILE]``. Both sides start from a decoded RGB picture and end with the
+same float32 values. The peer is timed as it would be used, at ``max_num_patches=3600``, where it enlarges a
+small picture to 3600 patches, and held to ``n``, the number that the published model asks for. Three ratios:
 
-- published: what each does for the published model, the peer at 3600 against ours at n;
+- published: each as it serves the published model, the peer at 3600 and ours at n;
 - same n:    both at n;
 - same 3600: both at 3600.
 """
@@ -55,7 +54,7 @@ def measure(width: int, height: int, rounds: int) -> dict:
     processor = Siglip2ImageProcessorPil()
 
     def peer(patches: int) -> torch.Tensor:
-        return processor(images=image, max_num_patches=patches, return_tensors="pt")["pixel_values"][0]
+        return processor.preprocess(image, max_num_patches=patches, return_tensors="pt")["pixel_values"][0]
 
     patches, grid = image_to_patches(image, MIN_PATCHES, MAX_PATCHES)
     if not torch.equal(patches, peer(n)[: len(patches)]):
@@ -82,7 +81,7 @@ def measure(width: int, height: int, rounds: int) -> dict:
 
 
 def run(rounds: int = 21) -> list[dict]:
-    """One record a size: grid, median milliseconds of both sides, and the three ratios of the module's text."""
+    """One record a size: grid, median milliseconds of both sides, and the three ratios described above."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -107,12 +106,9 @@ def main() -> None:
         size, grid = ("x".join(map(str, record[key])) for key in ("size", "grid"))
         cells = [f"{record[key]:9.2f}" for key in columns] + [f"{record[key]:8.1f}x" for key in ratios]
         print(f"{size:>11} {grid:>7} " + " ".join(cells))
-    print(
-        "milliseconds, median of interleaved calls, one thread. Ratios are peer over ours. published: peer at"
-    )
-    print(
-        "3600 patches, ours at n; same n: both at n; same 3600: both at 3600. resize n: Pillow's share of ours."
-    )
+    print("milliseconds, median of interleaved calls, one thread; ratios are peer over ours")
+    print("published: peer at 3600 patches, ours at n; same n: both at n; same 3600: both at 3600")
+    print("resize n: what Pillow's resize to the grid takes by itself")
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
 

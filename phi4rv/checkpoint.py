@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -93,6 +94,8 @@ def write(model: Phi4RV, processor: Processor, folder: Path) -> None:
         weight_map.update(dict.fromkeys(names, file))
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for file in dict.fromkeys(weight_map.values()):
+        shutil.copymode(folder / INDEX, folder / file)  # save_file leaves them readable to their owner alone
     dtype = next(k for k, v in DTYPES.items() if v == model.decoder.norm.weight.dtype)
     _write_json(folder / "config.json", {**model.config.to_dict(), "dtype": dtype})
     processor.write(folder)
@@ -131,7 +134,8 @@ def _check(folder: Path, tensors: dict[str, Path], model: Phi4RV) -> None:
         with _open(file) as shard:
             for name in shard.keys():
                 part = shard.get_slice(name)
-                headers[name] = (tuple(part.get_shape()), part.get_dtype(), file)
+                if name not in headers or file == tensors.get(name):  # the index says which of two counts
+                    headers[name] = (tuple(part.get_shape()), part.get_dtype(), file)
     wrong = []
     expected = {published_name(name): tuple(p.shape) for name, p in model.named_parameters()}
     for name, shape in expected.items():

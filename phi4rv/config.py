@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from phi4rv.errors import UserError
 
 PATCH_INPUTS = 768  # 16 x 16 pixels x 3 channels
 PUBLISHED_WINDOW = 16384  # the report's stage 3; the config's 32768 positions were never trained
+LARGEST = 2**24  # no size or position is near it; the product of two still fits 64 bits
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What the published code can express and this code does not compute: a checkpoint that asks for it is refused.
@@ -21,6 +23,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", None),
     "mm_projector_type": ("mlp2x_gelu", None),
     "partial_rotary_factor": (1.0, None),
+    "rope_parameters": (None,),  # rope_theta's place in transformers 5, not in the published layout
     "rope_scaling": (None,),
     "sliding_window": (None,),
     "tie_word_embeddings": (False, None),
@@ -90,13 +93,15 @@ class Config:
             if raw.get(key) not in allowed:
                 raise UserError(f"{name}: {key} is {raw[key]!r}, only {allowed[0]!r} is supported")
         vision_raw = raw.get("vision_config", {})
+        if not isinstance(vision_raw, dict):
+            raise UserError(f"{name}: vision_config is {vision_raw!r}, must be an object")
         if vision_raw.get("patch_size", 16) != 16:
             raise UserError(f"{name}: vision_config.patch_size is {vision_raw['patch_size']}, must be 16")
         if vision_raw.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
             raise UserError(f"{name}: vision_config.hidden_act must be 'gelu_pytorch_tanh'")
         vision = VisionConfig(**_known(VisionConfig, vision_raw, f"{name}: vision_config."))
         config = Config(**_known(Config, raw, f"{name}: "), vision=vision, raw=raw)
-        _check_heads(config, name)
+        _check(config, name)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,36 +137,43 @@ def _fields(cls: type) -> dict[str, Any]:
 
 def _known(cls: type, raw: dict[str, Any], where: str) -> dict[str, Any]:
     """The entries of ``raw`` that ``cls`` has, each a positive number where the default is one."""
-    values = {}
-    for key, spec in _fields(cls).items():
-        if raw.get(key) is None:
-            continue
-        value = raw[key]
-        if isinstance(spec.default, int | float):
-            whole = isinstance(spec.default, int)
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value < 0:
-                raise UserError(f"{where}{key} is {value!r}, must be a positive {'integer' if whole else 'number'}")
-        values[key] = value
+    values = {key: raw[key] for key in _fields(cls) if raw.get(key) is not None}
+    for key, value in values.items():
+        default = _fields(cls)[key].default
+        number = int if isinstance(default, int) else int | float
+        if isinstance(default, str):
+            fits, what = isinstance(value, str), "a string"
+        elif isinstance(value, bool) or not isinstance(value, number):
+            fits, what = False, "a number" if isinstance(default, float) else "an integer"
+        elif key.endswith("_token_id"):
+            fits, what = value >= 0, "0 or more"
+        else:
+            limit = LARGEST if isinstance(default, int) else math.inf
+            fits, what = 0 < value < limit, f"above 0 and below {limit}"
+        if not fits:
+            raise UserError(f"{where}{key} is {value!r}, must be {what}")
     return values
 
 
-def _check_heads(config: Config, name: str) -> None:
+def _check(config: Config, name: str) -> None:
     for part, hidden, heads in (
         ("", config.hidden_size, config.num_attention_heads),
         ("vision_config.", config.vision.hidden_size, config.vision.num_attention_heads),
     ):
-        if not heads or hidden % heads:
+        if hidden % heads:
             raise UserError(f"{name}: {part}hidden_size {hidden} is not a multiple of {heads} heads")
-    if not config.num_key_value_heads or config.num_attention_heads % config.num_key_value_heads:
+    if config.num_attention_heads % config.num_key_value_heads:
         raise UserError(
             f"{name}: {config.num_attention_heads} query heads cannot share {config.num_key_value_heads} key heads"
         )
     if config.head_dim % 2:
         raise UserError(f"{name}: head dim {config.head_dim} is odd, rotary embedding needs pairs")
+    if math.isqrt(config.vision.num_patches) ** 2 != config.vision.num_patches:
+        raise UserError(f"{name}: vision_config.num_patches is {config.vision.num_patches}, must be a square")
     if config.vision.num_hidden_layers < 2:
         raise UserError(f"{name}: vision_config.num_hidden_layers must be 2 or more")
-    if not 1 <= config.min_num_patches <= config.max_num_patches:
-        raise UserError(f"{name}: need 1 <= min_num_patches <= max_num_patches")
+    if config.min_num_patches > config.max_num_patches:
+        raise UserError(f"{name}: min_num_patches is over max_num_patches {config.max_num_patches}")
     if config.dtype not in DTYPES:
         raise UserError(f"{name}: dtype is {config.dtype!r}, must be one of {', '.join(DTYPES)}")
 
@@ -178,6 +190,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
+        raise UserError(f"{path}: broken JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object, holds {type(value).__name__}")
     return value

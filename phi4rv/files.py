@@ -20,6 +20,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     An older ``path`` is replaced only then. If anything fails, nothing of the new folder stays and the older one is
     untouched; what the system says of the disk becomes a UserError naming ``path``.
     """
+    path = path.resolve()  # of a link, its target is replaced
+    if not path.name or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path}: is not a folder that can be replaced")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -41,10 +44,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def replace_folder(new: Path, path: Path) -> None:
     """Renames ``new`` to ``path``; a folder that was there goes only after the new one is in place."""
+    if not path.exists():
+        new.rename(path)
+        return
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -61,7 +61,9 @@ class Processor:
             raise UserError(f"{name}/{TOKENIZER}: not a tokenizer file ({error})") from None
         largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= config.vocab_size:
-            raise UserError(f"{name}/{TOKENIZER}: token id {largest} is outside vocab_size {config.vocab_size}")
+            raise UserError(
+                f"{name}/{TOKENIZER}: token id {largest} is outside vocab_size {config.vocab_size}"
+            )
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.direct_token = next((s for s in DIRECT_SPELLINGS if s in vocabulary), DIRECT_SPELLINGS[0])
         specials = {
@@ -77,10 +79,14 @@ class Processor:
     @staticmethod
     def from_folder(folder: Path, config: Config) -> Processor:
         """Reads the files of FILES that the folder has."""
-        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-        for name in files:
-            if name.endswith(".json"):
-                read_json(folder / name)  # a broken one is reported with its line
+        files = {}
+        for path in (folder / name for name in FILES if (folder / name).is_file()):
+            if path.suffix == ".json":
+                read_json(path)  # a broken one is reported with its line
+            try:
+                files[path.name] = path.read_bytes()
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         return Processor(files, config, str(folder))
 
     def write(self, folder: Path) -> None:

@@ -1,11 +1,13 @@
 """Every operation in plain PyTorch: the definition that all kernels are held to, and what runs on a CPU.
 
 Shapes: T tokens or P patches in one packed row, H query heads, G key/value heads, D head dim, C channels.
-Each function takes any float dtype and returns the input's; sums that need it are taken in float32.
-Gradients are autograd's.
+Each function takes any float dtype and returns the input's; sums that need it are in float32, or in float64 of
+float64. Gradients are autograd's.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,13 @@ from torch import Tensor
 NO_LABEL = -100
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
+) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v inside each document of a packed row.
 
     q (T, H, D), k and v (T, G, D) with H a multiple of G: query head h reads key head h // (H // G).
@@ -22,7 +30,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     (kernels need it, this definition does not). Causal: a row sees itself and what precedes it in its document.
     Returns (T, H, D).
     """
-    outs = []
+    outs = [q[:0]]  # a row without documents is a row too
     for qd, kd, vd in zip(*(x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)), strict=True):
         outs.append(attend(qd, kd, vd, causal))
     return torch.cat(outs)
@@ -53,13 +61,15 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: T
     first lengths[b] - M + m + 1 rows. Returns (B, M, H, D).
     """
     spans = zip(starts.tolist(), lengths.tolist(), strict=True)
-    return torch.stack([attend(q[b], k[s : s + n], v[s : s + n], causal=True) for b, (s, n) in enumerate(spans)])
+    return torch.stack(
+        [attend(q[b], k[s : s + n], v[s : s + n], causal=True) for b, (s, n) in enumerate(spans)]
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """s = x + residual; s / sqrt(mean(s²) + eps) · weight, over the last dimension. Returns (normed, s)."""
     summed = x if residual is None else x + residual
-    s = summed.float()
+    s = _wide(summed)
     normed = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype), summed
 
@@ -81,7 +91,7 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
 
     Channel i is paired with i + D/2 (half-split, as in GPT-NeoX and Phi-3).
     """
-    a, b = qkv[:, :rotated].float().chunk(2, dim=-1)
+    a, b = _wide(qkv[:, :rotated]).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(qkv.dtype)
     return torch.cat([turned, qkv[:, rotated:]], dim=1)
@@ -104,17 +114,28 @@ def patch_embed(patches: Tensor, weight: Tensor, bias: Tensor, table: Tensor, gr
     The table is a square grid of N rows; it is resized in float32, bilinear, antialiased, half-pixel centres
     (SigLIP2 NaFlex, Tschannen et al. 2025). grids (I, 2): rows and columns of the images, in order. Returns (P, C).
     """
-    side = int(table.shape[0] ** 0.5)
-    square = table.float().view(side, side, -1).permute(2, 0, 1)[None]
     sizes = [tuple(grid) for grid in grids.tolist()]
-    resized = {
-        size: F.interpolate(square, size=size, mode="bilinear", antialias=True, align_corners=False)[0].flatten(1).T
-        for size in dict.fromkeys(sizes)
-    }
+    resized = {size: _resize(_wide(table), *size) for size in dict.fromkeys(sizes)}
     embedded = F.linear(patches.to(weight.dtype), weight, bias)
     if not sizes:
         return embedded
     return embedded + torch.cat([resized[size] for size in sizes]).to(embedded.dtype)
+
+
+def _resize(table: Tensor, rows: int, cols: int) -> Tensor:
+    """The rows of a square grid, (N, C), as those of rows × cols, (rows · cols, C)."""
+    # Not F.interpolate: on a CPU, PyTorch 2.13's is wrong where the result has one column.
+    side = math.isqrt(len(table))
+    down, across = (_triangles(side, size, table.device).to(table.dtype) for size in (rows, cols))
+    return (across @ (down @ table.view(side, -1)).view(rows, side, -1)).flatten(0, 1)
+
+
+def _triangles(old: int, new: int, device: torch.device) -> Tensor:
+    """(new, old) weights: a triangle around each new sample's centre, wider where samples would be skipped."""
+    scale = old / new
+    wanted, given = (torch.arange(n, dtype=torch.float64, device=device) + 0.5 for n in (new, old))
+    weights = (1 - (given - wanted[:, None] * scale).abs() / max(scale, 1.0)).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def projector(x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
@@ -134,7 +155,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tup
     multiplied. Returns (sum float32 scalar, count int64 scalar): the caller divides by the global batch's count.
     """
     labelled = (targets != NO_LABEL).nonzero().squeeze(1)
-    logits = F.linear(hidden[labelled], weight).float()
+    logits = _wide(F.linear(hidden[labelled], weight))
     return F.cross_entropy(logits, targets[labelled], reduction="sum"), labelled.new_tensor(len(labelled))
 
 

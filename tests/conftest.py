@@ -1,0 +1,28 @@
+"""What several test files share."""
+
+import shutil
+from pathlib import Path
+
+import parity
+import pytest
+import torch
+
+import phi4rv
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """The tiny checkpoint in the published layout."""
+    return parity.CHECKPOINT
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[phi4rv.Phi4RV, phi4rv.Processor]:
+    """Model and processor of the tiny checkpoint in float32; shared, so leave no ``.grad`` in it."""
+    return phi4rv.load(parity.CHECKPOINT, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint to write in."""
+    return shutil.copytree(checkpoint, tmp_path / "copy", ignore=shutil.ignore_patterns("expected", "images"))
