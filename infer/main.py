@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import phi4rv
 from infer.draw import draw_answer
 from infer.engine import Generation, generate
 from infer.sampling import Sampling
 from phi4rv.answers import pixel_box
 from phi4rv.chat import IMAGE_MARK, MODES
+from phi4rv.command import Parser, exit_status, usable_device
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
 from phi4rv.images import open_image
@@ -24,7 +23,7 @@ from phi4rv.ops import KERNELS
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m infer.main", description="Ask a checkpoint about pictures.")
+    parser = Parser(prog="python -m infer.main", description="Ask a checkpoint about pictures.")
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a folder in the published layout")
     add("--image", action="append", default=[], metavar="FILE", help="one for each <image> mark, in order")
@@ -112,12 +111,12 @@ def write_drawing(path: Path, generations: Sequence[Generation], processor: phi4
     if shown is None:
         raise UserError("--draw: there is no picture to draw on; give one with --image")
     answer = shown.answer(processor)
-    if not answer.boxes and not answer.points:
-        print("--draw: the answer names no box and no point; the picture is written as it is", file=sys.stderr)
     try:
         draw_answer(open_image(shown.prompt.images[0]), answer.boxes, answer.points).save(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--draw {path}: cannot be written ({error}); give a .png in a folder that exists") from None
+    if not answer.boxes and not answer.points:
+        print("--draw: the answer names no box and no point; the picture is written as it is", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -126,7 +125,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--draw: there is no picture to draw on; give one with --image")
     prompts = prompts_of(args)
     dtype = DTYPES[args.dtype] if args.dtype else None
-    model, processor = phi4rv.load(args.checkpoint, args.device, dtype, args.kernels)
+    device = usable_device(args.device) if args.device else None
+    model, processor = phi4rv.load(args.checkpoint, device, dtype, args.kernels)
     stream = Stream(processor) if not args.json and len(prompts) == 1 else None
     generations = generate(model, processor, prompts, args.max_new_tokens, sampling, stream)
     if stream:
@@ -141,15 +141,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        run(arguments(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"error: --device: out of GPU memory; a smaller --dtype or fewer prompts ({error})", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(arguments(argv)))
 
 
 if __name__ == "__main__":

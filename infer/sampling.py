@@ -37,10 +37,14 @@ def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator | 
     """
     if sampling.temperature == 0:
         return int(logits.argmax())
-    values, order = (logits / sampling.temperature).sort(descending=True, stable=True)
+    # In float64, and from the largest down: neither a tiny temperature nor a long tail may round to nothing.
+    below = (logits - logits.max()).double() / sampling.temperature
+    values, order = below.sort(descending=True, stable=True)
     if sampling.top_k:
         values, order = values[: sampling.top_k], order[: sampling.top_k]
     probabilities = values.softmax(0)
-    before = probabilities.cumsum(0) - probabilities
-    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)  # the first has 0 before it and stays
+    if sampling.top_p < 1:
+        before = probabilities.cumsum(0) - probabilities
+        # The first has 0 before it and stays.
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -11,6 +11,7 @@ from itertools import count, islice
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from phi4rv.answers import canonical_answer
 from phi4rv.batch import PackedBatch, Sample, pack
@@ -70,7 +71,8 @@ class Corpus:
             turns = list(record.turns)
             sample = self._tokens(turns, grids)
             shortened = False
-            while len(sample) > self.stage.sequence_length and self.stage.too_long == "shorten" and len(turns) > 2:
+            longest, shorten = self.stage.sequence_length, self.stage.too_long == "shorten"
+            while shorten and len(sample) > longest and _answers(turns) > 1:
                 # A question goes with its answer and its images, whole: nothing is cut inside.
                 del turns[-2:]
                 grids = grids[: sum(turn.content.count(IMAGE_MARK) for turn in turns)]
@@ -120,7 +122,7 @@ class Corpus:
 
     def _on_bad(self, message: str, where: str | None = None) -> None:
         if self._tally("bad", where or message):
-            print(f"skipped: {message}", file=sys.stderr)
+            tqdm.write(f"skipped: {message}", file=sys.stderr)  # print would write into the progress bar
 
     def _tally(self, what: str, where: str) -> bool:
         """Counts once per place; True the first time."""
@@ -129,6 +131,10 @@ class Corpus:
         self._counted.add((what, where))
         self.counts[what] += 1
         return True
+
+
+def _answers(turns: Sequence[Message]) -> int:
+    return sum(turn.role == "assistant" for turn in turns)
 
 
 Step = list[list[Planned]]
@@ -159,14 +165,17 @@ def run_steps(corpus: Corpus, seed: int) -> Callable[[], Iterator[Step]]:
     return begin
 
 
-def prefetch(source: Iterator[Step], corpus: Corpus, rank: int, world: int) -> Iterator[tuple[Step, list[PackedBatch]]]:
-    """Each step with this rank's share of it decoded, one step ahead of its use, on a thread."""
+Prepared = tuple[Step, list[PackedBatch], dict[str, int]]
 
-    def share(step: Step) -> tuple[Step, list[PackedBatch]]:
+
+def prefetch(source: Iterator[Step], corpus: Corpus, rank: int, world: int) -> Iterator[Prepared]:
+    """Each step, one ahead of its use, on a thread: this rank's share of it decoded, and the corpus's counts."""
+
+    def share(step: Step) -> Prepared:
         batches = [corpus.load(sequence) for sequence in step[rank::world]]
-        return step, [batch for batch in batches if batch is not None]
+        return step, [batch for batch in batches if batch is not None], dict(corpus.counts)
 
-    def following() -> tuple[Step, list[PackedBatch]] | None:
+    def following() -> Prepared | None:
         step = next(source, None)
         return None if step is None else share(step)
 

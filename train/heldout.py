@@ -11,7 +11,7 @@ from pathlib import Path
 
 from infer.engine import generate
 from phi4rv.answers import Answer, Box, parse_answer
-from phi4rv.chat import THINK
+from phi4rv.chat import IMAGE_MARK, THINK
 from phi4rv.model import Phi4RV
 from phi4rv.processor import Processor, Prompt
 from train.records import Record
@@ -22,17 +22,20 @@ TOGETHER = 50  # prompts in one prefill
 
 @dataclass(frozen=True)
 class Question:
-    """The first turn of a record: its prompt, in the mode of the right answer, and that answer."""
+    """The first question of a record, in the mode of its right answer, and that answer."""
 
     prompt: Prompt
     right: Answer
 
     @staticmethod
     def of(record: Record) -> Question:
-        asked, said = record.turns[0], record.turns[1]
-        right = parse_answer(said.content)
-        mode = "think" if said.content.lstrip().startswith(THINK) else "nothink"
-        return Question(Prompt(asked.content, record.images, mode), right)
+        number = next(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
+        *before, asked = record.turns[:number]
+        said = record.turns[number].content
+        images = record.images[: asked.content.count(IMAGE_MARK)]
+        mode = "think" if said.lstrip().startswith(THINK) else "nothink"
+        text = [*before, asked] if before else asked.content
+        return Question(Prompt(text, images, mode), parse_answer(said))
 
     def with_images(self, images: Sequence[Path]) -> Question:
         return Question(Prompt(self.prompt.text, images, self.prompt.mode), self.right)

@@ -11,6 +11,7 @@ import os
 import random
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 import phi4rv
 from phi4rv.checkpoint import load
+from phi4rv.command import Parser, exit_status, usable_device
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
@@ -39,7 +41,7 @@ METRICS = "metrics.jsonl"
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train/main.py", description=__doc__.split("\n")[0].split(": ")[1])
+    parser = Parser(prog="train/main.py", description=__doc__.split("\n")[0].split(": ")[1])
     add = parser.add_argument
     add("--stage", type=int, default=2, help="1 projector only, 2 instruction tuning, 3 long context and several images")
     add("--checkpoint", type=Path, metavar="DIR", help="published layout; without it a tiny model from random weights")
@@ -57,9 +59,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, kind in recipe.options().items():
         fields.add_argument("--" + name.replace("_", "-"), type=kind)
     args = parser.parse_args(argv)
-    for name in ("save_every", "seed"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} must be 0 or more")
+    if args.save_every < 0:
+        raise UserError(f"--save-every: {args.save_every} must be 0 or more")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed: {args.seed} must be in [0, 2^32)")
     return args
 
 
@@ -67,18 +70,15 @@ def join_ranks(device: torch.device) -> Ranks:
     """Joins torchrun's other processes, if there are any."""
     ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if ranks.world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait at the next exchange while the first saves and measures.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return ranks
 
 
 def pick_device(name: str | None) -> torch.device:
     if name is None and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name or "cpu")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: {name} cannot be used ({str(error).splitlines()[0]})") from None
+    device = usable_device(name or "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -99,6 +99,7 @@ def output_folder(args: argparse.Namespace) -> Path:
         (output / ".writable").unlink()
     except OSError as error:
         raise UserError(f"--output: {output} cannot be written ({error.strerror}); name another folder") from None
+    saving.remove_broken(output)
     return output
 
 
@@ -136,10 +137,9 @@ def starting_model(
 
 
 def measure(
-    model: Phi4RV, processor: Processor, heldout: Path, output: Path
+    model: Phi4RV, processor: Processor, questions: list[Question], output: Path
 ) -> dict[str, dict[str, float | int]]:
     """Scores on the held-out questions with their own pictures and with others', and the sheet of predictions."""
-    questions = [Question.of(record) for record in read_records(heldout)]
     given = answers(model, processor, questions)
     # Charts and screens come in no order; whoever looks at the sheet should see both.
     order = random.Random(0).sample(range(len(questions)), len(questions))
@@ -180,11 +180,13 @@ def run(args: argparse.Namespace) -> None:
     }
     if step:
         saving.resume(step, optimizer, told)
-        saving.trim_metrics(output / METRICS, optimizer.steps)
+        if ranks.first:
+            saving.trim_metrics(output / METRICS, optimizer.steps)
     elif args.resume and ranks.first:
         (output / METRICS).unlink(missing_ok=True)
         say(f"no step-N in {output} yet: starting at the beginning")
     corpus = Corpus(files, processor, stage, args.skip_bad)
+    questions = [Question.of(record) for record in read_records(heldout)] if heldout and ranks.first else []
     source = run_steps(corpus, args.seed)
     total = stage.max_steps or sum(1 for _ in source())
     parameters = sum(p.numel() for p in model.parameters())
@@ -205,7 +207,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         train(model, optimizer, corpus, source, total, ranks, on_step)
         if progress:
-            finish(model, processor, output, heldout, progress)
+            finish(model, processor, output, questions, progress)
             say(f"data: {corpus.summary()}")
     finally:
         if progress:
@@ -213,14 +215,17 @@ def run(args: argparse.Namespace) -> None:
     on_first(ranks, None)  # the others wait while the first measures
 
 
-def finish(model: Phi4RV, processor: Processor, output: Path, heldout: Path | None, progress: Progress) -> None:
+def finish(
+    model: Phi4RV, processor: Processor, output: Path, questions: list[Question], progress: Progress
+) -> None:
     """Model, loss curve and, where there is held-out data, its scores."""
     progress.bar.close()
     phi4rv.save(model, processor, output / saving.MODEL)
     steps = [entry for entry in read_metrics(output / METRICS) if "loss" in entry]
-    loss_curve(output / "loss.png", [e["step"] for e in steps], [e["loss"] for e in steps])
-    if heldout:
-        scores = measure(model, processor, heldout, output)
+    if steps:  # somebody may have taken metrics.jsonl away
+        loss_curve(output / "loss.png", [e["step"] for e in steps], [e["loss"] for e in steps])
+    if questions:
+        scores = measure(model, processor, questions, output)
         progress.write(scores)
         print(report(scores))
     print(f"written: {', '.join(str(p) for p in sorted(output.iterdir()) if not p.name.startswith('.'))}")
@@ -228,17 +233,10 @@ def finish(model: Phi4RV, processor: Processor, output: Path, heldout: Path | No
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        run(arguments(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; go on with --resume from the last save", file=sys.stderr)
-        return 130
+        return exit_status(lambda: run(arguments(argv)), "stopped; go on with --resume from the last save")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from phi4rv.errors import UserError
 from phi4rv.ops import Operations
 from train.recipe import Stage
 
@@ -54,12 +55,14 @@ class Optimizer:
     def step(self, lr: float, labelled: int) -> float:
         """Sums over ranks, divides by ``labelled`` (tokens of the global batch), clips, updates.
 
-        Returns the gradient's global norm before clipping.
+        Returns the gradient's global norm before clipping. UserError, and no update, if it is not finite.
         """
         if dist.is_initialized():
             dist.all_reduce(self.flat)
         self.flat.div_(labelled)
         norm = float(self.flat.norm())
+        if not math.isfinite(norm):
+            raise UserError(f"step {self.steps + 1}: the gradient's norm is {norm}; lower --lr")
         if norm > self.stage.clip:
             self.flat.mul_(self.stage.clip / norm)
         self.steps += 1

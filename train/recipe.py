@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -102,6 +103,9 @@ def _check(stage: Stage) -> None:
     for name in ("min_lr_ratio", "beta1", "beta2"):
         if not 0 <= getattr(stage, name) < 1:
             raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be in [0, 1)")
+    for name in ("lr", "warmup", "weight_decay"):
+        if math.isinf(getattr(stage, name)):
+            raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be a finite number")
 
 
 def _flag(name: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,24 @@ def save_step(
         state = {"step": optimizer.steps, "recipe": asdict(optimizer.stage), **run}
         (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
     return path
+
+
+def remove_broken(output: Path) -> None:
+    """Removes half-written folders that a killed run left in ``output``; those of a living process stay."""
+    for path in output.glob(".*.partial-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # of another user
+    return True
 
 
 def newest_step(output: Path) -> Path | None:

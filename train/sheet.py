@@ -33,7 +33,7 @@ def _tile(question: Question, answer: Answer) -> Image.Image:
     tile = Image.new("RGB", (TILE, TILE + TEXT), "white")
     picture = open_image(question.prompt.images[0])
     scale = (TILE - 10) / max(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
+    picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
     right = question.right
     good = right.text.lower() == answer.text.lower()
     if right.boxes:
@@ -42,7 +42,7 @@ def _tile(question: Question, answer: Answer) -> Image.Image:
         picture = draw_answer(picture, answer.boxes[:1], colour=GIVEN if good else WRONG)
     tile.paste(picture, (5, 5))
     pen, font = ImageDraw.Draw(tile), ImageFont.load_default(12)
-    asked = str(question.prompt.text).replace(IMAGE_MARK, "").strip()
+    asked = question.prompt.messages()[-1].content.replace(IMAGE_MARK, "").strip()
     lines = textwrap.wrap(asked, 40)[:3]
     pen.text((6, TILE + 2), "\n".join(lines), "black", font)
     below = TILE + 4 + 15 * len(lines)

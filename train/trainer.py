@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def train(
     """Runs from the optimizer's step count to ``total``; ``on_step`` gets each step's metrics (every rank calls it)."""
     start = optimizer.steps
     ahead = prefetch(islice(source(), start, total), corpus, ranks.rank, ranks.world)
-    for number, (step, batches) in enumerate(ahead, start + 1):
+    for number, (step, batches, skipped) in enumerate(ahead, start + 1):
         began = time.perf_counter()
         rate = learning_rate(optimizer.stage, number - 1, total)
         metrics = take_step(model, optimizer, batches, rate, ranks)
@@ -69,7 +70,7 @@ def train(
                 "seconds": seconds,
                 "tokens_per_second": counted["tokens"] / seconds,
                 "images_per_second": counted["images"] / seconds,
-                "skipped": dict(corpus.counts),
+                "skipped": skipped,
             }
         )
 
@@ -81,7 +82,8 @@ def take_step(
     sums = torch.zeros(2, dtype=torch.float64)  # loss, labelled tokens
     for batch in batches:
         loss, labelled = model.loss_sum(batch.to(model.device, non_blocking=True))
-        loss.backward()
+        if loss.requires_grad:  # not where stage 1 meets text alone: nothing that it trains was used
+            loss.backward()
         optimizer.accumulate()
         sums += torch.stack([loss.detach().double(), labelled.double()]).cpu()
     if ranks.world > 1:
@@ -91,8 +93,8 @@ def take_step(
     if not labelled_tokens:
         raise UserError("a step without a single labelled token: the data has no answers to learn from")
     loss_mean = total / labelled_tokens
-    if loss_mean != loss_mean:
-        raise UserError(f"step {optimizer.steps + 1}: the loss is nan; lower --lr, or look for a bad record")
+    if not math.isfinite(loss_mean):
+        raise UserError(f"step {optimizer.steps + 1}: the loss is {loss_mean}; lower --lr")
     norm = optimizer.step(rate, int(labelled_tokens))
     return {"loss": loss_mean, "grad_norm": norm, "labelled": labelled_tokens}
 

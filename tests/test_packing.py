@@ -1,0 +1,125 @@
+"""Filling sequences: the fullest subset, nothing lost, and 99 % of the default data's rows."""
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from phi4rv.chat import Message
+from train import recipe
+from train.packing import WINDOW, fill_sequences, fullest
+from train.synthetic import texts
+from train.synthetic.records import make_record
+from train.tiny import tiny_model
+
+
+def identity(n: int) -> int:
+    return n
+
+
+def fill(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Groups of indices into ``lengths``."""
+    return list(fill_sequences(range(len(lengths)), lengths.__getitem__, capacity))
+
+
+def best_sum(lengths: list[int], room: int) -> int:
+    subsets = itertools.product((0, 1), repeat=len(lengths))
+    sums = (sum(n for n, taken in zip(lengths, chosen, strict=True) if taken) for chosen in subsets)
+    return max(total for total in sums if total <= room)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_fullest_is_the_best_of_all_subsets(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 40) for _ in range(rng.randint(0, 9))]
+    room = rng.randint(0, 120)
+    taken = fullest(lengths, room)
+    assert taken == sorted(set(taken)), "an index twice, or out of order"
+    assert sum(lengths[i] for i in taken) == best_sum(lengths, room)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "room", "taken"),
+    [
+        ([], 10, []),
+        ([11, 12], 10, []),
+        ([3, 3, 3], 0, []),
+        ([10], 10, [0]),
+        ([5, 5, 5], 10, [0, 1]),  # the early ones among equals
+        ([9, 4, 6, 1], 10, [1, 2]),  # likewise: 9 and 1 came later to the same sum
+        ([7, 10**6, 3], 10, [0, 2]),
+    ],
+)
+def test_fullest_at_its_edges(lengths: list[int], room: int, taken: list[int]) -> None:
+    assert fullest(lengths, room) == taken
+
+
+@pytest.mark.parametrize(
+    ("count", "capacity"), [(0, 50), (1, 50), (127, 50), (128, 64), (700, 50), (700, 2048)]
+)
+def test_every_sample_once_and_no_row_too_long(count: int, capacity: int) -> None:
+    rng = random.Random(count)
+    lengths = [rng.randint(1, 50) for _ in range(count)]
+    groups = fill(lengths, capacity)
+    assert sorted(itertools.chain(*groups)) == list(range(count))
+    assert all(0 < sum(lengths[i] for i in group) <= capacity for group in groups)
+    assert groups == fill(lengths, capacity), "not deterministic"
+
+
+def test_order_is_nearly_kept() -> None:
+    """The oldest that waits is always in the next row, and nothing overtakes more than a window."""
+    rng = random.Random(3)
+    lengths = [rng.randint(1, 400) for _ in range(1000)]
+    waiting = set(range(1000))
+    for group in fill(lengths, 1000):
+        assert min(waiting) in group
+        assert max(group) - min(waiting) < 2 * WINDOW
+        assert group == sorted(group)
+        waiting -= set(group)
+
+
+def test_no_more_than_a_window_is_read_ahead() -> None:
+    read = 0
+
+    def endless() -> Iterator[int]:
+        nonlocal read
+        for read in itertools.count(1):
+            yield 1 + read * 7 % 90
+
+    given = 0
+    for group in itertools.islice(fill_sequences(endless(), identity, 100), 200):
+        given += len(group)
+        assert read - given < WINDOW
+
+
+@pytest.mark.parametrize("place", [0, 5, 400])
+def test_a_sample_over_the_capacity_is_an_error(place: int) -> None:
+    lengths = [10] * 500
+    lengths[place] = 101
+    with pytest.raises(ValueError, match="101 tokens does not fit a sequence of 100"):
+        fill(lengths, 100)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_model(0, texts())[1]
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_rows_of_the_default_data_are_99_percent_full(processor, number: int) -> None:
+    """Over all rows that do not meet the data's end: a run repeats the data, so it meets that end nowhere."""
+    stage = recipe.stage(number, True, {})
+    lengths = []
+    for index in range(800):
+        record = make_record(number, "train", 0, index)
+        grids = [processor.grid(*picture.draw().size) for picture in record.pictures]
+        turns = [
+            Message(r, t) for turn in record.turns for r, t in zip(("user", "assistant"), turn, strict=True)
+        ]
+        lengths.append(len(processor.tokens(turns, grids, labelled=True)))
+    groups = fill(lengths, stage.sequence_length)
+    inner = [group for group in groups if max(group) < len(lengths) - WINDOW]
+    filling = sum(lengths[i] for group in inner for i in group) / (len(inner) * stage.sequence_length)
+    assert len(inner) > 20
+    assert filling >= 0.99
