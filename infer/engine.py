@@ -17,6 +17,7 @@ from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
 from phi4rv.processor import Processor, Prompt
 
+GREEDY = Sampling()
 # Called with the number of a prompt and its new token, as each is made.
 OnToken = Callable[[int, int], None]
 
@@ -47,7 +48,7 @@ def generate(
     processor: Processor,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     on_token: OnToken | None = None,
 ) -> list[Generation]:
     """Answers to ``prompts``, in order; each ends at end-of-text, after max_new_tokens, or where the window ends.
@@ -59,10 +60,10 @@ def generate(
     began = time.perf_counter()
     batch = processor(prompts)
     lengths = batch.cu_seqlens.diff().long()
-    images = torch.bincount(torch.bucketize(batch.image_positions, batch.cu_seqlens[1:], right=True), minlength=len(lengths))
-    done = [
-        Generation(p, n, i) for p, n, i in zip(prompts, lengths.tolist(), images.tolist(), strict=True)
-    ]
+    images = torch.bincount(
+        torch.bucketize(batch.image_positions, batch.cu_seqlens[1:], right=True), minlength=len(lengths)
+    )
+    done = [Generation(p, n, i) for p, n, i in zip(prompts, lengths.tolist(), images.tolist(), strict=True)]
     room = (model.config.context - lengths).clamp(max=max_new_tokens)
     dtype = model.decoder.norm.weight.dtype
     cache = KVCache(model.config, lengths + room, dtype, model.device, model.ops)

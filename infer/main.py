@@ -59,10 +59,7 @@ def prompts_of(args: argparse.Namespace) -> list[phi4rv.Prompt]:
     if len(texts) == 1 and IMAGE_MARK not in texts[0]:
         texts = [f"{IMAGE_MARK}\n" * len(args.image) + texts[0]]
     images = [open_image(path) for path in args.image]
-    return [
-        phi4rv.Prompt(text, own, args.mode)
-        for text, own in zip(texts, split_images(texts, images), strict=True)
-    ]
+    return [phi4rv.Prompt(text, own, args.mode) for text, own in zip(texts, split_images(texts, images), strict=True)]
 
 
 def as_json(generation: Generation, processor: phi4rv.Processor) -> dict[str, Any]:

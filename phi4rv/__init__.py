@@ -1,8 +1,8 @@
 """Phi-4-reasoning-vision on packed sequences: load, prompt, run, save.
 
-    model, processor = phi4rv.load(path)
-    batch = processor([phi4rv.Prompt("<image>\\nWhere is Save?", images=[picture], mode="nothink")])
-    logits = model(batch)
+model, processor = phi4rv.load(path)
+batch = processor([phi4rv.Prompt("<image>\\nWhere is Save?", images=[picture], mode="nothink")])
+logits = model(batch)
 """
 
 from phi4rv.batch import PackedBatch, Sample, pack

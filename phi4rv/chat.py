@@ -120,9 +120,7 @@ class ChatTemplate:
             raise UserError(f"{name}:{error.lineno}: not a valid template: {_one_line(error)}") from error
         self._template = Template.from_code(environment, code, environment.make_globals(None))
 
-    def render(
-        self, messages: Sequence[Message], mode: str = "auto", add_generation_prompt: bool = True
-    ) -> Rendered:
+    def render(self, messages: Sequence[Message], mode: str = "auto", add_generation_prompt: bool = True) -> Rendered:
         """Render ``messages`` to the text that the model reads.
 
         With ``add_generation_prompt`` the text ends where the assistant's answer begins, followed by
@@ -145,9 +143,7 @@ class ChatTemplate:
             )
         return Rendered(text + self._suffix[mode], spans)
 
-    def _run(
-        self, messages: Sequence[Message], add_generation_prompt: bool, marks: tuple[str, str] = ("", "")
-    ) -> str:
+    def _run(self, messages: Sequence[Message], add_generation_prompt: bool, marks: tuple[str, str] = ("", "")) -> str:
         context = {
             **self._variables,
             "messages": [{"role": message.role, "content": message.content} for message in messages],
@@ -169,9 +165,7 @@ class ChatTemplate:
             trace = trace.tb_next
         return line
 
-    def _check_nothing_dropped(
-        self, messages: Sequence[Message], text: str, add_generation_prompt: bool
-    ) -> None:
+    def _check_nothing_dropped(self, messages: Sequence[Message], text: str, add_generation_prompt: bool) -> None:
         for number, message in enumerate(messages, 1):
             if message.role == "user" and message.content.strip() not in text:
                 raise UserError(f"{self.name}: the template drops or changes message {number}, from the user")
@@ -192,9 +186,7 @@ class ChatTemplate:
                     f"{self.name}: the template ignores system messages: write the instruction in the user's"
                 )
 
-    def _find_spans(
-        self, messages: Sequence[Message], text: str, add_generation_prompt: bool
-    ) -> list[tuple[int, int]]:
+    def _find_spans(self, messages: Sequence[Message], text: str, add_generation_prompt: bool) -> list[tuple[int, int]]:
         # Random marks cannot occur in a message. Where a filter of the template changes them, or they change
         # what it does, the marked text differs from the plain one and no span would be right.
         marks = (secrets.token_hex(16), secrets.token_hex(16))
@@ -236,9 +228,7 @@ def _check_messages(messages: Sequence[Message], add_generation_prompt: bool) ->
         if message.role not in ROLES:
             raise UserError(f"message {number} has the unknown role {message.role!r}: use {', '.join(ROLES)}")
         if message.role != "user" and IMAGE_MARK in message.content:
-            raise UserError(
-                f"message {number} ({message.role}) has an {IMAGE_MARK} mark: only the user shows images"
-            )
+            raise UserError(f"message {number} ({message.role}) has an {IMAGE_MARK} mark: only the user shows images")
     if add_generation_prompt and messages[-1].role != "user":
         raise UserError(f"the last message is from {messages[-1].role!r}: an answer follows a user's message")
 

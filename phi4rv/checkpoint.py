@@ -69,9 +69,7 @@ def load(
     return model, processor
 
 
-def empty_model(
-    config: Config, device: torch.device | str, dtype: torch.dtype, kernels: str | None = None
-) -> Phi4RV:
+def empty_model(config: Config, device: torch.device | str, dtype: torch.dtype, kernels: str | None = None) -> Phi4RV:
     """The model's shapes in ``dtype`` on the meta device, with the operations chosen for ``device``."""
     with torch.device("meta"):
         return Phi4RV(config, Operations(kernels, device)).to(dtype)
@@ -132,7 +130,7 @@ def _check(folder: Path, tensors: dict[str, Path], model: Phi4RV) -> None:
     headers = {}
     for file in dict.fromkeys(tensors.values()):
         with _open(file) as shard:
-            for name in shard.keys():
+            for name in shard.keys():  # noqa: SIM118 - a shard is no mapping
                 part = shard.get_slice(name)
                 if name not in headers or file == tensors.get(name):  # the index says which of two counts
                     headers[name] = (tuple(part.get_shape()), part.get_dtype(), file)

@@ -83,9 +83,7 @@ def _read(source: object, label: str, reader: Callable[[Image.Image, str], T]) -
     except UserError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise UserError(
-            f"{label}: not a picture in a format that can be read, such as PNG or JPEG"
-        ) from error
+        raise UserError(f"{label}: not a picture in a format that can be read, such as PNG or JPEG") from error
     # Decoders meet damaged data with exceptions of nearly every type, and all mean the same to the caller.
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -38,9 +38,7 @@ class Phi4RV(nn.Module):
     def hidden(self, batch: PackedBatch, attend: Attend | None = None) -> Tensor:
         """(T, C): the input of the output layer. ``attend`` replaces packed causal attention (a cache does)."""
         x = embed(self.decoder, batch.input_ids, self.encode_images(batch), batch.image_positions)
-        return self.decoder(
-            x, batch.positions, attend or packed(self.ops, batch.cu_seqlens, batch.max_seqlen)
-        )
+        return self.decoder(x, batch.positions, attend or packed(self.ops, batch.cu_seqlens, batch.max_seqlen))
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """(T, V) float32 logits of every position."""
@@ -48,9 +46,7 @@ class Phi4RV(nn.Module):
 
     def loss_sum(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Summed cross entropy over the labelled tokens (float32) and their count (int64)."""
-        return self.ops.linear_cross_entropy(
-            self.hidden(batch), self.decoder.lm_head.weight, batch.targets()
-        )
+        return self.ops.linear_cross_entropy(self.hidden(batch), self.decoder.lm_head.weight, batch.targets())
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Mean over the labelled tokens of this batch; nan if there is none."""

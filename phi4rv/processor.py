@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -61,9 +62,7 @@ class Processor:
             raise UserError(f"{name}/{TOKENIZER}: not a tokenizer file ({error})") from None
         largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= config.vocab_size:
-            raise UserError(
-                f"{name}/{TOKENIZER}: token id {largest} is outside vocab_size {config.vocab_size}"
-            )
+            raise UserError(f"{name}/{TOKENIZER}: token id {largest} is outside vocab_size {config.vocab_size}")
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.direct_token = next((s for s in DIRECT_SPELLINGS if s in vocabulary), DIRECT_SPELLINGS[0])
         specials = {
@@ -167,5 +166,5 @@ def with_patches(sample: Sample, patches: Sequence[torch.Tensor]) -> Sample:
 def _segments(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
     """``text`` cut at the spans: (piece, whether the assistant wrote it), empty pieces left out."""
     cuts = [0, *(edge for span in spans for edge in span), len(text)]
-    pieces = [(text[a:b], number % 2 == 1) for number, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))]
+    pieces = [(text[a:b], number % 2 == 1) for number, (a, b) in enumerate(pairwise(cuts))]
     return [piece for piece in pieces if piece[0]]

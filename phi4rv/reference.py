@@ -20,9 +20,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
-) -> Tensor:
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v inside each document of a packed row.
 
     q (T, H, D), k and v (T, G, D) with H a multiple of G: query head h reads key head h // (H // G).
@@ -61,9 +59,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: T
     first lengths[b] - M + m + 1 rows. Returns (B, M, H, D).
     """
     spans = zip(starts.tolist(), lengths.tolist(), strict=True)
-    return torch.stack(
-        [attend(q[b], k[s : s + n], v[s : s + n], causal=True) for b, (s, n) in enumerate(spans)]
-    )
+    return torch.stack([attend(q[b], k[s : s + n], v[s : s + n], causal=True) for b, (s, n) in enumerate(spans)])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -46,9 +46,7 @@ def small_model(seed: int = 0, context: int = 1024) -> tuple[phi4rv.Phi4RV, Proc
     """200 k float32 parameters, with the tokenizer of the tiny checkpoint and a short chat template."""
     config = small_config(context)
     files = {p.name: p.read_bytes() for p in PUBLISHED.iterdir() if p.suffix == ".json"}
-    files = {
-        name: files[name] for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-    }
+    files = {name: files[name] for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")}
     files["chat_template.jinja"] = (ROOT / "train" / "tiny_chat_template.jinja").read_bytes()
     model = empty_model(config, "cpu", torch.float32).to_empty(device="cpu")
     initialise(model, seed)

@@ -115,9 +115,7 @@ def test_published_spans_are_the_answers() -> None:
     rendered = ChatTemplate(PUBLISHED).render(CHAT, add_generation_prompt=False)
     answers = [m.content + "<|im_end|>" for m in CHAT if m.role == "assistant"]
     assert [rendered.text[start:end] for start, end in rendered.spans] == answers
-    assert all(
-        rendered.text[:start].endswith("<|im_start|>assistant<|im_sep|>\n") for start, _ in rendered.spans
-    )
+    assert all(rendered.text[:start].endswith("<|im_start|>assistant<|im_sep|>\n") for start, _ in rendered.spans)
     assert all(end <= start for (_, end), (start, _) in pairwise(rendered.spans))
 
 
@@ -150,9 +148,7 @@ def test_span_inside_a_macro_and_an_empty_block() -> None:
         "{% for m in messages %}{{ say(m) }}{% generation %}{% endgeneration %}{% endfor %}"
     )
     chat = [Message("user", "q"), Message("assistant", "aa")]
-    assert ChatTemplate(source).render(chat, add_generation_prompt=False) == Rendered(
-        "<q><aa>", [(1, 2), (4, 6)]
-    )
+    assert ChatTemplate(source).render(chat, add_generation_prompt=False) == Rendered("<q><aa>", [(1, 2), (4, 6)])
 
 
 @pytest.mark.parametrize(
@@ -268,9 +264,7 @@ def test_failing_templates_name_file_and_line(expression: str, error: str) -> No
 
 
 def test_asking_whether_something_exists_is_fine() -> None:
-    source = (
-        "{% if tools %}x{% endif %}{% if messages[0].calls is defined %}y{% endif %}{{ a | default('z') }}"
-    )
+    source = "{% if tools %}x{% endif %}{% if messages[0].calls is defined %}y{% endif %}{{ a | default('z') }}"
     assert ChatTemplate(source + "{{ messages[0].content }}").render(QUESTION).text == "zhi"
 
 
@@ -281,9 +275,7 @@ def test_tojson_does_not_escape_for_html() -> None:
 
 def test_a_template_is_reusable_and_keeps_no_state() -> None:
     template = ChatTemplate(PUBLISHED)
-    assert template.render(CHAT, add_generation_prompt=False) == template.render(
-        CHAT, add_generation_prompt=False
-    )
+    assert template.render(CHAT, add_generation_prompt=False) == template.render(CHAT, add_generation_prompt=False)
     assert template.render(QUESTION).spans == []
 
 

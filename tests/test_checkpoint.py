@@ -56,9 +56,7 @@ def test_every_tensor_survives(checkpoint: Path, tmp_path: Path, dtype: torch.dt
     for name, tensor in original.items():
         assert found[name].dtype == dtype
         assert torch.equal(found[name], tensor.to(dtype)), name
-    phi4rv.save(
-        *phi4rv.load(tmp_path / "a", device="cpu"), tmp_path / "b"
-    )  # the saved config says which dtype
+    phi4rv.save(*phi4rv.load(tmp_path / "a", device="cpu"), tmp_path / "b")  # the saved config says which dtype
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
@@ -115,9 +113,7 @@ def test_transformers_reads_what_is_saved(tiny: Tiny, saved: Path) -> None:
         ).hidden_states[-2][0]
         assert relative(model.vision(batch), features) < 1e-4
     tokenizer = PreTrainedTokenizerFast.from_pretrained(saved)
-    rendered = processor.template.render(
-        Prompt("What is 1+1?").messages(), "auto", add_generation_prompt=True
-    ).text
+    rendered = processor.template.render(Prompt("What is 1+1?").messages(), "auto", add_generation_prompt=True).text
     assert tokenizer.encode(rendered, add_special_tokens=False) == text.input_ids.tolist()
 
 
@@ -220,9 +216,7 @@ def test_a_failing_save_leaves_nothing(tiny: Tiny, saved: Path, monkeypatch: pyt
         assert [f.name for f in saved.parent.iterdir()] == ["saved"] and files_of(saved) == before
 
 
-def test_an_interrupted_swap_puts_the_old_folder_back(
-    tiny: Tiny, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_swap_puts_the_old_folder_back(tiny: Tiny, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, rename = files_of(saved), Path.rename
 
     def fails_for_the_new_one(self: Path, target: Path) -> None:
@@ -259,9 +253,7 @@ def test_a_disk_that_is_really_full(tiny: Tiny, tmp_path: Path) -> None:
         subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_an_older_folder_is_replaced_whole(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_older_folder_is_replaced_whole(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "real"
     target.mkdir()
     (target / "old").write_text("old")

@@ -34,9 +34,7 @@ def image(tmp_path: Path) -> Path:
 def script(monkeypatch: pytest.MonkeyPatch, *texts: str | list[int]) -> list[list[int]]:
     """Makes the model answer ``texts``, prompt by prompt in turn, and stop. Returns their token ids."""
     encode = small_model()[1].tokenizer.encode
-    wanted = [
-        text if isinstance(text, list) else encode(text, add_special_tokens=False).ids for text in texts
-    ]
+    wanted = [text if isinstance(text, list) else encode(text, add_special_tokens=False).ids for text in texts]
     lines = [iter([*ids, END]) for ids in wanted]
 
     def turns() -> Iterator[int]:
@@ -197,9 +195,7 @@ def test_draw_without_a_box_says_so(
     script(monkeypatch, "I cannot see it.")
     assert ask(checkpoint, "--prompt", "Where?", "--image", image, "--draw", image.parent / "drawn.png") == 0
     assert "names no box" in capsys.readouterr().err
-    difference = ImageChops.difference(
-        Image.open(image.parent / "drawn.png"), Image.open(image).convert("RGB")
-    )
+    difference = ImageChops.difference(Image.open(image.parent / "drawn.png"), Image.open(image).convert("RGB"))
     assert difference.getbbox() is None
 
 
@@ -291,9 +287,7 @@ def test_the_program_itself(checkpoint: Path, image: Path, tmp_path: Path) -> No
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "infer.main", *map(str, arguments)]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-        )
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
 
     asked = [
         "--checkpoint",

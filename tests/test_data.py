@@ -125,9 +125,7 @@ def test_shortening_keeps_one_answer_behind_a_system_turn(processor: Processor, 
     made["conversations"][0].insert(0, {"from": "system", "value": "Be brief."})
     files = dict(processor.files)
     template = files["chat_template.jinja"].decode()
-    system = (
-        "{% if message['role'] == 'system' %}\n{{ message['content'] }}\n{% endif %}\n{% if message['role']"
-    )
+    system = "{% if message['role'] == 'system' %}\n{{ message['content'] }}\n{% endif %}\n{% if message['role']"
     files["chat_template.jinja"] = template.replace("{% if message['role']", system, 1).encode()
     file, reader = write_jsonl(tmp_path / "d.jsonl", [made]), Processor(files, processor.config)
     for room in range(1, 60):
@@ -140,9 +138,7 @@ def test_shortening_keeps_one_answer_behind_a_system_turn(processor: Processor, 
 
 def test_nothing_usable_says_so(processor: Processor, tmp_path: Path) -> None:
     corpus = Corpus([mixed_data(tmp_path, 6)], processor, options(sequence_length=8))
-    with pytest.raises(
-        UserError, match=r"--sequence-length: none of the 6 records .* 8 tokens \(6 dropped\)"
-    ):
+    with pytest.raises(UserError, match=r"--sequence-length: none of the 6 records .* 8 tokens \(6 dropped\)"):
         next(corpus.epoch(0, 0))
 
 

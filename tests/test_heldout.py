@@ -162,9 +162,7 @@ def test_the_sheet_of_no_question(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "sheet.png").width > 0
 
 
-@pytest.mark.parametrize(
-    "losses", [[2.0], [3.0, 1.0], [0.0, 0.0, 0.0], [float(i % 7) for i in range(200)]], ids=len
-)
+@pytest.mark.parametrize("losses", [[2.0], [3.0, 1.0], [0.0, 0.0, 0.0], [float(i % 7) for i in range(200)]], ids=len)
 def test_loss_curve(tmp_path: Path, losses: list[float]) -> None:
     loss_curve(tmp_path / "loss.png", range(1, len(losses) + 1), losses)
     curve = Image.open(tmp_path / "loss.png").convert("RGB")

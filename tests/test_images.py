@@ -147,9 +147,7 @@ def test_open_image_returns_upright_rgb_as_it_is() -> None:
 
 # --- orientation -----------------------------------------------------------------------------------------
 
-CORNERS = np.array(
-    [[[250, 0, 0], [0, 250, 0], [0, 0, 250]], [[90, 90, 0], [0, 90, 90], [90, 0, 90]]], np.uint8
-)
+CORNERS = np.array([[[250, 0, 0], [0, 250, 0], [0, 0, 250]], [[90, 90, 0], [0, 90, 90], [90, 0, 90]]], np.uint8)
 # EXIF 2.32, tag 0x0112: how the stored rows and columns lie in the picture that a viewer shows.
 UPRIGHT = {
     1: lambda a: a,
@@ -206,9 +204,7 @@ def test_unreadable_metadata_is_no_orientation() -> None:
 # --- animations and large pictures -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("format", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})]
-)
+@pytest.mark.parametrize(("format", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})])
 def test_first_frame_of_an_animation(format: str, options: dict) -> None:
     frames = [Image.new("RGB", (8, 6), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
@@ -230,12 +226,7 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("pillow_limit", [Image.MAX_IMAGE_PIXELS, None])

@@ -120,9 +120,7 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_asked(small, prompts: lis
     assert ids(generate(model, processor, [prompts[0], prompts[2]], 15, WARM))[0] == alone
     second = dataclasses.replace(WARM, seed=WARM.seed + 1)
     other = ids(generate(model, processor, [prompts[3], prompts[0]], 15, WARM))[1]
-    assert other == ids(generate(model, processor, prompts[:1], 15, second))[0], (
-        "prompt i draws with seed + i"
-    )
+    assert other == ids(generate(model, processor, prompts[:1], 15, second))[0], "prompt i draws with seed + i"
     assert other != alone
 
 

@@ -55,9 +55,7 @@ def test_fullest_at_its_edges(lengths: list[int], room: int, taken: list[int]) -
     assert fullest(lengths, room) == taken
 
 
-@pytest.mark.parametrize(
-    ("count", "capacity"), [(0, 50), (1, 50), (127, 50), (128, 64), (700, 50), (700, 2048)]
-)
+@pytest.mark.parametrize(("count", "capacity"), [(0, 50), (1, 50), (127, 50), (128, 64), (700, 50), (700, 2048)])
 def test_every_sample_once_and_no_row_too_long(count: int, capacity: int) -> None:
     rng = random.Random(count)
     lengths = [rng.randint(1, 50) for _ in range(count)]
@@ -114,9 +112,7 @@ def test_rows_of_the_default_data_are_99_percent_full(processor, number: int) ->
     for index in range(800):
         record = make_record(number, "train", 0, index)
         grids = [processor.grid(*picture.draw().size) for picture in record.pictures]
-        turns = [
-            Message(r, t) for turn in record.turns for r, t in zip(("user", "assistant"), turn, strict=True)
-        ]
+        turns = [Message(r, t) for turn in record.turns for r, t in zip(("user", "assistant"), turn, strict=True)]
         lengths.append(len(processor.tokens(turns, grids, labelled=True)))
     groups = fill(lengths, stage.sequence_length)
     inner = [group for group in groups if max(group) < len(lengths) - WINDOW]

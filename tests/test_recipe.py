@@ -53,9 +53,7 @@ def test_the_stages_are_the_reports(number: int) -> None:
     assert {key: chosen[key] for key in REPORT[number]} == REPORT[number]
     assert chosen["max_steps"] == 0
     assert chosen["too_long"] == "drop"
-    assert set(chosen) == {*REPORT[number], "max_steps", "too_long"}, (
-        "a field that no table was compared with"
-    )
+    assert set(chosen) == {*REPORT[number], "max_steps", "too_long"}, "a field that no table was compared with"
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -92,17 +90,10 @@ def test_every_field_but_the_trained_parts_is_an_option() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(
-            (name, value)
-            for name in ("lr", "clip", "global_batch", "sequence_length", "epochs")
-            for value in (0, -1)
-        ),
+        *((name, value) for name in ("lr", "clip", "global_batch", "sequence_length", "epochs") for value in (0, -1)),
         *((name, -1) for name in ("warmup", "weight_decay", "max_steps")),
         *((name, value) for name in ("min_lr_ratio", "beta1", "beta2") for value in (-0.1, 1, 1.5)),
-        *(
-            (name, math.nan)
-            for name in ("lr", "clip", "warmup", "weight_decay", "min_lr_ratio", "beta1", "beta2")
-        ),
+        *((name, math.nan) for name in ("lr", "clip", "warmup", "weight_decay", "min_lr_ratio", "beta1", "beta2")),
         *((name, math.inf) for name in ("lr", "warmup", "weight_decay")),
         ("schedule", "linear"),
         ("too_long", "cut"),

@@ -104,9 +104,7 @@ def test_the_last_line_may_lack_its_line_break(tmp_path: Path) -> None:
 def test_image_paths(tmp_path: Path) -> None:
     (tmp_path / "a b.png").write_bytes(b"x")
     (tmp_path / "deep").mkdir()
-    lines = [
-        {"image": name, "conversations": [HUMAN, GPT]} for name in ("../a b.png", str(tmp_path / "a b.png"))
-    ]
+    lines = [{"image": name, "conversations": [HUMAN, GPT]} for name in ("../a b.png", str(tmp_path / "a b.png"))]
     path = write(tmp_path / "deep", *lines)
     assert [record.images for record in read_records(path)] == [
         [tmp_path / "deep" / "../a b.png"],

@@ -86,9 +86,7 @@ def test_decode_attention(new: int) -> None:
 
 
 def naive_rms_norm(s: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return (
-        torch.stack([row / math.sqrt(row.dot(row) / len(row) + eps) for row in s.double()]) * weight.double()
-    )
+    return torch.stack([row / math.sqrt(row.dot(row) / len(row) + eps) for row in s.double()]) * weight.double()
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -115,9 +113,7 @@ def test_layer_norm() -> None:
     x, weight, bias = random(3, 40) + 5, random(40, seed=1), random(40, seed=2)
     wide = x.double()
     centred = wide - wide.sum(1, keepdim=True) / 40
-    expected = (
-        centred / (centred.pow(2).sum(1, keepdim=True) / 40 + 1e-6).sqrt() * weight.double() + bias.double()
-    )
+    expected = centred / (centred.pow(2).sum(1, keepdim=True) / 40 + 1e-6).sqrt() * weight.double() + bias.double()
     assert relative(reference.layer_norm(x, weight, bias, 1e-6), expected) < F32
 
 
@@ -173,16 +169,12 @@ def resized(table: Tensor, rows: int, cols: int) -> Tensor:
 
 
 @pytest.mark.parametrize("side", [1, 4, 16])
-@pytest.mark.parametrize(
-    "grids", [[(1, 1)], [(4, 4), (1, 9), (4, 4), (3, 2)], [(9, 1), (17, 15)], [(2, 40)], []]
-)
+@pytest.mark.parametrize("grids", [[(1, 1)], [(4, 4), (1, 9), (4, 4), (3, 2)], [(9, 1), (17, 15)], [(2, 40)], []])
 def test_patch_embed(grids: list[tuple[int, int]], side: int) -> None:
     counts = [rows * cols for rows, cols in grids]
     patches, weight, bias = random(sum(counts), 768), random(10, 768, seed=1), random(10, seed=2)
     table = 30 * random(side * side, 10, seed=3)  # as large as the projected patches
-    ours = reference.patch_embed(
-        patches, weight, bias, table, torch.tensor(grids, dtype=torch.int32).view(-1, 2)
-    )
+    ours = reference.patch_embed(patches, weight, bias, table, torch.tensor(grids, dtype=torch.int32).view(-1, 2))
     projected = patches.double() @ weight.double().T + bias.double()
     for x, part, grid in zip(ours.split(counts), projected.split(counts), grids, strict=True):
         assert relative(x, part + resized(table, *grid)) < F32
@@ -208,9 +200,7 @@ def test_scatter_rows() -> None:
     expected = [values[[4, 1].index(i)] if i in (4, 1) else row[i] for i in range(6)]
     assert torch.equal(reference.scatter_rows(row, values, index), torch.stack(expected))
     assert torch.equal(reference.scatter_rows(row, values[:0], index[:0]), row)
-    grad_row, grad_values = torch.autograd.grad(
-        reference.scatter_rows(row, values, index).sum(), (row, values)
-    )
+    grad_row, grad_values = torch.autograd.grad(reference.scatter_rows(row, values, index).sum(), (row, values))
     assert grad_row[:, 0].tolist() == [1, 0, 1, 1, 0, 1] and grad_values.unique().tolist() == [1]
 
 
@@ -252,9 +242,7 @@ def test_choosing_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Operations("torch").rms_norm is reference.rms_norm
     assert set(Operations("torch").chosen) == set(Operations().chosen)
     assert str(Operations("torch")) == "torch: " + ", ".join(Operations("torch").chosen)
-    with pytest.raises(
-        UserError, match=r"^--kernels: 'cudnn' is unknown, must be one of auto, torch, triton, cuda$"
-    ):
+    with pytest.raises(UserError, match=r"^--kernels: 'cudnn' is unknown, must be one of auto, torch, triton, cuda$"):
         Operations("cudnn")
     monkeypatch.setenv("PHI4RV_KERNELS", "fast")
     with pytest.raises(UserError, match=r"^PHI4RV_KERNELS: 'fast' is unknown"):
@@ -266,9 +254,7 @@ def test_choosing_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["triton", "cuda"])
 def test_kernels_that_cannot_run_on_a_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        UserError, match=rf"^--kernels: \w+ (has no {kind} implementation|cannot run as {kind})"
-    ):
+    with pytest.raises(UserError, match=rf"^--kernels: \w+ (has no {kind} implementation|cannot run as {kind})"):
         Operations(kind, "cpu")
     monkeypatch.setenv("PHI4RV_KERNELS", kind)
     with pytest.raises(UserError, match=rf"^PHI4RV_KERNELS: \w+ (has no {kind}|cannot run as {kind})"):

@@ -248,9 +248,7 @@ def test_only_whole_saves_count(tmp_path: Path) -> None:
     assert saving.newest_step(tmp_path / "none") is None
 
 
-def test_bfloat16_resumes_from_its_masters(
-    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bfloat16_resumes_from_its_masters(inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model folder holds rounded weights; what was below their rounding is in the optimizer's file."""
     line = [*inputs, "--dtype", "bfloat16", "--lr", "1e-4"]
     assert main([*line, "--output", str(tmp_path / "whole")]) == 0
@@ -261,6 +259,4 @@ def test_bfloat16_resumes_from_its_masters(
     assert_same_run(tmp_path / "out", tmp_path / "whole")
     state = json.loads((tmp_path / "out/step-6/state.json").read_text())
     assert state["dtype"] == "torch.bfloat16"
-    assert any(
-        name.startswith("master/") for name in load_file(tmp_path / "out/step-6/optimizer.safetensors")
-    )
+    assert any(name.startswith("master/") for name in load_file(tmp_path / "out/step-6/optimizer.safetensors"))

@@ -48,9 +48,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
-def test_probabilities_are_exact(
-    monkeypatch: pytest.MonkeyPatch, temperature: float, top_k: int, top_p: float
-) -> None:
+def test_probabilities_are_exact(monkeypatch: pytest.MonkeyPatch, temperature: float, top_k: int, top_p: float) -> None:
     """What is handed to the draw, which here takes a place for a generator and picks it."""
     found = [0.0] * len(LOGITS)
     shares: list[float] = []

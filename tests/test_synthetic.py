@@ -219,9 +219,7 @@ def centre_of(element: Element, screen: Screen) -> tuple[float, float]:
 def test_a_name_that_fits_two_elements_is_not_used() -> None:
     style = Style((160, 128), dark=False, shade=240)
     top, bottom = (10, 20, 60, 40), (10, 100, 60, 120)
-    red, blue = (
-        Element("button", c, b, n, 11, "") for c, b, n in (("red", top, "Save"), ("blue", bottom, "Open"))
-    )
+    red, blue = (Element("button", c, b, n, 11, "") for c, b, n in (("red", top, "Save"), ("blue", bottom, "Open")))
     screen = Screen(style, "Maps", (red, blue))
     assert screen.fitting(Description("button")) == [red, blue]
     names = {str(screen.name_for(Random(seed), red)) for seed in range(200)}

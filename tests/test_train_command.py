@@ -63,9 +63,7 @@ def assert_opens(path: Path) -> None:
         assert min(image.size) > 100
 
 
-def test_a_short_run_leaves_everything(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_short_run_leaves_everything(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, output = mixed_data(tmp_path), tmp_path / "deep" / "out"
     heldout = write_jsonl(tmp_path / "heldout.jsonl", mixed_records(tmp_path, 5))
     assert small_run(checkpoint, data, output, "--save-every", 2, "--heldout", heldout) == 0
@@ -134,9 +132,7 @@ def test_epochs_without_max_steps(checkpoint: Path, tmp_path: Path) -> None:
     assert {entry["steps"] for entry in entries} == {len(entries)}
 
 
-def test_skip_bad_is_counted_and_told(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_skip_bad_is_counted_and_told(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = picture(tmp_path, "cut.png", 300, 200)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:300])
     bad = ["{", record("<image>", "A.", "gone.png"), record("<image> What?", "A.", name)]
@@ -166,9 +162,7 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_LINES)
-def test_a_bad_line_is_named(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_a_bad_line_is_named(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     line, words = BAD_LINES[kind]
     picture(tmp_path, "a.png", 40, 40)
     data = write_jsonl(tmp_path / "d.jsonl", [GOOD, line, GOOD])

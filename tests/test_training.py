@@ -77,9 +77,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_only_what_the_assistant_wrote_is_labelled(tmp_path: Path) -> None:
     _, processor = small_model()
-    first = record(
-        "<image>\nWhere?", "<think>Left.</think>[0.1, 0.2, 0.3, 0.4]", picture(tmp_path, "a.png", 50, 40)
-    )
+    first = record("<image>\nWhere?", "<think>Left.</think>[0.1, 0.2, 0.3, 0.4]", picture(tmp_path, "a.png", 50, 40))
     second = record("And now?", "<notthink>Nowhere.")
     first["conversations"][0] += second["conversations"][0]
     [batch] = batches(processor, write_jsonl(tmp_path / "one.jsonl", [first]), [[0]])
@@ -114,9 +112,7 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens(file: Path) -> None:
     )
     assert metrics["labelled"] == labelled
     assert metrics["loss"] == pytest.approx(nll / labelled, rel=LOSS)
-    assert metrics["loss"] != pytest.approx(sum(per_document) / 8, rel=1e-3), (
-        "the case does not tell the means apart"
-    )
+    assert metrics["loss"] != pytest.approx(sum(per_document) / 8, rel=1e-3), "the case does not tell the means apart"
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,7 @@ def small(vision: VisionConfig) -> Config:
 
 def published_state(model: Phi4RV, prefix: str) -> dict[str, Tensor]:
     """Parameters under ``prefix`` of this code's names, by their published names."""
-    return {
-        published_name(n): p.detach().clone() for n, p in model.named_parameters() if n.startswith(prefix)
-    }
+    return {published_name(n): p.detach().clone() for n, p in model.named_parameters() if n.startswith(prefix)}
 
 
 def phi3(model: Phi4RV) -> Phi3ForCausalLM:
@@ -147,9 +145,7 @@ def test_decoder_on_long_text(length: int, config: Config) -> None:
     model = random_model(config)
     sample = document(length, config.vocab_size)
     with torch.no_grad():
-        assert (
-            relative(model(pack([sample])), phi3(model)(input_ids=sample.input_ids[None]).logits[0]) < BOUND
-        )
+        assert relative(model(pack([sample])), phi3(model)(input_ids=sample.input_ids[None]).logits[0]) < BOUND
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -95,9 +95,7 @@ class Corpus:
                 grids = planned.sample.grids.tolist()
                 images = [open_image(path) for path in planned.record.images[: len(grids)]]
                 samples.append(
-                    with_patches(
-                        planned.sample, [patchify(i, *grid) for i, grid in zip(images, grids, strict=True)]
-                    )
+                    with_patches(planned.sample, [patchify(i, *grid) for i, grid in zip(images, grids, strict=True)])
                 )
             except UserError as error:
                 self._bad(planned.record, error)
@@ -109,9 +107,7 @@ class Corpus:
 
     def _tokens(self, turns: Sequence[Message], grids: Sequence[tuple[int, int]]) -> Sample:
         direct = self.processor.direct_token
-        said = [
-            Message(t.role, canonical_answer(t.content, direct)) if t.role == "assistant" else t for t in turns
-        ]
+        said = [Message(t.role, canonical_answer(t.content, direct)) if t.role == "assistant" else t for t in turns]
         return self.processor.tokens(said, grids, labelled=True)
 
     def _bad(self, record: Record, error: UserError) -> None:

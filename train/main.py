@@ -43,12 +43,34 @@ METRICS = "metrics.jsonl"
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="train/main.py", description=__doc__.split("\n")[0].split(": ")[1])
     add = parser.add_argument
-    add("--stage", type=int, default=2, help="1 projector only, 2 instruction tuning, 3 long context and several images")
-    add("--checkpoint", type=Path, metavar="DIR", help="published layout; without it a tiny model from random weights")
-    add("--data", type=Path, nargs="+", metavar="FILE", help="JSONL records; without it the embedded generator's")
+    add(
+        "--stage",
+        type=int,
+        default=2,
+        help="1 projector only, 2 instruction tuning, 3 long context and several images",
+    )
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="published layout; without it a tiny model from random weights",
+    )
+    add(
+        "--data",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="JSONL records; without it the embedded generator's",
+    )
     add("--heldout", type=Path, metavar="FILE", help="JSONL records to measure on at the end")
     add("--output", type=Path, metavar="DIR", help="default: out/stage-N, numbered on if it is taken")
-    add("--save-every", type=int, default=0, metavar="N", help="steps between saves; 0 saves only the model at the end")
+    add(
+        "--save-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps between saves; 0 saves only the model at the end",
+    )
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on from the newest step-N in the output folder")
     add("--skip-bad", action="store_true", help="count and skip bad records instead of stopping at the first")
@@ -215,9 +237,7 @@ def run(args: argparse.Namespace) -> None:
     on_first(ranks, None)  # the others wait while the first measures
 
 
-def finish(
-    model: Phi4RV, processor: Processor, output: Path, questions: list[Question], progress: Progress
-) -> None:
+def finish(model: Phi4RV, processor: Processor, output: Path, questions: list[Question], progress: Progress) -> None:
     """Model, loss curve and, where there is held-out data, its scores."""
     progress.bar.close()
     phi4rv.save(model, processor, output / saving.MODEL)

@@ -141,9 +141,7 @@ def _parse_turns(conversation: Any, images: int, place: str) -> list[Message]:
         first = next(index for index, message in enumerate(messages) if message.role == "user")
         messages[first] = Message("user", f"{IMAGE_MARK}\n{messages[first].content}")
     elif marks != images:
-        raise UserError(
-            f"{place}{IMAGE_MARK} marks: {marks}, images: {images}; write one mark where each image goes"
-        )
+        raise UserError(f"{place}{IMAGE_MARK} marks: {marks}, images: {images}; write one mark where each image goes")
     return messages
 
 

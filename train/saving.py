@@ -23,9 +23,7 @@ from train.optimizer import Optimizer
 STATE, OPTIMIZER, MODEL = "state.json", "optimizer.safetensors", "model"
 
 
-def save_step(
-    output: Path, model: Phi4RV, processor: Processor, optimizer: Optimizer, run: dict[str, Any]
-) -> Path:
+def save_step(output: Path, model: Phi4RV, processor: Processor, optimizer: Optimizer, run: dict[str, Any]) -> Path:
     """Writes ``output/step-N``: the model in the published layout, the optimizer, and what the run was told.
 
     Nothing else is random: the data's order follows from the seed and the step.
@@ -96,5 +94,3 @@ def trim_metrics(path: Path, step: int) -> None:
         if entry.get("step", 0) <= step and "heldout" not in entry:
             kept.append(line)
     path.write_text("".join(line + "\n" for line in kept))
-
-

@@ -33,7 +33,7 @@ class Chart:
     bars: tuple[Bar, ...]
 
     def questions(self, rng: Random) -> list[tuple[str, str]]:
-        """Two to four turns of different kinds: (question, answer)."""
+        """One or two turns of different kinds: (question, answer)."""
         reading = readings(self.bars)
         tallest = max(self.bars, key=lambda bar: bar.value).colour
         shortest = min(self.bars, key=lambda bar: bar.value).colour
@@ -70,7 +70,7 @@ class Chart:
                 f"<think>{reading} Above {mark}: {high}.</think>{len(above)}",
             ),
         ]
-        return rng.sample(turns, rng.randint(2, 4))
+        return rng.sample(turns, rng.randint(1, 2))
 
     def caption(self, detailed: bool) -> str:
         if detailed:
@@ -145,7 +145,7 @@ class Scene:
         return f"How many {plural(noun)} are there?", f"<think>{thought}</think>{len(places)}"
 
     def questions(self, rng: Random) -> list[tuple[str, str]]:
-        """Two to four turns: (question, answer)."""
+        """One to three turns: (question, answer)."""
         groups = self.groups()
         colours = {shape.colour for shape in self.shapes}
         glyphs = {shape.glyph for shape in self.shapes}
@@ -155,7 +155,7 @@ class Scene:
             nouns.append(rng.choice(absent))
         counts = [turn for noun in nouns if (turn := self.count(noun))]
         compares = list(self.comparisons(rng))
-        turns = rng.sample(counts, min(len(counts), rng.randint(2, 3)))
+        turns = rng.sample(counts, min(len(counts), rng.randint(1, 2)))
         if compares:
             turns.insert(rng.randint(0, len(turns)), rng.choice(compares))
         return turns
@@ -186,9 +186,7 @@ class Scene:
         where = []
         for i in draw.reading_order([shape.box for shape in self.shapes], size):
             shape = self.shapes[i]
-            where.append(
-                f"{draw.article(shape.name)} {draw.at_place(draw.place(*draw.centre(shape.box, size)))}"
-            )
+            where.append(f"{draw.article(shape.name)} {draw.at_place(draw.place(*draw.centre(shape.box, size)))}")
         return f"A {'dark' if self.style.dark else 'light'} scene with {draw.listed(where)}."
 
     def draw(self) -> Image.Image:

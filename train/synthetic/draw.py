@@ -91,9 +91,7 @@ def text_width(text: str, size: int) -> int:
     return round(font(size).getlength(text))
 
 
-def write(
-    draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, fill: RGB, anchor: str
-) -> None:
+def write(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, fill: RGB, anchor: str) -> None:
     """`anchor` is Pillow's: "lm" is left and middle, "mm" the middle of the text."""
     draw.text(at, text, fill=fill, font=font(size), anchor=anchor)
 

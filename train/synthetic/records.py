@@ -100,18 +100,14 @@ def which_picture_record(rng: Random, heldout: bool) -> Record:
         number = rng.randrange(len(screens))
         element = rng.choice(screens[number].elements)
         wanted = Description(rng.choice(element.nouns), element.colour)
-        if [len(screen.fitting(wanted)) for screen in screens] == [
-            int(i == number) for i in range(len(screens))
-        ]:
+        if [len(screen.fitting(wanted)) for screen in screens] == [int(i == number) for i in range(len(screens))]:
             break
     screen, ordinal = screens[number], draw.ORDINALS[number]
     thought = f"{str(wanted).capitalize()} is {screen.where(element)} of the {ordinal} picture."
     answer = (f"<think>{thought}</think>" if rng.random() < 0.5 else "<nothink>") + f"The {ordinal} picture."
     thing = draw.article(str(wanted).removeprefix("the "))
     marks = " ".join(["<image>"] * len(screens))
-    question = rng.choice(("In which picture is there {}? {}", "{1}\nWhich picture has {0}?")).format(
-        thing, marks
-    )
+    question = rng.choice(("In which picture is there {}? {}", "{1}\nWhich picture has {0}?")).format(thing, marks)
     return Record(tuple(screens), [(question, answer), ("Where is it?", screen.answer(element))])
 
 
