@@ -106,7 +106,7 @@ def test_format(folder: Path, stage: int, split: str) -> None:
             with Image.open(folder / path) as image:
                 width, height = image.size
                 assert image.mode == "RGB" and image.format == "PNG"
-            assert width % 16 == height % 16 == 0 and 64 <= width * height // 256 <= 96
+            assert width % 16 == height % 16 == 0 and 56 <= width * height // 256 <= 64
         for _, answer in turns(record):
             thought = re.match(r"<nothink>(?=\S)|<think>([^<>]+)</think>(?=\S)", answer)
             assert thought, answer
@@ -169,9 +169,9 @@ def test_elements_keep_clear_of_each_other_and_of_the_title_bar() -> None:
         screen = random_screen(Random(seed), False)
         width, height = screen.style.size
         placed = [element.box for element in screen.elements]
-        assert 2 <= len(placed) <= 5
+        assert 1 <= len(placed) <= 5
         assert all(apart(a, b) for i, a in enumerate(placed) for b in placed[:i])
-        assert all(b[0] >= 0 and b[1] >= 12 and b[2] <= width and b[3] <= height for b in placed)
+        assert all(b[0] >= 0 and b[1] >= 16 and b[2] <= width and b[3] <= height for b in placed)
 
 
 def mentions(question: str, element: Element) -> bool:
@@ -197,6 +197,11 @@ def test_questions_have_one_right_answer() -> None:
         asked = screen.questions(Random(seed))
         assert len(asked) == len(screen.elements)
         for question, answer in asked:
+            if given := re.search(r"\[.*\]", question):
+                (named,) = [e for e in screen.elements if screen.answer(e) == f"<nothink>{given[0]}"]
+                assert answer == f"<nothink>{named.name}"
+                forms["naming"] += 1
+                continue
             fitting = [element for element in screen.elements if mentions(question, element)]
             where = re.search(r"(?:at|on|in) the ((?:top|bottom|left|right|centre)[ a-z]*)", question)
             if where:
@@ -207,8 +212,8 @@ def test_questions_have_one_right_answer() -> None:
             named = "colour" if re.search(COLOUR_NAMES, question) else "kind"
             forms["label" if "'" in question else "place" if where else named] += 1
     share = {form: number / forms.total() for form, number in forms.items()}
-    assert 0.6 < share["colour"] < 0.8 and 0.1 < share["label"] < 0.25
-    assert 0.02 < share["place"] < 0.1 and 0.04 < share["kind"] < 0.12
+    assert 0.2 < share["naming"] < 0.3 and 0.4 < share["colour"] < 0.6 and 0.07 < share["label"] < 0.2
+    assert 0.01 < share["place"] < 0.1 and 0.04 < share["kind"] < 0.2
 
 
 def centre_of(element: Element, screen: Screen) -> tuple[float, float]:
@@ -241,7 +246,7 @@ def test_a_guess_without_the_picture_is_seldom_right(folder: Path) -> None:
 
 def test_stage_2_mixes_grounding_and_reasoning(folder: Path) -> None:
     grounding = [box(turns(record)[0][1]) is not None for record in records(folder, 2)]
-    assert 0.62 < np.mean(grounding) < 0.78
+    assert 0.25 < np.mean(grounding) < 0.75  # the others describe, name or think
     final = Counter(answer.split("</think>")[-1] for r in records(folder, 2) for _, answer in turns(r))
     assert all(final[str(number)] for number in range(11)) and all(final[colour] for colour in COLOURS)
 

@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 Box = tuple[int, int, int, int]
 RGB = tuple[int, int, int]
 
-# Width and height in pixels, whole 16-pixel patches: 36 to 64 of them a picture.
-SIZES = ((96, 96), (112, 96), (128, 96), (112, 112), (96, 112), (96, 128), (128, 128))
-SNAP = 8  # corners lie on an 8-pixel layout grid, as interfaces usually have
-GAP = 4  # pixels kept free between neighbours and at the picture's rim
+# Width and height in pixels, whole 16-pixel patches: 56 to 64 of them a picture.
+SIZES = ((128, 112), (112, 128), (128, 128))
+SNAP = 16  # corners lie on a 16-pixel layout grid, as those of interfaces do, and so on the corners of patches
+GAP = 4  # pixels kept free between neighbours
 
 COLOURS: dict[str, RGB] = {
     "red": (214, 32, 36),
@@ -165,23 +165,21 @@ def normalised(box: Box, size: tuple[int, int]) -> str:
 def free_spot(
     rng: Random, size: tuple[int, int], shape: tuple[int, int], taken: Sequence[Box], top: int = 0
 ) -> Box | None:
-    """A random box of `shape` (width, height) below `top`, clear of `taken`; None if none was found.
-
-    A uniform corner would leave the rim emptier than the middle, and a guess at the middle would often be
-    right: so the corner is drawn from a range somewhat too wide and pushed back in.
-    """
+    """A random box of `shape` (width, height) at the layout grid, below `top`, clear of `taken`; None if none was found."""
     width, height = shape
-    right, bottom = size[0] - width - GAP, size[1] - height - GAP
-    if right < GAP or bottom < top + GAP:
+    columns, rows = range(0, size[0] - width + 1, SNAP), range(rounded_up(top, SNAP), size[1] - height + 1, SNAP)
+    if not columns or not rows:
         return None
     for _ in range(40):
-        x = min(max(rng.randint(GAP - width // 6, right + width // 6), GAP), right)
-        y = min(max(rng.randint(top + GAP - height // 6, bottom + height // 6), top + GAP), bottom)
-        x, y = x - x % SNAP, y - y % SNAP
+        x, y = rng.choice(columns), rng.choice(rows)
         box = (x, y, x + width, y + height)
         if all(apart(box, other) for other in taken):
             return box
     return None
+
+
+def rounded_up(value: int, step: int) -> int:
+    return -(-value // step) * step
 
 
 def apart(a: Box, b: Box) -> bool:

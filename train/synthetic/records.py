@@ -67,7 +67,7 @@ def single_picture_record(rng: Random, heldout: bool) -> Record:
 
 
 def random_picture(rng: Random, heldout: bool) -> Screen | Chart | Scene:
-    make = rng.choices((random_screen, random_chart, random_scene), (70, 15, 15))[0]
+    make = rng.choices((random_screen, random_chart, random_scene), (80, 10, 10))[0]
     return make(rng, heldout)
 
 

@@ -16,7 +16,7 @@ LABELS = (
     *("Next", "Back", "Login", "City", "Home", "Menu"),
 )
 TITLES = ("Inbox", "Notes", "Files", "Music", "Store", "Maps")
-TITLE_BAR = 12  # pixels
+TITLE_BAR = draw.SNAP  # pixels
 HEADER = 13  # pixels of a window's own title
 NEAR = 0.04  # of the picture: a centre this close to another third counts as lying in both
 
@@ -171,18 +171,16 @@ def random_element(rng: Random, area: tuple[int, int], others: list[Element]) ->
     colour = rng.choice(list(draw.COLOURS))
     label, glyph = "", ""
     if kind == "icon":
-        glyph, size = rng.choice(ICONS), rng.randint(22, 30)
+        glyph, size = rng.choice(ICONS), 24
         shape = draw.glyph(glyph, size).size
     else:
         label = rng.choice([label for label in LABELS if all(label != other.label for other in others)])
-        size = rng.choice((10, 11) if kind == "window" else (11, 12))
-        width, height = draw.text_width(label, size), rng.randint(16, 20)
-        if kind == "button":
-            shape = (width + rng.randint(8, 14), height)
-        elif kind == "field":
-            shape = (width + rng.randint(12, 18), height)
+        size = 10 if kind == "window" else 11
+        width = draw.text_width(label, size)
+        if kind == "window":
+            shape = (max(width + 10, 44), 30)
         else:
-            shape = (max(width + 10, rng.randint(42, 50)), rng.randint(28, 34))
+            shape = (draw.rounded_up(width + (6 if kind == "button" else 12), 8), draw.SNAP)
     box = draw.free_spot(rng, area, shape, [other.box for other in others], TITLE_BAR)
     return Element(kind, colour, box, label, size, glyph) if box else None
 
