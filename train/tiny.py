@@ -32,8 +32,8 @@ def tiny_config() -> Config:
     return Config(
         vocab_size=VOCABULARY,
         hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=3,
+        intermediate_size=384,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=4096,

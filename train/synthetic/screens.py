@@ -188,12 +188,12 @@ def random_element(rng: Random, area: tuple[int, int], others: list[Element]) ->
 def random_screen(rng: Random, heldout: bool, fewest: int = 1) -> Screen:
     """A screen of ``fewest`` to five elements, no two of one colour and kind.
 
-    Half have one or two: where there is little to choose from, a model first learns to say where something is.
+    Most have one or two: where there is little to choose from, a model first learns to say where something is.
     """
     style, title = draw.random_style(rng, heldout), rng.choice(TITLES)
     while True:
         elements: list[Element] = []
-        for _ in range(rng.choices((1, 2, 3, 4, 5), (30, 20, 20, 15, 15))[0]):
+        for _ in range(rng.choices((1, 2, 3, 4, 5), (45, 25, 12, 10, 8))[0]):
             if element := random_element(rng, style.size, elements):
                 elements.append(element)
         screen = Screen(style, title, tuple(elements))
