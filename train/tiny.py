@@ -73,13 +73,13 @@ def initialise(model: Phi4RV, seed: int) -> None:
             elif p.ndim < 2:
                 p.fill_(1.0)
             elif "embed_tokens" in name:
-                p.normal_(0, 0.1, generator=generator)
+                p.normal_(0, 0.04, generator=generator)
             else:
                 p.normal_(0, p.shape[-1] ** -0.5, generator=generator)
             if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
                 layers = model.config.num_hidden_layers if "decoder" in name else len(model.vision.layers())
                 p.mul_((2 * layers) ** -0.5)
-        model.projector.get_parameter("2.weight").mul_(0.04)
+        model.projector.get_parameter("2.weight").mul_(0.1)
         table = model.vision.embeddings.position_embedding.weight
         table.copy_(grid_sines(math.isqrt(table.shape[0]), table.shape[1]))
 

@@ -59,9 +59,9 @@ def caption_record(rng: Random, heldout: bool) -> Record:
 
 
 def single_picture_record(rng: Random, heldout: bool) -> Record:
-    """Questions; half the training pictures are described first, as the report describes those of its questions."""
+    """Questions; a quarter of the training pictures are described first, as the report describes those of its questions."""
     picture = random_picture(rng, heldout)
-    described = not heldout and rng.random() < 0.5
+    described = not heldout and rng.random() < 0.25
     turns = [caption_turn(rng, picture)] if described else []
     return Record((picture,), opened("<image>\n", turns + picture.questions(rng)))
 

@@ -21,7 +21,7 @@ HEADER = 13  # pixels of a window's own title
 NEAR = 0.04  # of the picture: a centre this close to another third counts as lying in both
 
 QUESTIONS = ("Where is {}?", "Where is {}?", "Find {}.", "Locate {}.", "Click {}.", "Give me the box of {}.")
-NAMING = 0.25  # share of the elements that are shown and to be named, not named and to be found
+NAMING = 0.15  # share of the elements that are shown and to be named, not named and to be found
 NAMING_QUESTIONS = ("What is at {}?", "What is in {}?")
 
 
@@ -193,7 +193,7 @@ def random_screen(rng: Random, heldout: bool, fewest: int = 1) -> Screen:
     style, title = draw.random_style(rng, heldout), rng.choice(TITLES)
     while True:
         elements: list[Element] = []
-        for _ in range(rng.choices((1, 2, 3, 4, 5), (45, 25, 12, 10, 8))[0]):
+        for _ in range(rng.choices((1, 2, 3, 4, 5), (55, 20, 10, 8, 7))[0]):
             if element := random_element(rng, style.size, elements):
                 elements.append(element)
         screen = Screen(style, title, tuple(elements))
