@@ -60,6 +60,13 @@ def test_the_order_is_a_function_of_seed_and_epoch(processor: Processor, tmp_pat
     assert [where(planned) for planned in samples] == orders[0] + orders[1]
 
 
+def test_file_order_keeps_the_first_epoch_as_written(processor: Processor, tmp_path: Path) -> None:
+    file = mixed_data(tmp_path, 20)
+    corpus = Corpus([file], processor, options(order="file"))
+    assert order(corpus, 0, 0) == [record.where for record in corpus.records]
+    assert order(corpus, 0, 1) == order(Corpus([file], processor, options()), 0, 1) != order(corpus, 0, 0)
+
+
 def test_steps_hold_the_global_batch_and_repeat_exactly(processor: Processor, tmp_path: Path) -> None:
     file = mixed_data(tmp_path, 20)
     corpus = Corpus([file], processor, options(epochs=2))

@@ -52,8 +52,8 @@ def test_the_stages_are_the_reports(number: int) -> None:
     chosen["trains"] = set(chosen["trains"])
     assert {key: chosen[key] for key in REPORT[number]} == REPORT[number]
     assert chosen["max_steps"] == 0
-    assert chosen["too_long"] == "drop"
-    assert set(chosen) == {*REPORT[number], "max_steps", "too_long"}, "a field that no table was compared with"
+    assert chosen["too_long"] == "drop" and chosen["order"] == "shuffled"
+    assert set(chosen) == {*REPORT[number], "max_steps", "too_long", "order"}, "a field that no table was compared with"
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -69,6 +69,7 @@ def test_the_embedded_model_changes_only_rate_warmup_and_sizes(number: int) -> N
         "max_steps",
         "epochs",
         "min_lr_ratio",
+        "order",
     }
     assert embedded["max_steps"] > 0
 

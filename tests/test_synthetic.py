@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from phi4rv.errors import UserError
+from train.synthetic import records as stages
 from train.synthetic import texts, write_dataset
 from train.synthetic.charts import Bar, Chart, random_chart, random_scene
 from train.synthetic.draw import COLOURS, GLYPHS, Style, apart, glyph, normalised, place
@@ -20,6 +22,28 @@ from train.synthetic.screens import ICONS, KINDS, LABELS, Description, Element, 
 COUNT = 500
 BOX = re.compile(r"<nothink>\[([01]\.\d\d), ([01]\.\d\d), ([01]\.\d\d), ([01]\.\d\d)\]")
 COLOUR_NAMES = "|".join(COLOURS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mixed_from_the_start() -> Iterator[None]:
+    """Stage 2 without its easy beginning, which has a test of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "EASY", 0)
+        yield
+
+
+def test_stage_2_begins_with_one_element_a_screen_but_held_out_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = [stages.make_record(2, "train", 0, index) for index in range(300)]
+    heldout = [stages.make_record(2, "heldout", 0, index) for index in range(300)]
+    monkeypatch.setattr(stages, "EASY", 200)
+    for index in range(200):
+        record = stages.make_record(2, "train", 0, index)
+        ((_, answer),) = record.turns
+        (screen,) = record.pictures
+        assert isinstance(screen, Screen) and len(screen.elements) == 1
+        assert answer == screen.answer(screen.elements[0])
+    assert [stages.make_record(2, "train", 0, index) for index in range(200, 300)] == mixed[200:]
+    assert [stages.make_record(2, "heldout", 0, index) for index in range(300)] == heldout
 
 
 @pytest.fixture(scope="module")

@@ -46,14 +46,17 @@ class Corpus:
         self.records = [r for file in files for r in read_records(file, None, skip_bad, self._on_bad)]
 
     def samples(self, seed: int) -> Iterator[Planned]:
-        """Epoch after epoch, each in its own order, without end."""
+        """Epoch after epoch, without end."""
         for epoch in count():
             yield from self.epoch(seed, epoch)
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Planned]:
+        """Every record once, in the stage's order; a shuffled one is a function of seed and epoch."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         found = False
-        for index in torch.randperm(len(self.records), generator=generator).tolist():
+        as_written = self.stage.order == "file" and epoch == 0
+        order = range(len(self.records)) if as_written else torch.randperm(len(self.records), generator=generator)
+        for index in map(int, order):
             planned = self.plan(self.records[index])
             if planned:
                 found = True

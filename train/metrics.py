@@ -19,13 +19,15 @@ class Progress:
 
     def __init__(self, path: Path, start: int, total: int):
         self.file = path.open("a", encoding="utf-8")
-        self.bar = tqdm(total=total, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True)
+        often = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log keeps every state of the bar
+        self.bar = tqdm(total=total, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=often)
 
     def step(self, metrics: dict[str, Any]) -> None:
         self.write(metrics)
         self.bar.set_postfix_str(
             f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
-            f"{metrics['images_per_second']:.0f} images/s"
+            f"{metrics['images_per_second']:.0f} images/s",
+            refresh=False,
         )
         self.bar.update()
 

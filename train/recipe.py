@@ -10,6 +10,7 @@ from phi4rv.errors import UserError
 
 SCHEDULES = ("cosine", "constant")
 TOO_LONG = ("drop", "shorten")
+ORDERS = ("shuffled", "file")
 PARTS = ("vision", "projector", "decoder")
 
 
@@ -30,6 +31,7 @@ class Stage:
     sequence_length: int  # tokens a packed sequence, at most
     epochs: int = 1
     max_steps: int = 0  # 0: as many as the epochs give; else exactly so many, repeating the data
+    order: str = "shuffled"  # or file: the first epoch as it is written, later ones shuffled
     too_long: str = "drop"  # a sample over sequence_length: drop it, or shorten it by its last turns
 
 
@@ -66,11 +68,11 @@ STAGES[3] = replace(STAGES[2], lr=7e-7, sequence_length=16384)
 # A model of 2 M random weights learns nothing at the rates of a pretrained one, nor from batches of 1920.
 EMBEDDED: dict[int, dict[str, Any]] = {
     1: {"global_batch": 8, "sequence_length": 2048, "max_steps": 60},
-    2: {"lr": 6e-4, "warmup": 0.03, "global_batch": 4, "sequence_length": 1024, "max_steps": 1000},
+    2: {"lr": 6e-4, "warmup": 0.03, "global_batch": 4, "sequence_length": 1024, "max_steps": 850, "order": "file"},
     3: {"lr": 8e-4, "warmup": 0.03, "global_batch": 8, "sequence_length": 4096, "max_steps": 400},
 }
 # Records that the embedded generator writes for each stage: (train, held out).
-EMBEDDED_RECORDS = {1: (800, 50), 2: (7000, 200), 3: (3000, 200)}
+EMBEDDED_RECORDS = {1: (800, 50), 2: (6500, 200), 3: (3000, 200)}
 
 
 def stage(number: int, embedded: bool, overrides: dict[str, Any]) -> Stage:
@@ -91,7 +93,7 @@ def options() -> dict[str, type]:
 
 def _check(stage: Stage) -> None:
     """UserError naming the first option out of its range."""
-    for name, allowed in (("schedule", SCHEDULES), ("too_long", TOO_LONG)):
+    for name, allowed in (("schedule", SCHEDULES), ("too_long", TOO_LONG), ("order", ORDERS)):
         if getattr(stage, name) not in allowed:
             raise UserError(f"{_flag(name)}: {getattr(stage, name)!r} is unknown, must be one of {', '.join(allowed)}")
     for name in ("lr", "clip", "global_batch", "sequence_length", "epochs"):

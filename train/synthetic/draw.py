@@ -165,7 +165,7 @@ def normalised(box: Box, size: tuple[int, int]) -> str:
 def free_spot(
     rng: Random, size: tuple[int, int], shape: tuple[int, int], taken: Sequence[Box], top: int = 0
 ) -> Box | None:
-    """A random box of `shape` (width, height) on the layout grid, below `top`, clear of `taken`; None if none is found."""
+    """A random box of `shape` (width, height) on the grid, below `top`, clear of `taken`; None if none is found."""
     width, height = shape
     columns, rows = range(0, size[0] - width + 1, SNAP), range(rounded_up(top, SNAP), size[1] - height + 1, SNAP)
     if not columns or not rows:

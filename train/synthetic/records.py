@@ -16,6 +16,7 @@ from train.synthetic.charts import Chart, Scene, random_chart, random_scene
 from train.synthetic.screens import Description, Screen, ask, change, random_screen
 
 STAGES = (1, 2, 3)
+EASY = 3000  # training records of stage 2 that come first and show one element each
 SPLITS = ("train", "heldout")
 BRIEF = ("Describe the picture.", "What is in the picture?", "Write a caption.")
 DETAILED = ("Describe the picture in detail.", "What is where in the picture?")
@@ -47,10 +48,21 @@ def make_record(stage: int, split: str, seed: int, index: int) -> Record:
     heldout = split == "heldout"
     if stage == 1:
         return caption_record(rng, heldout)
+    if stage == 2 and not heldout and index < EASY:
+        return easy_record(rng)
     if stage == 2 or rng.random() < 0.5:
         return single_picture_record(rng, heldout)
     several = (changed_record, which_picture_record, nth_picture_record, long_text_record)
     return rng.choices(several, (1, 1, 2, 2))[0](rng, heldout)
+
+
+def easy_record(rng: Random) -> Record:
+    """A screen with one element, and where it is. Shown several at once from the start, a model that has not yet
+    learned to say where anything is finds nothing to hold on to: a curriculum (Bengio et al. 2009).
+    """
+    screen = random_screen(rng, heldout=False, most=1)
+    (element,) = screen.elements
+    return Record((screen,), opened("<image>\n", [(ask(rng, screen.name_for(rng, element)), screen.answer(element))]))
 
 
 def caption_record(rng: Random, heldout: bool) -> Record:
@@ -59,15 +71,15 @@ def caption_record(rng: Random, heldout: bool) -> Record:
 
 
 def single_picture_record(rng: Random, heldout: bool) -> Record:
-    """Questions; a quarter of the training pictures are described first, as the report describes those of its questions."""
+    """Questions. A tenth of the training pictures are described first, as the report's are in records of their own."""
     picture = random_picture(rng, heldout)
-    described = not heldout and rng.random() < 0.25
+    described = not heldout and rng.random() < 0.1
     turns = [caption_turn(rng, picture)] if described else []
     return Record((picture,), opened("<image>\n", turns + picture.questions(rng)))
 
 
 def random_picture(rng: Random, heldout: bool) -> Screen | Chart | Scene:
-    make = rng.choices((random_screen, random_chart, random_scene), (80, 10, 10))[0]
+    make = rng.choices((random_screen, random_chart, random_scene), (90, 5, 5))[0]
     return make(rng, heldout)
 
 

@@ -21,7 +21,7 @@ HEADER = 13  # pixels of a window's own title
 NEAR = 0.04  # of the picture: a centre this close to another third counts as lying in both
 
 QUESTIONS = ("Where is {}?", "Where is {}?", "Find {}.", "Locate {}.", "Click {}.", "Give me the box of {}.")
-NAMING = 0.15  # share of the elements that are shown and to be named, not named and to be found
+NAMING = 0.1  # share of the elements that are shown and to be named, not named and to be found
 NAMING_QUESTIONS = ("What is at {}?", "What is in {}?")
 
 
@@ -185,15 +185,12 @@ def random_element(rng: Random, area: tuple[int, int], others: list[Element]) ->
     return Element(kind, colour, box, label, size, glyph) if box else None
 
 
-def random_screen(rng: Random, heldout: bool, fewest: int = 1) -> Screen:
-    """A screen of ``fewest`` to five elements, no two of one colour and kind.
-
-    Most have one or two: where there is little to choose from, a model first learns to say where something is.
-    """
+def random_screen(rng: Random, heldout: bool, fewest: int = 1, most: int = 5) -> Screen:
+    """A screen of ``fewest`` to ``most`` elements, no two of one colour and kind."""
     style, title = draw.random_style(rng, heldout), rng.choice(TITLES)
     while True:
         elements: list[Element] = []
-        for _ in range(rng.choices((1, 2, 3, 4, 5), (55, 20, 10, 8, 7))[0]):
+        for _ in range(rng.randint(fewest, most)):
             if element := random_element(rng, style.size, elements):
                 elements.append(element)
         screen = Screen(style, title, tuple(elements))
