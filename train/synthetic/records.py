@@ -16,7 +16,7 @@ from train.synthetic.charts import Chart, Scene, random_chart, random_scene
 from train.synthetic.screens import Description, Screen, ask, change, random_screen
 
 STAGES = (1, 2, 3)
-EASY = 3000  # training records of stage 2 that come first and show one element each
+EASY = 6500  # training records of stage 2 that come first and show one element each
 SPLITS = ("train", "heldout")
 BRIEF = ("Describe the picture.", "What is in the picture?", "Write a caption.")
 DETAILED = ("Describe the picture in detail.", "What is where in the picture?")
