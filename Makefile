@@ -4,8 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # A looser request than == makes pip fetch the newest CUDA build where no torch is installed.
 TORCH  := torch==2.13.0
-# An installed torch that fits is kept, together with the GPU it was built for.
-KEEPS_TORCH = $(shell $(PYTHON) -c 'import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); print("yes" if (2, 11) <= v <= (2, 13) else "")' 2>/dev/null)
+# Where an installed torch that fits lies; it is kept, together with the GPU it was built for.
+KEPT_TORCH = $(shell $(PYTHON) -c 'import pathlib, torch; v = tuple(map(int, torch.__version__.split(".")[:2])); print(pathlib.Path(torch.__file__).parents[1] if (2, 11) <= v <= (2, 13) else "")' 2>/dev/null)
 
 .PHONY: setup dev train recipe test bench gpu lint clean
 
@@ -13,8 +13,9 @@ setup: $(VENV)/.ready
 dev: $(VENV)/.ready-dev
 
 $(VENV)/.ready: requirements.txt setup.py Makefile
-	$(PYTHON) -m venv $(if $(KEEPS_TORCH),--system-site-packages) $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(KEEPS_TORCH),,$(TORCH)) -r requirements.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(if $(KEPT_TORCH),echo '$(KEPT_TORCH)' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth")
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(KEPT_TORCH),,$(TORCH)) -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
