@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# torchrun by its module: where an installed torch is kept, its script lies elsewhere.
+TORCHRUN := $(BIN)/python -m torch.distributed.run
 # A looser request than == makes pip fetch the newest CUDA build where no torch is installed.
 TORCH  := torch==2.13.0
 # Where an installed torch that fits lies; it is kept, together with the GPU it was built for.
@@ -24,14 +26,14 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 	touch $@
 
 train: setup
-	$(BIN)/torchrun train/main.py --stage 2
+	$(TORCHRUN) train/main.py --stage 2
 
 # The three stages, each from the last one's model.
 recipe: setup
 	@test ! -e out/recipe || { echo "error: out/recipe holds a run already; remove or rename it"; exit 2; }
-	$(BIN)/torchrun train/main.py --stage 1 --output out/recipe/stage-1
-	$(BIN)/torchrun train/main.py --stage 2 --max-steps 1600 --checkpoint out/recipe/stage-1/model --output out/recipe/stage-2
-	$(BIN)/torchrun train/main.py --stage 3 --checkpoint out/recipe/stage-2/model --output out/recipe/stage-3
+	$(TORCHRUN) train/main.py --stage 1 --output out/recipe/stage-1
+	$(TORCHRUN) train/main.py --stage 2 --max-steps 1600 --checkpoint out/recipe/stage-1/model --output out/recipe/stage-2
+	$(TORCHRUN) train/main.py --stage 3 --checkpoint out/recipe/stage-2/model --output out/recipe/stage-3
 
 test: dev
 	$(BIN)/python -m pytest -q
@@ -45,9 +47,9 @@ gpu:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.run --json benchmarks/results
 
 lint: dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:
 	rm -rf $(VENV) build *.egg-info
