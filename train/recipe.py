@@ -69,7 +69,7 @@ STAGES[3] = replace(STAGES[2], lr=7e-7, sequence_length=16384)
 EMBEDDED: dict[int, dict[str, Any]] = {
     1: {"lr": 1e-4, "global_batch": 8, "sequence_length": 2048, "max_steps": 60},
     2: {"lr": 5e-4, "warmup": 0.03, "global_batch": 4, "sequence_length": 1100, "max_steps": 640, "order": "file"},
-    3: {"lr": 5e-4, "warmup": 0.03, "global_batch": 8, "sequence_length": 4096, "max_steps": 400},
+    3: {"lr": 1.5e-4, "warmup": 0.03, "global_batch": 8, "sequence_length": 4096, "max_steps": 300},
 }
 # Records that the embedded generator writes for each stage: (train, held out).
 EMBEDDED_RECORDS = {1: (800, 50), 2: (9000, 200), 3: (5000, 200)}

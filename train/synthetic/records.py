@@ -50,7 +50,7 @@ def make_record(stage: int, split: str, seed: int, index: int) -> Record:
         return caption_record(rng, heldout)
     if stage == 2 and not heldout and index < EASY:
         return easy_record(rng)
-    if stage == 2 or rng.random() < 0.5:
+    if stage == 2 or rng.random() < 0.75:  # of stage 3 too, so that it does not forget
         return single_picture_record(rng, heldout)
     several = (changed_record, which_picture_record, nth_picture_record, long_text_record)
     return rng.choices(several, (1, 1, 2, 2))[0](rng, heldout)
