@@ -18,6 +18,7 @@ from train.records import Record
 
 MAX_NEW_TOKENS = 64
 TOGETHER = 50  # prompts in one prefill
+Scores = dict[str, float | int | None]
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,25 @@ def answers(model: Phi4RV, processor: Processor, questions: Sequence[Question]) 
     return out
 
 
-def score(questions: Sequence[Question], given: Sequence[Answer]) -> dict[str, float | int]:
+def score(questions: Sequence[Question], given: Sequence[Answer]) -> Scores:
     """Means over the questions: ``point_in_box`` and ``iou`` where the answer is a box, ``exact_match`` elsewhere.
 
     point_in_box (ScreenSpot): the centre of the answer's first box lies in the right one. Text is compared
-    without case and without the white space around it. No box, or no text, scores 0.
+    without case and without the white space around it. No box, or no text, scores 0. None where nothing was asked.
     """
     boxes = [(q.right.boxes[0], a.boxes[:1]) for q, a in zip(questions, given, strict=True) if q.right.boxes]
     texts = [(q.right.text, a.text) for q, a in zip(questions, given, strict=True) if not q.right.boxes]
-    mean = lambda values: sum(values) / len(values) if values else float("nan")  # noqa: E731
     return {
         "boxes": len(boxes),
-        "point_in_box": mean([bool(found) and centre_in(found[0], right) for right, found in boxes]),
-        "iou": mean([iou(found[0], right) if found else 0.0 for right, found in boxes]),
+        "point_in_box": _mean([bool(found) and centre_in(found[0], right) for right, found in boxes]),
+        "iou": _mean([iou(found[0], right) if found else 0.0 for right, found in boxes]),
         "texts": len(texts),
-        "exact_match": mean([right.strip().lower() == said.strip().lower() for right, said in texts]),
+        "exact_match": _mean([right.strip().lower() == said.strip().lower() for right, said in texts]),
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def centre_in(box: Box, target: Box) -> bool:

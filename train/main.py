@@ -28,7 +28,7 @@ from phi4rv.ops import KERNELS
 from phi4rv.processor import Processor
 from train import recipe, saving
 from train.data import Corpus, run_steps
-from train.heldout import Question, answers, score, shuffled
+from train.heldout import Question, Scores, answers, score, shuffled
 from train.metrics import Progress, loss_curve, read_metrics
 from train.optimizer import Optimizer
 from train.records import read_records
@@ -158,9 +158,7 @@ def starting_model(
     return model.to(device, dtype), processor
 
 
-def measure(
-    model: Phi4RV, processor: Processor, questions: list[Question], output: Path
-) -> dict[str, dict[str, float | int]]:
+def measure(model: Phi4RV, processor: Processor, questions: list[Question], output: Path) -> dict[str, Scores]:
     """Scores on the held-out questions with their own pictures and with others', and the sheet of predictions."""
     given = answers(model, processor, questions)
     # Charts and screens come in no order; whoever looks at the sheet should see both.
@@ -170,7 +168,7 @@ def measure(
     return {"heldout": score(questions, given), "shuffled": score(mixed, answers(model, processor, mixed))}
 
 
-def report(scores: dict[str, dict[str, float | int]]) -> str:
+def report(scores: dict[str, Scores]) -> str:
     rows = [f"{'':22}{'own picture':>14}{'shuffled':>12}"]
     own, other = scores["heldout"], scores["shuffled"]
     for name in ("point_in_box", "iou", "exact_match"):
