@@ -12,7 +12,6 @@ import torch
 
 from phi4rv.errors import UserError
 
-PATCH_INPUTS = 768  # 16 x 16 pixels x 3 channels
 PUBLISHED_WINDOW = 16384  # the report's stage 3; the config's 32768 positions were never trained
 LARGEST = 2**24  # no size or position is near it; the product of two still fits 64 bits
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

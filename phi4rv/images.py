@@ -22,7 +22,7 @@ from phi4rv.errors import UserError
 T = TypeVar("T")
 
 PATCH = 16
-CHANNELS = PATCH * PATCH * 3
+PATCH_INPUTS = PATCH * PATCH * 3
 # Twice the number at which Pillow starts to warn, 512 MiB of RGB. Larger is a decompression bomb or a slip.
 MAX_PIXELS = 178_956_970
 
@@ -224,7 +224,7 @@ def patchify(image: Image.Image, rows: int, cols: int) -> torch.Tensor:
         # (x / 255 - 0.5) / 0.5 to the last bit: moving a factor of two past a rounding does not change it.
         target /= np.float32(127.5)
         target -= np.float32(1)
-    return torch.from_numpy(patches.reshape(rows * cols, CHANNELS))
+    return torch.from_numpy(patches.reshape(rows * cols, PATCH_INPUTS))
 
 
 def _resized(image: Image.Image, width: int, height: int) -> np.ndarray:

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 
 from phi4rv.answers import DIRECT_SPELLINGS
 from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
-from phi4rv.chat import ChatTemplate, Message, match_images
-from phi4rv.config import PATCH_INPUTS, Config, read_json
+from phi4rv.chat import IMAGE_MARK, ChatTemplate, Message, match_images
+from phi4rv.config import Config, read_json
 from phi4rv.errors import UserError
-from phi4rv.images import image_to_patches, open_image, target_grid
+from phi4rv.images import PATCH_INPUTS, image_to_patches, open_image, target_grid
 
 TEMPLATE = "chat_template.jinja"
 TOKENIZER = "tokenizer.json"
@@ -136,7 +136,7 @@ class Processor:
         positions: list[int] = []
         remaining = iter(grids)
         for text, answer in _segments(rendered.text, rendered.spans if labelled else []):
-            for number, piece in enumerate(match_images(text, text.count("<image>"))):
+            for number, piece in enumerate(match_images(text, text.count(IMAGE_MARK))):
                 if number:
                     rows, cols = next(remaining)
                     positions += range(len(ids), len(ids) + rows * cols)

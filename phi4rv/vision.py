@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from phi4rv.batch import PackedBatch
-from phi4rv.config import PATCH_INPUTS, VisionConfig
+from phi4rv.config import VisionConfig
+from phi4rv.images import PATCH_INPUTS
 from phi4rv.ops import Operations
 
 
