@@ -8,8 +8,8 @@ setup(
     description="Train and run Phi-4-reasoning-vision-15B on packed sequences",
     license="MIT",
     python_requires=">=3.11",
-    packages=["phi4rv", "train", "train.synthetic", "infer"],
-    package_data={"train": ["*.jinja"]},
+    packages=["triton_kernels", "phi4rv", "train", "train.synthetic", "infer"],
+    package_data={"train": ["*.jinja"], "triton_kernels": ["tuned.json"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "numpy>=2",

@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 import torch
 
 import phi4rv
+
+if not torch.cuda.is_available():  # before the first kernel is defined: Triton reads it then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,81 @@
+"""What the kernel tests share: where they run, and when a kernel counts as right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# Triton's interpreter multiplies the raw bits of bfloat16 in tl.dot, so on a CPU float16 stands for the short dtypes.
+PLACES = [
+    pytest.param(("cpu", torch.float32), id="cpu-float32"),
+    pytest.param(("cpu", torch.float16), id="cpu-float16"),
+    pytest.param(("cuda", torch.bfloat16), id="cuda-bfloat16", marks=pytest.mark.gpu),
+    pytest.param(("cuda", torch.float16), id="cuda-float16", marks=pytest.mark.gpu),
+]
+# One place on each kind of machine, for tests of behaviour and not of rounding.
+PLACE = [PLACES[0], PLACES[2]]
+Place = tuple[str, torch.dtype]
+
+
+def parity(
+    kernel: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Sequence[Any],
+    gradients: bool = True,
+    slack: float = 1.0,
+) -> None:
+    """Holds ``kernel(*inputs)`` and its gradients to ``reference`` (the criterion of FlashAttention's tests).
+
+    Exact is the reference in float64 of the same (rounded) inputs. The kernel's largest error may be at most twice
+    that of the reference run in the inputs' own dtype, plus ``slack`` units in the last place of the largest value.
+    A NaN anywhere fails. Gradients are taken for every float input that requires one, with random cotangents.
+    """
+    dtype = next(x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point())
+    exact = _run(reference, [_leaf(x, torch.float64) for x in inputs], gradients, dtype)
+    plain = _run(reference, [_leaf(x) for x in inputs], gradients, dtype)
+    ours = _run(kernel, [_leaf(x) for x in inputs], gradients, dtype)
+    assert ours.keys() == exact.keys()
+    for name, true in exact.items():
+        assert ours[name].dtype == plain[name].dtype, name
+        assert ours[name].shape == true.shape, name
+        close(ours[name], plain[name], true, name, slack)
+
+
+def close(ours: Tensor, plain: Tensor, exact: Tensor, name: str = "output", slack: float = 1.0) -> None:
+    """The criterion of ``parity`` for one tensor."""
+    if not exact.numel():
+        return
+    unit = torch.finfo(ours.dtype).eps * float(exact.abs().max())
+    error = float((ours.double() - exact).abs().max())
+    allowed = 2 * float((plain.double() - exact).abs().max()) + slack * unit
+    assert error <= allowed, f"{name}: largest error {error:.3g}, allowed {allowed:.3g}"  # false for NaN
+
+
+def _leaf(x: Any, dtype: torch.dtype | None = None) -> Any:
+    """A detached copy of a tensor, its strides kept, its floats in ``dtype``; anything else as it is."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    wanted = x.requires_grad
+    return x.detach().to(dtype or x.dtype).requires_grad_(wanted)
+
+
+def _run(
+    function: Callable[..., Any], inputs: list[Any], gradients: bool, cotangent: torch.dtype
+) -> dict[str, Tensor]:
+    """Float outputs and, by input, gradients. Cotangents are the same in every dtype: rounded to ``cotangent``."""
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    results = {f"output {i}": out.detach() for i, out in enumerate(outputs) if out.is_floating_point()}
+    wanted = {f"gradient of input {i}": x for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad}
+    if gradients and wanted:
+        roots = [out for out in outputs if out.requires_grad]
+        generator = torch.Generator().manual_seed(1)
+        drawn = [torch.randn(out.shape, generator=generator).to(cotangent).to(out) for out in roots]
+        grads = torch.autograd.grad(roots, list(wanted.values()), drawn, allow_unused=True)
+        for (name, x), grad in zip(wanted.items(), grads, strict=True):
+            results[name] = torch.zeros_like(x) if grad is None else grad
+    return results

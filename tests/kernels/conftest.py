@@ -1,0 +1,22 @@
+"""What every kernel test gets."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN (and the largest integer), so that what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """float32 products in float32: TF32 would hide an error a thousand times larger."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield

@@ -1,0 +1,155 @@
+"""Compiles an operation's kernels, as its benchmark launches them, for GPUs that are not here, and reads the machine
+code: ``python -m tests.kernels.offline rms_norm`` prints one JSON object a kernel.
+
+The launches themselves are caught: arguments are specialised as Triton would, nothing runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from benchmarks.kernels.case import Case, Draw, differentiable
+from triton_kernels.tuning import Config, Space
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Registers and shared memory of one multiprocessor, sm_80 and later.
+REGISTERS, SHARED, THREADS = 65536, 233472, 2048
+
+
+class Empty(Draw):
+    """Inputs of a shape that nothing reads: memory that is not touched costs nothing."""
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype).requires_grad_(grad)
+
+
+class Driver:
+    """Stands in for a CUDA driver of one architecture."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Recorder:
+    """Catches every launch and keeps what was compiled."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, Any] = {}
+
+    def __enter__(self) -> Recorder:
+        self.launch = launch = JITFunction.run
+
+        def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            compiled = launch(kernel, *args, grid=grid, warmup=True, **kwargs)
+            self.kernels[compiled.hash] = compiled
+            return compiled
+
+        JITFunction.run = compile_only
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        JITFunction.run = self.launch
+
+
+def compile_case(case: Case, draw: Draw) -> dict[str, Any]:
+    """hash -> compiled kernel, of the forward pass and, for a backward case, of the gradient."""
+    with Recorder() as recorder:
+        inputs = case.inputs(draw)
+        outputs = differentiable(case.ours(*inputs))
+        if case.backward:
+            wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+            torch.autograd.grad(outputs, wanted, [torch.empty_like(out) for out in outputs], allow_unused=True)
+    return recorder.kernels
+
+
+def resources(compiled: Any) -> dict[str, Any]:
+    """Registers and spill bytes a thread, shared bytes, threads, blocks a multiprocessor, kinds of product."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True)
+    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
+    threads = 32 * compiled.metadata.num_warps
+    shared = compiled.metadata.shared
+    blocks = min(
+        REGISTERS // (threads * 8 * -(-registers // 8)), THREADS // threads, SHARED // (shared + 1024), 32
+    )  # 1024: what the system keeps of each block's shared memory
+    return {
+        "kernel": compiled.metadata.name,
+        "registers": registers,
+        "spills": int(re.findall(r"STACK:(\d+)", usage)[-1]),
+        "shared": shared,
+        "warps": compiled.metadata.num_warps,
+        "stages": compiled.metadata.num_stages,
+        "blocks": blocks,
+        "dots": compiled.asm["ttir"].count("tt.dot"),
+        **{name: len(re.findall(rf"\b{name}\b", sass.stdout)) for name in ("HGMMA", "QGMMA", "HMMA", "UTMALDG")},
+    }
+
+
+def configurations(operation: str, case: Case) -> Iterator[tuple[Space | None, Config]]:
+    """Each candidate of each space of the operation; ``None`` first, for the defaults."""
+    yield None, {}
+    for space in Space.all:
+        if space.name.split(".")[0] == operation:
+            for config in {str(c): c for configs in space.cases.values() for c in configs}.values():
+                yield space, config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.kernels.offline", description=__doc__)
+    parser.add_argument("operation", help="a file of benchmarks/kernels")
+    parser.add_argument("--capability", type=int, default=90, metavar="N")
+    parser.add_argument("--defaults", action="store_true", help="only the first candidate of each kernel")
+    args = parser.parse_args()
+    triton.runtime.driver.set_active(Driver(args.capability))
+    module = importlib.import_module(f"benchmarks.kernels.{args.operation}")
+    seen: set[str] = set()
+    for case in module.cases(tiny=False):
+        for space, config in configurations(args.operation, case):
+            if space and args.defaults:
+                continue
+            report(case, space, config, seen)
+
+
+def report(case: Case, space: Space | None, config: Config, seen: set[str]) -> None:
+    """Prints what ``case`` compiles to under ``config`` and was not printed before."""
+    if space:
+        with space.forced(config):
+            kernels = compile_case(case, Empty("cpu"))
+    else:
+        kernels = compile_case(case, Empty("cpu"))
+    for name, compiled in kernels.items():
+        if name not in seen:
+            seen.add(name)
+            print(json.dumps({"case": case.shape, "config": config, **resources(compiled)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
