@@ -1,0 +1,36 @@
+// What the bindings launch: one function a kernel, on raw pointers, without PyTorch's headers.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace phi4rv {
+
+enum class Type { bfloat16, float16 };
+
+// Query rows that one block works on, by head dim: as many warpgroups of 64 as registers allow.
+constexpr int attention_rows(int head_dim) { return head_dim > 80 ? 128 : 192; }
+
+// Slots that a schedule may need at most, known without reading the offsets.
+constexpr int schedule_bound(int tokens, int documents, int rows) { return tokens / rows + documents; }
+
+// softmax(q k^T scale) v inside each document of a packed row. Strides are between rows, in elements; a row's heads
+// follow each other. head_dim 64, 72, 80 or 128; pointers and strides in multiples of 16 bytes.
+struct AttentionForward {
+  const void *q, *k, *v;  // (tokens, heads, head_dim), (tokens, kv_heads, head_dim) twice
+  void* out;              // (tokens, heads, head_dim), contiguous
+  float* lse;             // (heads, tokens)
+  const int* cu_seqlens;  // (documents + 1)
+  int* schedule;          // 2 + 2 schedule_bound(...), written here
+  int64_t q_stride, k_stride, v_stride;
+  int tokens, documents, heads, kv_heads, head_dim;
+  int multiprocessors;
+  float scale;
+  bool causal;
+  Type type;
+};
+
+cudaError_t attention_forward(const AttentionForward& arguments, cudaStream_t stream);
+
+}  // namespace phi4rv

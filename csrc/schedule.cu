@@ -1,0 +1,48 @@
+#include "schedule.h"
+
+namespace phi4rv {
+namespace {
+
+// Tiles of a document of ``length`` rows whose cost is over ``cost``. Causal costs are rows, 2 rows, ..., length.
+template <bool CAUSAL>
+__device__ inline int costlier(int length, int tiles, int rows, int cost) {
+  if (length <= cost) return 0;
+  return CAUSAL ? tiles - cost / rows : tiles;
+}
+
+template <bool CAUSAL>
+__device__ inline int as_costly(int length, int tiles, int rows, int cost) {
+  if (length == cost) return CAUSAL ? 1 : tiles;
+  return CAUSAL && length > cost && cost % rows == 0;
+}
+
+// One block a document, one thread a tile: a tile's place is the number of tiles that go before it.
+template <bool CAUSAL>
+__global__ void order(const int* cu_seqlens, int documents, int rows, int* count, int2* tiles) {
+  const int own = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x], own_tiles = (own + rows - 1) / rows;
+  for (int block = threadIdx.x; block < max(own_tiles, 1); block += blockDim.x) {
+    const int cost = CAUSAL ? min((block + 1) * rows, own) : own;
+    int place = CAUSAL ? 0 : block, total = 0;
+    for (int i = 0; i < documents; i++) {
+      const int length = cu_seqlens[i + 1] - cu_seqlens[i], n = (length + rows - 1) / rows;
+      total += n;
+      place += costlier<CAUSAL>(length, n, rows, cost);
+      if (i < blockIdx.x) place += as_costly<CAUSAL>(length, n, rows, cost);
+    }
+    if (block < own_tiles) tiles[place] = make_int2(blockIdx.x, block);
+    if (blockIdx.x == 0 && block == 0) *count = total;
+  }
+}
+
+}  // namespace
+
+cudaError_t schedule(const int* cu_seqlens, int documents, int rows, bool causal, int* out, cudaStream_t stream) {
+  auto* tiles = reinterpret_cast<int2*>(out + 2);
+  if (causal)
+    order<true><<<documents, 128, 0, stream>>>(cu_seqlens, documents, rows, out, tiles);
+  else
+    order<false><<<documents, 128, 0, stream>>>(cu_seqlens, documents, rows, out, tiles);
+  return cudaGetLastError();
+}
+
+}  // namespace phi4rv
