@@ -1,0 +1,90 @@
+// Schemas, checks of arguments and dispatch, against PyTorch's stable ABI. No logic: that is in the kernels' files.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+
+#include "kernels.h"
+
+// A PyTorch built without CUDA lacks it. Weak, so that the library loads there, where checks and fakes are tested.
+#pragma weak aoti_torch_get_current_cuda_stream
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+void check(cudaError_t error, const char* name) {
+  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
+}
+
+// The stream that PyTorch works on; a launch on stream 0 would run beside what it depends on.
+cudaStream_t stream_of(const Tensor& x) {
+  void* stream = nullptr;
+  aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream);
+  return static_cast<cudaStream_t>(stream);
+}
+
+phi4rv::Type short_float(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half, name,
+                  " must be bfloat16 or float16");
+  return x.scalar_type() == ScalarType::BFloat16 ? phi4rv::Type::bfloat16 : phi4rv::Type::float16;
+}
+
+// A (rows, heads, channels) view whose rows may lie apart: what the copy engine can read.
+void check_heads(const Tensor& x, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 3, name, " must be (tokens, heads, head_dim)");
+  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, " must have the dtype of q");
+  STD_TORCH_CHECK(x.size(0) == like.size(0) && x.size(2) == like.size(2), name, " must have q's tokens and head_dim");
+  STD_TORCH_CHECK(x.stride(2) == 1 && x.stride(1) == x.size(2), name, ": the heads of a row must follow each other");
+  STD_TORCH_CHECK(x.stride(0) % 8 == 0, name, ": rows must start at multiples of 8 elements");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, " must start at a multiple of 16 bytes");
+}
+
+std::tuple<Tensor, Tensor> packed_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, bool causal, int64_t multiprocessors) {
+  phi4rv::AttentionForward f{};
+  f.type = short_float(q, "packed_attention: q");
+  check_heads(q, q, "packed_attention: q");
+  check_heads(k, q, "packed_attention: k");
+  check_heads(v, q, "packed_attention: v");
+  f.tokens = q.size(0), f.heads = q.size(1), f.head_dim = q.size(2), f.kv_heads = k.size(1);
+  STD_TORCH_CHECK(f.head_dim == 64 || f.head_dim == 72 || f.head_dim == 80 || f.head_dim == 128,
+                  "packed_attention: head_dim is ", f.head_dim, ", must be 64, 72, 80 or 128");
+  STD_TORCH_CHECK(f.kv_heads > 0 && f.heads % f.kv_heads == 0 && v.size(1) == f.kv_heads,
+                  "packed_attention: q's heads must be a multiple of those of k and v, which must be equal");
+  STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0 && cu_seqlens.is_contiguous() &&
+                      cu_seqlens.scalar_type() == ScalarType::Int,
+                  "packed_attention: cu_seqlens must be (documents + 1) int32");
+  STD_TORCH_CHECK(q.is_cuda() && k.get_device_index() == q.get_device_index() &&
+                      v.get_device_index() == q.get_device_index() &&
+                      cu_seqlens.get_device_index() == q.get_device_index(),
+                  "packed_attention: q, k, v and cu_seqlens must be on one CUDA device");
+  f.documents = cu_seqlens.size(0) - 1;
+  f.q_stride = q.stride(0), f.k_stride = k.stride(0), f.v_stride = v.stride(0);
+  f.causal = causal, f.multiprocessors = multiprocessors;
+  f.scale = 1.0f / std::sqrt(float(f.head_dim));
+  const auto guard = torch::stable::accelerator::DeviceGuard(q.get_device_index());
+  Tensor out = torch::stable::new_empty(q, {f.tokens, f.heads, f.head_dim});
+  Tensor lse = torch::stable::new_empty(q, {f.heads, f.tokens}, ScalarType::Float);
+  if (f.tokens == 0 || f.documents == 0) return {out, lse};
+  const int slots = phi4rv::schedule_bound(f.tokens, f.documents, phi4rv::attention_rows(f.head_dim));
+  Tensor schedule = torch::stable::new_empty(q, {2 + 2 * slots}, ScalarType::Int);
+  f.q = q.data_ptr(), f.k = k.data_ptr(), f.v = v.data_ptr(), f.out = out.data_ptr();
+  f.lse = static_cast<float*>(lse.data_ptr());
+  f.cu_seqlens = static_cast<const int*>(cu_seqlens.data_ptr()), f.schedule = static_cast<int*>(schedule.data_ptr());
+  check(phi4rv::attention_forward(f, stream_of(q)), "packed_attention");
+  return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
+  m.def("packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, int multiprocessors) -> (Tensor, Tensor)");
+}
+
+// On a CPU too, where every call ends at a check: so the checks are tested without a GPU.
+STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CUDA, m) { m.impl("packed_attention", TORCH_BOX(&packed_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CPU, m) { m.impl("packed_attention", TORCH_BOX(&packed_attention)); }
