@@ -28,10 +28,10 @@ rule cuda
   deps = gcc
   description = nvcc $in
 rule bindings
-  command = c++ -std=c++20 -O2 -fPIC -fvisibility=hidden {abi} -I{torch}/include -I{cuda}/include -MD -MF $out.d -c $in -o $out
+  command = {nvcc} -std=c++20 -O2 -Xcompiler -fPIC,-fvisibility=hidden {abi} -I{torch}/include -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
-  description = c++ $in
+  description = nvcc $in
 rule link
   command = {nvcc} -shared -o $out $in -L{torch}/lib -ltorch_cpu
   description = link $out
@@ -51,9 +51,7 @@ def ninja_file(compiler: Path, build: Path) -> str:
     torch = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
     archs = os.environ.get("PHI4RV_CUDA_ARCHS", "90a").split(";")
     flags = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
-    text = RULES.format(
-        build=build, nvcc=compiler, archs=flags, abi=STABLE_ABI, torch=torch, cuda=compiler.parents[1]
-    )
+    text = RULES.format(build=build, nvcc=compiler, archs=flags, abi=STABLE_ABI, torch=torch)
     objects = []
     for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]):
         objects.append(build / f"{source.name}.o")
