@@ -33,4 +33,20 @@ struct AttentionForward {
 
 cudaError_t attention_forward(const AttentionForward& arguments, cudaStream_t stream);
 
+// y = f(norm(x) w^T) + residual for 1 to 8 rows. norm: RMSNorm with this weight, or null for none. f: silu(gate) up of the
+// two halves of w's rows if swiglu, else nothing. residual: null for none. k a multiple of 32, n of 8 (of 16 with swiglu).
+struct Gemv {
+  const void *x, *w;       // (rows, k), (n, k)
+  const void* norm;        // (k)
+  const void* residual;    // as y
+  void* y;                 // (rows, n), or (rows, n / 2) with swiglu
+  int rows, n, k;
+  int multiprocessors;
+  float eps;
+  bool swiglu;
+  Type type;
+};
+
+cudaError_t gemv(const Gemv& arguments, cudaStream_t stream);
+
 }  // namespace phi4rv
