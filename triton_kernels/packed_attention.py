@@ -23,10 +23,31 @@ from triton_kernels.tuning import Space
 FORWARD = Space(
     "packed_attention.forward",
     {
-        "64": [{"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}],
-        "72": [{"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}],
-        "128": [{"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}],
-        "other": [{"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}],
+        "64": [
+            {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+            {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+        ],
+        "72": [
+            {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+            {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+            {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+        ],
+        "128": [
+            {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+            {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+            {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "other": [
+            {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "float32": [
+            {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        ],
     },
 )
 
@@ -34,7 +55,7 @@ FORWARD = Space(
 @triton.jit
 def _visit(
     acc, acc_tail, total, peak, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride, first, last, seen, length, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, TAIL_V: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys from first to last to a tile's state."""
@@ -60,16 +81,16 @@ def _visit(
         vn = v + tl.cast(n, tl.int64) * v_stride
         acc = tl.dot(p, load(vn, v_rows, inside, 0, MAIN, D, MASKED), acc * shrink[:, None], input_precision="ieee")
         if TAIL:
-            v_tail = load(vn, v_rows, inside, MAIN, TAIL_V, D, MASKED)
+            v_tail = load(vn, v_rows, inside, MAIN, TAIL, D, MASKED)
             acc_tail = tl.dot(p, v_tail, acc_tail * shrink[:, None], input_precision="ieee")
     return acc, acc_tail, total, peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward(
     q, k, v, out, lse, cu_seqlens, tiles, key_ends, q_stride, k_stride, v_stride, T, H, GROUP, scale,
     CAUSAL: tl.constexpr, EXTENDED: tl.constexpr,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, TAIL_V: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block, start, length = tile(tiles, cu_seqlens)
@@ -94,24 +115,24 @@ def _forward(
     unmasked = visible(first, start, length, key_ends, CAUSAL, EXTENDED) // BLOCK_N * BLOCK_N
     end = visible(last, start, length, key_ends, CAUSAL, EXTENDED)
     acc = tl.zeros((BLOCK_M, MAIN), tl.float32)
-    acc_tail = tl.zeros((BLOCK_M, TAIL_V if TAIL else 16), tl.float32)
+    acc_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     scale *= 1.4426950408889634  # exp(x) = exp2(x / ln 2)
     acc, acc_tail, total, peak = _visit(
         acc, acc_tail, total, peak, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride,
-        0, unmasked, seen, length, scale, D, MAIN, TAIL, TAIL_V, BLOCK_N, False,
+        0, unmasked, seen, length, scale, D, MAIN, TAIL, BLOCK_N, False,
     )  # fmt: skip
     acc, acc_tail, total, peak = _visit(
         acc, acc_tail, total, peak, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride,
-        unmasked, end, seen, length, scale, D, MAIN, TAIL, TAIL_V, BLOCK_N, True,
+        unmasked, end, seen, length, scale, D, MAIN, TAIL, BLOCK_N, True,
     )  # fmt: skip
 
     out += (start * H + head) * D
     out_rows = rows.to(tl.int64) * (H * D)
     store(out, acc / total[:, None], out_rows, inside, 0, MAIN, D)
     if TAIL:
-        store(out, acc_tail / total[:, None], out_rows, inside, MAIN, TAIL_V, D)
+        store(out, acc_tail / total[:, None], out_rows, inside, MAIN, TAIL, D)
     natural = (peak * scale + tl.log2(total)) * 0.6931471805599453
     tl.store(lse + head.to(tl.int64) * T + start + rows, natural, mask=inside)
 
@@ -127,7 +148,9 @@ def launch_forward(
     require(q.dtype in FLOATS, f"{name}: q is {q.dtype}, must be float32, float16 or bfloat16")
     require(k.dtype == v.dtype == q.dtype, f"{name}: k is {k.dtype} and v {v.dtype}, must be {q.dtype} like q")
     require(D <= 256, f"{name}: head dim {D}, must be at most 256")
-    require(k.shape == v.shape == (T, G, D), f"{name}: k {tuple(k.shape)}, v {tuple(v.shape)}, must be ({T}, heads, {D})")
+    require(
+        k.shape == v.shape == (T, G, D), f"{name}: k {tuple(k.shape)}, v {tuple(v.shape)}, must be ({T}, heads, {D})"
+    )
     require(G > 0 and H % G == 0, f"{name}: {H} query heads are no multiple of {G} key heads")
     offsets = cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and len(cu_seqlens) > 0
     require(offsets, f"{name}: cu_seqlens must be (documents + 1,) int32")
@@ -145,8 +168,7 @@ def launch_forward(
         with torch.cuda.device_of(q):
             _forward[(len(tiles), H)](
                 q, k, v, out, lse, cu_seqlens, tiles, key_ends, q.stride(0), k.stride(0), v.stride(0), T, H, H // G,
-                1 / math.sqrt(D), CAUSAL=causal, EXTENDED=key_ends is not None, D=D, MAIN=main, TAIL=tail,
-                TAIL_V=8 if D - main == 8 else tail, **config,
+                1 / math.sqrt(D), CAUSAL=causal, EXTENDED=key_ends is not None, D=D, MAIN=main, TAIL=tail, **config,
             )  # fmt: skip
     return out, lse
 

@@ -21,19 +21,53 @@ from triton_kernels.tuning import Space
 DQ = Space(
     "packed_attention.dq",
     {
-        "64": [{"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}],
-        "72": [{"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}],
-        "128": [{"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}],
-        "other": [{"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}],
+        "64": [
+            {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+            {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+        ],
+        "72": [
+            {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+            {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        ],
+        "128": [
+            {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+            {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+        ],
+        "other": [
+            {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        ],
+        "float32": [
+            {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        ],
     },
 )
 DKDV = Space(
     "packed_attention.dkdv",
     {
-        "64": [{"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}],
-        "72": [{"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}],
-        "128": [{"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}],
-        "other": [{"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}],
+        "64": [
+            {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+            {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+        ],
+        "72": [
+            {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+            {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+        ],
+        "128": [
+            {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+        ],
+        "other": [
+            {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        ],
+        "float32": [
+            {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        ],
     },
 )
 
@@ -69,7 +103,7 @@ def _visit_keys(
     return dq, dq_tail
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _dq(
     q, k, v, out, dout, lse, delta, dq, cu_seqlens, tiles, key_ends, q_stride, k_stride, v_stride, T, H, GROUP, scale,
     CAUSAL: tl.constexpr, EXTENDED: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
@@ -127,19 +161,35 @@ def _dq(
 
 
 @triton.jit
+def _block(i, edges, last, MASKED: tl.constexpr):
+    """The i-th block to visit: those on an edge come first, and what is masked beyond them is the last."""
+    return tl.where(i < edges, i, last) if MASKED else i
+
+
+@triton.jit
+def _statistics(lse, delta, rows, length, MASKED: tl.constexpr):
+    """lse and delta of these rows of a document."""
+    if MASKED:  # exp2(-inf) = 0: a row past the end has no weights
+        inside = rows < length
+        return tl.load(lse + rows, mask=inside, other=float("inf")), tl.load(delta + rows, mask=inside, other=0.0)
+    return tl.load(lse + rows), tl.load(delta + rows)
+
+
+@triton.jit
 def _visit_queries(
     dk, dk_tail, dv, dv_tail, k_main, k_tail, v_main, v_tail, q, dout, lse, delta, q_rows, out_rows, q_stride,
-    out_stride, first, begin, end, edges, last, keys, start, length, key_ends, scale,
+    out_stride, first, begin, end, edges, last, keys, start, length, key_ends, scale, unscale,
     CAUSAL: tl.constexpr, EXTENDED: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what blocks begin to end of queries give to the gradients of a tile of keys; blocks count from row first.
 
     MASKED: for blocks on an edge. From ``edges`` on, the one that is left is the last, cut off by the document's end.
     """
+    if not MASKED:
+        peak, sums = _statistics(lse, delta, first + begin * BLOCK_M + tl.arange(0, BLOCK_M), length, True)
     for i in range(begin, end):
-        block = tl.where(i < edges, i, last) if MASKED else i
-        m = first + block * BLOCK_M
+        m = first + _block(i, edges, last, MASKED) * BLOCK_M
         rows = m + tl.arange(0, BLOCK_M)
         inside = rows < length
         qm = q + tl.cast(m, tl.int64) * q_stride
@@ -147,14 +197,12 @@ def _visit_queries(
         q_main = load(qm, q_rows, inside, 0, MAIN, D, MASKED)
         do_main = load(dom, out_rows, inside, 0, MAIN, D, MASKED)
         if MASKED:
-            # exp2(-inf) = 0: a row past the end has no weights
-            peak = tl.load(lse + rows, mask=inside, other=float("inf"))
-            sums = tl.load(delta + rows, mask=inside, other=0.0)
-        else:
-            peak = tl.load(lse + rows)
-            sums = tl.load(delta + rows)
-        s = tl.dot(k_main, tl.trans(q_main), input_precision="ieee")
-        dp = tl.dot(v_main, tl.trans(do_main), input_precision="ieee")
+            peak, sums = _statistics(lse, delta, rows, length, True)
+        # The products start from what is subtracted from them: it then needs no registers of its own.
+        s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32) - (peak * unscale)[None, :]
+        dp = tl.zeros((BLOCK_N, BLOCK_M), tl.float32) - sums[None, :]
+        s = tl.dot(k_main, tl.trans(q_main), s, input_precision="ieee")
+        dp = tl.dot(v_main, tl.trans(do_main), dp, input_precision="ieee")
         if TAIL:
             q_tail = load(qm, q_rows, inside, MAIN, TAIL, D, MASKED)
             do_tail = load(dom, out_rows, inside, MAIN, TAIL, D, MASKED)
@@ -163,14 +211,17 @@ def _visit_queries(
         if MASKED and CAUSAL:
             seen = visible(rows, start, length, key_ends, CAUSAL, EXTENDED)
             s = tl.where(keys[:, None] < seen[None, :], s, float("-inf"))
-        p = tl.exp2(s * scale - (peak * 1.4426950408889634)[None, :])
-        ds = (p * (dp - sums[None, :])).to(k_main.dtype)
+        p = tl.exp2(s * scale)
+        ds = (p * dp).to(k_main.dtype)
         p = p.to(k_main.dtype)
         dv = tl.dot(p, do_main, dv, input_precision="ieee")
         dk = tl.dot(ds, q_main, dk, input_precision="ieee")
         if TAIL:
             dv_tail = tl.dot(p, do_tail, dv_tail, input_precision="ieee")
             dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision="ieee")
+        if not MASKED:  # the next block's, while the products run: Triton would load them when they are needed
+            m = first + tl.minimum(i + 1, end - 1) * BLOCK_M
+            peak, sums = _statistics(lse, delta, m + tl.arange(0, BLOCK_M), length, False)
     return dk, dk_tail, dv, dv_tail
 
 
@@ -188,7 +239,7 @@ def _first_that_sees(count, start, length, key_ends, EXTENDED: tl.constexpr):
     return row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _dkdv(
     q, k, v, dout, lse, delta, dk, dv, cu_seqlens, tiles, key_ends, q_stride, k_stride, v_stride, T, H, G, scale,
     CAUSAL: tl.constexpr, EXTENDED: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
@@ -237,13 +288,17 @@ def _dkdv(
         dk_acc, dk_tail, dv_acc, dv_tail = _visit_queries(
             dk_acc, dk_tail, dv_acc, dv_tail, k_main, k_tail, v_main, v_tail, q_head, do_head, lse_head, delta_head,
             q_rows, out_rows, q_stride, H * D, first, 0, total - full, edges, total - 1, keys, start, length,
-            key_ends, base2, CAUSAL, EXTENDED, D, MAIN, TAIL, BLOCK_M, True,
+            key_ends, base2, 1 / scale, CAUSAL, EXTENDED, D, MAIN, TAIL, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
         dk_acc, dk_tail, dv_acc, dv_tail = _visit_queries(
             dk_acc, dk_tail, dv_acc, dv_tail, k_main, k_tail, v_main, v_tail, q_head, do_head, lse_head, delta_head,
             q_rows, out_rows, q_stride, H * D, first, edges, edges + full, edges, total - 1, keys, start, length,
-            key_ends, base2, CAUSAL, EXTENDED, D, MAIN, TAIL, BLOCK_M, False,
+            key_ends, base2, 1 / scale, CAUSAL, EXTENDED, D, MAIN, TAIL, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
+    # Found again: kept over the loops, the addresses would take the registers that they lack.
+    block, start, length = tile(tiles, cu_seqlens)
+    keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = keys < length
     row = (start * G + group) * D
     rows = keys.to(tl.int64) * (G * D)
     store(dk + row, dk_acc * scale, rows, inside, 0, MAIN, D)

@@ -22,7 +22,7 @@ def _tiles(cu_seqlens, documents, N, ROWS: tl.constexpr):
     return (last - first + ROWS - 1) // ROWS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "slots"])
 def _schedule(
     cu_seqlens, tiles, N, slots,
     CAUSAL: tl.constexpr, REVERSED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -69,7 +69,7 @@ def schedule(cu_seqlens: Tensor, T: int, max_seqlen: int, rows: int, causal: boo
         with torch.cuda.device_of(cu_seqlens):
             _schedule[(N,)](
                 cu_seqlens, tiles, N, slots,
-                CAUSAL=causal, REVERSED=causal and reverse, ROWS=rows, BLOCKS=128, DOCUMENTS=64, num_warps=4,
+                CAUSAL=causal, REVERSED=causal and reverse, ROWS=rows, BLOCKS=64, DOCUMENTS=32, num_warps=4,
             )  # fmt: skip
     return tiles
 
@@ -83,8 +83,10 @@ def widths(D: int) -> tuple[int, int]:
 
 
 def case(D: int, dtype: torch.dtype) -> str:
-    """The case of a head dim in the spaces of candidates. float32 is not multiplied on tensor cores: small tiles."""
-    return str(D) if D in (64, 72, 128) and dtype != torch.float32 else "other"
+    """The case of a head in the spaces of candidates. float32 takes twice the memory and no tensor cores."""
+    if dtype == torch.float32:
+        return "float32"
+    return str(D) if D in (64, 72, 128) else "other"
 
 
 def heads(x: Tensor) -> Tensor:
