@@ -20,33 +20,53 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    key_ends: Tensor | None = None,
+) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v inside each document of a packed row.
 
     q (T, H, D), k and v (T, G, D) with H a multiple of G: query head h reads key head h // (H // G).
     cu_seqlens (N+1,) int32: document n is rows cu_seqlens[n]:cu_seqlens[n+1]; max_seqlen bounds their lengths
     (kernels need it, this definition does not). Causal: a row sees itself and what precedes it in its document.
+    key_ends (T,) int32, causal only: row t sees the keys of its document before max(t + 1, key_ends[t]), counted in
+    the packed row; inside a document they may not decrease. Rows of an image that hold the image's end see all of it.
     Returns (T, H, D).
     """
+    if key_ends is not None and not causal:
+        raise ValueError("packed_attention: key_ends are for causal attention only")
     outs = [q[:0]]  # a row without documents is a row too
+    start = 0
     for qd, kd, vd in zip(*(x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)), strict=True):
-        outs.append(attend(qd, kd, vd, causal))
+        ends = None if key_ends is None else key_ends[start : start + len(qd)] - start
+        outs.append(attend(qd, kd, vd, causal, ends))
+        start += len(qd)
     return torch.cat(outs)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """One document: q (M, H, D) are the last M of the N rows of k and v (N, G, D). Returns (M, H, D)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, ends: Tensor | None = None) -> Tensor:
+    """One document: q (M, H, D) are the last M of the N rows of k and v (N, G, D). Returns (M, H, D).
+
+    ends (M,): causal, yet row m sees at least the first ends[m] keys.
+    """
     groups = q.shape[1] // k.shape[1]
     q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
     if groups > 1:  # PyTorch's own grouped path has no fused kernel on the CPU
         k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
     rows, keys = q.shape[1], k.shape[1]
     mask = None
-    if causal and 1 < rows < keys:
+    if causal and (1 < rows < keys or ends is not None):
         mask = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
+    if ends is not None:
+        mask = mask | (torch.arange(keys, device=q.device) < ends[:, None])
     # The leading 1 is not a batch: without four dimensions PyTorch leaves its fused kernel for the plain one.
     out = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=mask, is_causal=causal and rows == keys and rows > 1
+        q[None], k[None], v[None], attn_mask=mask, is_causal=causal and rows == keys and rows > 1 and mask is None
     )
     return out[0].transpose(0, 1)
 
