@@ -36,14 +36,16 @@ PART = Space(
         "64 of 16": _candidates((128, 4, 3, 2), (64, 4, 4, 3), (64, 4, 3, 4), (128, 8, 3, 2)),
         "64 of 32": _candidates((64, 4, 3, 2)),
         "128 of 8": _candidates((128, 4, 3, 2), (64, 4, 4, 3), (64, 4, 3, 4), (128, 8, 4, 2)),
-        "128 of 16": _candidates((64, 4, 3, 2), (32, 4, 4, 3), (64, 4, 4, 1), (128, 8, 3, 1), (64, 4, 2, 3)),
+        "128 of 16": _candidates((64, 4, 4, 2), (64, 4, 3, 3), (32, 4, 4, 3), (128, 8, 3, 1), (64, 4, 2, 3)),
         "128 of 32": _candidates((32, 4, 3, 2)),
         "256 of 8": _candidates((64, 4, 3, 2), (64, 8, 3, 2)),
         "256 of 16": _candidates((32, 4, 3, 2), (64, 8, 3, 1)),
         "256 of 32": _candidates((32, 4, 2, 1)),
     },
 )
-MERGE = Space("decode_attention.merge", {"row": [{"BLOCK_D": b, "num_warps": w} for b, w in ((64, 4), (32, 4), (128, 8))]})
+MERGE = Space(
+    "decode_attention.merge", {"row": [{"BLOCK_D": b, "num_warps": w} for b, w in ((64, 4), (32, 4), (128, 8))]}
+)
 MOST_PARTS = 128
 MOST_ROWS = 32  # of a tile; more rows than that run as more programs
 # Keys a part begins at a multiple of: fine enough that all parts are alike, and a short document has few.
@@ -70,7 +72,8 @@ def _convert_codes(codes, out, COUNT: tl.constexpr):
     tl.store(out + i, _halves(tl.load(codes + i)))
 
 
-@triton.jit
+# What varies from batch to batch is not compiled in.
+@triton.jit(do_not_specialize=["pages_document", "PARTS"])
 def _part(
     q, k, v, pages, starts, lengths, k_scale, v_scale, out, lse, scale,
     q_document, q_token, q_head, k_page, k_row, k_head, v_page, v_row, v_head, pages_document, k_scale_head, v_scale_head,
@@ -123,6 +126,9 @@ def _part(
         v += tl.multiple_of(begin * v_row, ALIGN)
     else:
         pages += b * pages_document
+        # One block ahead: a load that waits for another load would leave the pipeline shallow.
+        keys = first + tl.arange(0, BLOCK_N)
+        page = tl.load(pages + keys // PAGE, mask=keys < end, other=0)
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -134,10 +140,11 @@ def _part(
             k_rows = keys.to(tl.int64) * k_row
             v_rows = keys.to(tl.int64) * v_row
         else:
-            page = tl.load(pages + keys // PAGE, mask=inside, other=0).to(tl.int64)
             within = (keys % PAGE).to(tl.int64)
-            k_rows = page * k_page + within * k_row
-            v_rows = page * v_page + within * v_row
+            k_rows = page.to(tl.int64) * k_page + within * k_row
+            v_rows = page.to(tl.int64) * v_page + within * v_row
+            ahead = keys + BLOCK_N
+            page = tl.load(pages + ahead // PAGE, mask=ahead < end, other=0)
         k_rows = tl.multiple_of(k_rows, ALIGN)
         v_rows = tl.multiple_of(v_rows, ALIGN)
         mask = inside[:, None] if WHOLE else inside[:, None] & wanted
@@ -170,8 +177,8 @@ def _part(
         tl.store(lse + row, tl.where(some, top + tl.log2(total), float("-inf")), mask=real)
 
 
-@triton.jit
-def _merge(parts, lse, out, D, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit(do_not_specialize=["PARTS"])
+def _merge(parts, lse, out, PARTS, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_P)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -291,7 +298,7 @@ def _launch(
         if lse is not None:
             merge = MERGE.pick("row", q.device)
             _merge[(rows, triton.cdiv(D, merge["BLOCK_D"]))](
-                partial, lse, out, D, PARTS=parts, BLOCK_P=triton.next_power_of_2(parts), **merge
+                partial, lse, out, parts, D=D, BLOCK_P=triton.next_power_of_2(parts), **merge
             )
     return out
 

@@ -15,7 +15,7 @@ from triton_kernels.decode_attention import decode_attention, paged_decode_atten
 from triton_kernels.launch import multiprocessors
 
 FP8 = torch.float8_e4m3fn
-LENGTHS = [1, 15, 16, 17, 63, 64, 65, 0, 129, 300]
+LENGTHS = [1, 16, 17, 0, 64, 65, 300]
 Inputs = tuple[Any, ...]
 
 
@@ -48,9 +48,7 @@ def packed(
     return draw(place, len(lengths), M, H, D, scale=scale), k, v, *offsets, *scales(place, fp8, G)
 
 
-def paged(
-    place: Place, lengths: list[int], H: int, G: int, D: int, size: int, M: int = 1, fp8: bool = False
-) -> Inputs:
+def paged(place: Place, lengths: list[int], H: int, G: int, D: int, size: int, M: int = 1, fp8: bool = False) -> Inputs:
     """Pages in random order, the rows of a page past its document's end NaN, the table's unused entries out of range."""
     used = [-(-n // size) for n in lengths]
     order = torch.randperm(sum(used) + 2).tolist()
@@ -77,32 +75,32 @@ def held_paged(inputs: Inputs) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("heads", [(4, 1), (6, 2), (3, 3), (40, 1)])
+@pytest.mark.parametrize("heads", [(4, 1), (3, 3), (40, 1)])
 def test_ragged_lengths(place: Place, fp8: bool, heads: tuple[int, int]) -> None:
     held(packed(place, LENGTHS, *heads, D=16, fp8=fp8))
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("M", [2, 3, 8, 17])
+@pytest.mark.parametrize("M", [2, 8, 17])
 def test_several_tokens(place: Place, fp8: bool, M: int) -> None:
     """Down to a document that is all new, where its first token sees itself alone."""
-    held(packed(place, [M, M + 1, 0, 64, 65, 70, 200], 4, 1, 16, M, fp8))
+    held(packed(place, [M, M + 1, 0, 70], 2, 1, 16, M, fp8))
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("D", [1, 8, 24, 64, 72, 128, 200, 256])
+@pytest.mark.parametrize("D", [1, 24, 64, 72, 200, 256])
 def test_head_dims(place: Place, D: int) -> None:
     for fp8 in (False, True):
-        held(packed(place, [70, 5], 2, 1, D, fp8=fp8))
+        held(packed(place, [70], 2, 1, D, fp8=fp8))
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("size", [1, 16, 64, 256])
 def test_paged(place: Place, fp8: bool, size: int) -> None:
-    held_paged(paged(place, [1, 17, 0, 64, 100, 257], 4, 2, 24, size, fp8=fp8))
-    held_paged(paged(place, [5, 64, 131], 4, 2, 24, size, M=5, fp8=fp8))
+    held_paged(paged(place, [1, 0, 64, 257], 2, 1, 24, size, fp8=fp8))
+    held_paged(paged(place, [5, 131], 2, 2, 24, size, M=5, fp8=fp8))
 
 
 @pytest.mark.parametrize("place", PLACES[2:])
@@ -125,8 +123,8 @@ def test_extreme_values(place: Place, scale: float) -> None:
 
 @pytest.mark.parametrize("place", PLACE)
 def test_a_thousand_documents_of_one_token(place: Place) -> None:
-    """A softmax of one key is 1: the result is the value's own bits."""
-    B = 1000
+    """A softmax of one key is 1: the result is the value's own bits. Interpreted, a tenth of them does."""
+    B = 100 if place[0] == "cpu" else 1000
     v = draw(place, B, 1, 16)
     starts = torch.randperm(B).to(place[0])
     out = decode_attention(draw(place, B, 1, 1, 16), draw(place, B, 1, 16), v, starts, torch.ones_like(starts))
@@ -160,10 +158,9 @@ def test_strided_inputs(place: Place) -> None:
 @pytest.mark.parametrize("place", PLACE)
 def test_a_cache_of_more_than_2_to_the_31_elements(place: Place) -> None:
     rows, wide = 40, 2**31 // 16
-    storage = torch.empty(0, device=place[0], dtype=place[1])
-    was, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, False
-    storage = torch.empty(rows * wide, device=place[0], dtype=place[1])  # on a CPU, pages not touched cost nothing
-    torch.utils.deterministic.fill_uninitialized_memory = was
+    torch.utils.deterministic.fill_uninitialized_memory = False  # on a CPU, pages that nothing touches cost nothing
+    storage = torch.empty(rows * wide, device=place[0], dtype=place[1])
+    torch.utils.deterministic.fill_uninitialized_memory = True
     cache = storage.as_strided((rows, 1, 16), (wide, 16, 1))
     cache.copy_(draw(place, rows, 1, 16))
     starts, lengths = torch.tensor([[20], [20]], device=place[0])
@@ -195,10 +192,10 @@ def test_every_configuration(place: Place) -> None:
         dtype = torch.float32 if bits == 32 else torch.float16 if place[0] == "cpu" else torch.bfloat16
         for config in configs:
             with kernels.PART.forced(config):
-                held(packed((place[0], dtype), [300, 65], 4, 2, D, M=3, fp8=bits == 8))
+                held(packed((place[0], dtype), [300], 2, 1, D, M=3, fp8=bits == 8))
     for config in kernels.MERGE.cases["row"]:
         with kernels.MERGE.forced(config):
-            held(packed(place, [300, 65], 2, 1, 72))
+            held(packed(place, [300], 2, 1, 72))
 
 
 def test_parts_fill_the_chip() -> None:
@@ -206,6 +203,7 @@ def test_parts_fill_the_chip() -> None:
     assert part_count(programs=264, keys=16384, block=64, slots=264) == 1
     assert part_count(programs=1, keys=100, block=64, slots=264) == 2  # no more than there are blocks of keys
     assert part_count(programs=1, keys=0, block=64, slots=264) == 1
+    assert part_count(2, 300, 64, 2 * multiprocessors(torch.device("cpu"))) > 1  # the tests above did split and merge
     for programs in range(1, 300):
         parts = part_count(programs, 10**6, 64, 264)
         assert parts <= kernels.MOST_PARTS
@@ -216,11 +214,14 @@ def test_parts_fill_the_chip() -> None:
 @pytest.mark.parametrize("fp8", [False, True])
 def test_operator(place: Place, fp8: bool) -> None:
     """Schema, fake and compilation; the same input gives the same bits."""
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if not fp8:  # which the check of the schema cannot compare
+        checks.append("test_schema")
     for function, operator, inputs in (
-        (decode_attention, kernels.contiguous, packed(place, [30, 300], 4, 2, 16, fp8=fp8)),
-        (paged_decode_attention, kernels.paged, paged(place, [30, 300], 4, 2, 16, 16, fp8=fp8)),
+        (decode_attention, kernels.contiguous, packed(place, [130], 2, 1, 16, fp8=fp8)),
+        (paged_decode_attention, kernels.paged, paged(place, [130], 2, 1, 16, 16, fp8=fp8)),
     ):
-        torch.library.opcheck(operator, inputs)
+        torch.library.opcheck(operator, inputs, test_utils=checks)
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
         once = function(*inputs)
         assert torch.equal(compiled(*inputs), once)
@@ -255,11 +256,6 @@ def test_a_graph_replayed_while_documents_grow() -> None:
         graph.replay()
         assert torch.equal(out, paged_decode_attention(q, k, v, filled, step))
         parity(lambda *x: out, reference.paged_decode_attention, (q, k, v, filled, step))
-
-
-def test_parts_are_taken_by_the_chip_that_there_is() -> None:
-    """Here, where nothing else says that the split and the merge ran."""
-    assert part_count(2, 300, 64, 2 * multiprocessors(torch.device("cpu"))) > 1
 
 
 def test_wrong_arguments_are_named() -> None:
