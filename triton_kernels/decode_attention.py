@@ -76,8 +76,8 @@ def _convert_codes(codes, out, COUNT: tl.constexpr):
 @triton.jit(do_not_specialize=["pages_document", "PARTS"])
 def _part(
     q, k, v, pages, starts, lengths, k_scale, v_scale, out, lse, scale,
-    q_document, q_token, q_head, k_page, k_row, k_head, v_page, v_row, v_head, pages_document, k_scale_head, v_scale_head,
-    M, G, PARTS,
+    q_document, q_token, q_head, k_page, k_row, k_head, v_page, v_row, v_head, pages_document,
+    k_scale_head, v_scale_head, M, G, PARTS,
     SHARED: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr, ALIGN: tl.constexpr,
     WHOLE: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -96,24 +96,22 @@ def _part(
     cols = tl.arange(0, BLOCK_D)
     wanted = cols[None, :] < D
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, head = rows // SHARED, g * SHARED + rows % SHARED
+    token = (rows // SHARED).to(tl.int64)
+    head = (g * SHARED + rows % SHARED).to(tl.int64)
     real = token < M
-    x = tl.load(
-        q + b * q_document + token.to(tl.int64)[:, None] * q_token + head.to(tl.int64)[:, None] * q_head + cols[None, :],
-        mask=real[:, None] & wanted, other=0.0,
-    )  # fmt: skip
-    seen = tl.minimum(end, length - M + 1 + token)
+    row = b * q_document + token * q_token + head * q_head
+    x = tl.load(q + row[:, None] + cols[None, :], mask=real[:, None] & wanted, other=0.0)
+    seen = tl.minimum(end, length - M + 1 + token.to(tl.int32))
 
     factor = tl.zeros((BLOCK_M,), tl.float32) + scale
-    if FP8:
-        if x.dtype != tl.float32:
-            # Products in float16, where a code costs one instruction less than in bfloat16: a power of two brings
-            # each row into its range.
-            wide = x.to(tl.float32)
-            bits = tl.max(tl.abs(wide), 1).to(tl.uint32, bitcast=True) & 0x7F800000
-            unit = tl.maximum(bits.to(tl.float32, bitcast=True), 1.1754944e-38)
-            x = (wide / unit[:, None]).to(tl.float16)
-            factor *= unit
+    if FP8 and x.dtype != tl.float32:
+        # Products in float16, where a code costs one instruction less than in bfloat16: a power of two brings each
+        # row into its range.
+        wide = x.to(tl.float32)
+        bits = tl.max(tl.abs(wide), 1).to(tl.uint32, bitcast=True) & 0x7F800000
+        unit = tl.maximum(bits.to(tl.float32, bitcast=True), 1.1754944e-38)
+        x = (wide / unit[:, None]).to(tl.float16)
+        factor *= unit
     if k_scale is not None:
         factor *= tl.load(k_scale + g * k_scale_head)
 
@@ -292,7 +290,7 @@ def _launch(
             math.log2(math.e) / math.sqrt(D), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             0 if pages is None else pages.stride(0), _stride(k_scale), _stride(v_scale), M, G, parts,
             SHARED=H // G, PAGE=0 if pages is None else k.shape[1], D=D, FP8=k.dtype == torch.uint8,
-            ALIGN=math.gcd(16, *k.stride()[:3], *v.stride()[:3]), WHOLE=D == max(width, 16), TILES=tiles,
+            ALIGN=math.gcd(16, *k.stride()[:3], *v.stride()[:3]), WHOLE=max(width, 16) == D, TILES=tiles,
             BLOCK_M=block_m, BLOCK_D=max(width, 16), **config,
         )  # fmt: skip
         if lse is not None:
