@@ -71,15 +71,63 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, ends: Tensor | None = 
     return out[0].transpose(0, 1)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
     """New tokens against what is cached.
 
     q (B, M, H, D): the last M tokens of each of B documents. k, v (N, G, D): the cache, where document b holds rows
     starts[b] : starts[b] + lengths[b], its M new ones included; starts, lengths (B,). Token m of document b sees its
-    first lengths[b] - M + m + 1 rows. Returns (B, M, H, D).
+    first lengths[b] - M + m + 1 rows. A length is at least M, or 0 for a slot without a document, whose result is
+    zeros. k and v are of q's dtype, or float8_e4m3fn; k_scale, v_scale float32, () or (G,), multiply what is stored.
+    Returns (B, M, H, D).
     """
-    spans = zip(starts.tolist(), lengths.tolist(), strict=True)
-    return torch.stack([attend(q[b], k[s : s + n], v[s : s + n], causal=True) for b, (s, n) in enumerate(spans)])
+    out = torch.zeros_like(q)
+    for b, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        rows = slice(start, start + length)
+        out[b] = _attend_stored(q[b], k[rows], v[rows], k_scale, v_scale)
+    return out
+
+
+def paged_decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """``decode_attention`` with the cache in pages (PagedAttention, Kwon et al. 2023).
+
+    k_pages, v_pages (pages, size, G, D); page_table (B, most pages) int32: row i of document b is
+    k_pages[page_table[b, i // size], i % size]. Entries past a document's length may be anything.
+    """
+    out = torch.zeros_like(q)
+    size = k_pages.shape[1]
+    for b, length in enumerate(lengths.tolist()):
+        pages = page_table[b, : math.ceil(length / size)].long()
+        k, v = (x[pages].flatten(0, 1)[:length] for x in (k_pages, v_pages))
+        out[b] = _attend_stored(q[b], k, v, k_scale, v_scale)
+    return out
+
+
+def _attend_stored(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> Tensor:
+    """One document's new tokens against its rows as the cache holds them; zeros if it has none."""
+    if not len(k):
+        return torch.zeros_like(q)
+    return attend(q, _restored(k, k_scale, q.dtype), _restored(v, v_scale, q.dtype), causal=True)
+
+
+def _restored(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows (N, G, D) of a cache in ``dtype``, by one scale or one for each head."""
+    return stored.to(dtype) if scale is None else (_wide(stored) * scale.reshape(-1, 1)).to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

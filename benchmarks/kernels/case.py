@@ -19,8 +19,10 @@ class Draw:
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:
         """Of standard deviation 1; a leaf that wants its gradient if ``grad``."""
-        x = torch.randn(shape, device=self.device, dtype=dtype or self.dtype, generator=self.generator)
-        return x.requires_grad_(grad)
+        dtype = dtype or self.dtype
+        drawn = self.dtype if dtype.itemsize == 1 else dtype  # PyTorch draws no float8
+        x = torch.randn(shape, device=self.device, dtype=drawn, generator=self.generator)
+        return x.to(dtype).requires_grad_(grad)
 
     def ints(self, values: list[int] | Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
         """Given integers: offsets, indices, labels."""
