@@ -60,7 +60,9 @@ FINISH = Space(
 
 
 @triton.jit
-def _forward(x, weight, bias, y, mean, rstd, eps, x_stride, T, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(
+    x, weight, bias, y, mean, rstd, eps, x_stride, T, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)[None, :]
     real, inside = row < T, cols < C
@@ -81,14 +83,14 @@ def _backward(
     dy, x, weight, mean, rstd, dx, partial, dy_stride, x_stride, T,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)  # so that the loop's row is 64 bits wide
+    program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < C
     w = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros((BLOCK,), tl.float32)
     db = tl.zeros((BLOCK,), tl.float32)
     for first in range(program * ROWS, T, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
         real = row < T
         both = real[:, None] & inside[None, :]
         v = tl.load(x + row[:, None] * x_stride + cols[None, :], mask=both, other=0.0).to(tl.float32)
@@ -141,9 +143,7 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[
     return [y, mean, rstd]
 
 
-def launch_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     C = x.shape[-1]
     flat, grad = rows(torch.atleast_2d(x)), rows(torch.atleast_2d(dy))

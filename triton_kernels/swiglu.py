@@ -133,5 +133,5 @@ forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up of the fused row (…, 2C) -> (…, C), float32, float16 or bfloat16. ValueError for anything else."""
+    """silu(gate) · up of the fused row (…, 2C) -> (…, C); float32, float16 or bfloat16, else ValueError."""
     return forward(gate_up)
