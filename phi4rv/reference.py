@@ -172,6 +172,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def gelu_erf(x: Tensor) -> Tensor:
+    """The exact GELU, x · Φ(x), as in LLaVA's projector."""
+    return F.gelu(x)
+
+
 def patch_embed(patches: Tensor, weight: Tensor, bias: Tensor, table: Tensor, grids: Tensor) -> Tensor:
     """patches (P, 768) · weightᵀ (C, 768) + bias (C,) + the position table (N, C) resized to each image's grid.
 
