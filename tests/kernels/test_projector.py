@@ -90,7 +90,9 @@ def test_rows_that_are_not_adjacent(place: Place) -> None:
     every_second = places_of(place, 60, 60).reshape(30, 2)[:, 0][:17]
     wide = draw(place, 60, 64)
     parity(
-        lambda *a: project_into(*a, every_second), lambda *a: reference.project_into(*a, every_second), (wide, *args[1:])
+        lambda *a: project_into(*a, every_second),
+        lambda *a: reference.project_into(*a, every_second),
+        (wide, *args[1:]),
     )
 
 
