@@ -217,6 +217,11 @@ def scatter_rows(row: Tensor, values: Tensor, index: Tensor) -> Tensor:
     return row.index_copy(0, index, values.to(row.dtype))
 
 
+def project_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, index: Tensor) -> Tensor:
+    """``row`` (T, C) with row[index[p]] replaced by the projection of x[p], (P, Cv); index (P,) without repeats."""
+    return scatter_rows(row, projector(x, w0, b0, w1, b1), index)
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(hidden · weightᵀ)[target] over the labelled rows, and their count.
 

@@ -68,10 +68,12 @@ class Recorder:
             return compiled
 
         JITFunction.run = compile_only
+        # The products left to cuBLAS would take minutes here.
+        self.mm, torch.mm = torch.mm, lambda a, b: a.new_empty((len(a), b.shape[1]))
         return self
 
     def __exit__(self, *error: object) -> None:
-        JITFunction.run = self.launch
+        JITFunction.run, torch.mm = self.launch, self.mm
 
 
 def compile_case(case: Case, draw: Draw) -> dict[str, Any]:
