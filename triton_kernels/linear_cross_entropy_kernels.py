@@ -24,18 +24,25 @@ def _config(m: int, n: int, k: int, group: int, warps: int, stages: int) -> Conf
 
 # float32 products run on the ordinary units, in float32: small tiles, which their registers and copies fit.
 _FLOAT32 = [_config(64, 64, 32, 8, 8, 3), _config(32, 64, 32, 8, 4, 3)]
-_SHORT = [
-    _config(128, 256, 64, 16, 8, 3),
-    _config(128, 256, 64, 8, 8, 4),
+_LOGITS = [
     _config(128, 256, 64, 16, 8, 4),
-    _config(256, 128, 64, 8, 8, 3),
-    _config(128, 128, 64, 16, 8, 4),
-    _config(128, 128, 64, 16, 4, 4),
+    _config(128, 256, 64, 8, 8, 4),
+    _config(128, 256, 64, 16, 8, 3),
+    _config(128, 128, 64, 16, 8, 3),
 ]
-FORWARD = Space("linear_cross_entropy.forward", {"short": _SHORT, "float32": _FLOAT32})
-LOGITS = Space("linear_cross_entropy.logits", {"short": _SHORT, "float32": _FLOAT32})
-WEIGHT = Space("linear_cross_entropy.weight", {"short": _SHORT, "float32": _FLOAT32})
-HIDDEN = Space("linear_cross_entropy.hidden", {"short": _SHORT, "float32": _FLOAT32})
+# A load through the index takes a stage of its own before each of the product's: 5 stages are 3 buffers, 7 are 4.
+_WEIGHT = [
+    _config(128, 256, 64, 16, 8, 7),
+    _config(128, 256, 64, 16, 8, 5),
+    _config(256, 128, 64, 8, 8, 5),
+    _config(128, 128, 64, 16, 8, 5),
+]
+_HIDDEN = [*_LOGITS, _config(256, 128, 64, 8, 8, 4)]
+# BLOCK_K of WEIGHT and HIDDEN divides BLOCK_M and BLOCK_N of LOGITS: what they read, it has written.
+FORWARD = Space("linear_cross_entropy.forward", {"short": _LOGITS, "float32": _FLOAT32})
+LOGITS = Space("linear_cross_entropy.logits", {"short": _LOGITS, "float32": _FLOAT32})
+WEIGHT = Space("linear_cross_entropy.weight", {"short": _WEIGHT, "float32": _FLOAT32})
+HIDDEN = Space("linear_cross_entropy.hidden", {"short": _HIDDEN, "float32": _FLOAT32})
 
 
 @triton.jit
@@ -211,6 +218,20 @@ def weight_gradient(
         tl.store(place, out, mask=mask if EVEN else mask & (cols[None, :] < C))
 
 
+@triton.jit
+def _accumulate(part, out, rest, start, columns, col: tl.constexpr, REST: tl.constexpr):
+    """out + rest += part, at start + col, in each row's first ``columns``; rest is what rounding takes from out."""
+    cols = col + tl.arange(0, part.shape[1])[None, :]
+    mask = cols < columns
+    part += tl.load(out + start + cols, mask=mask, other=0.0).to(tl.float32)
+    if REST:
+        part += tl.load(rest + start + cols, mask=mask, other=0.0).to(tl.float32)
+    rounded = part.to(out.dtype.element_ty)
+    tl.store(out + start + cols, rounded, mask=mask)
+    if REST:
+        tl.store(rest + start + cols, (part - rounded.to(tl.float32)).to(rest.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["chunk"])
 def hidden_gradient(
     dlogits, weight, index, count, scale, dhidden, rest, weight_stride, elements, chunk, V, C,
@@ -240,14 +261,14 @@ def hidden_gradient(
             acc = tl.dot(tl.load(a), w, acc, input_precision="ieee")
             a += BLOCK_K
             b += BLOCK_K * weight_stride
-        source = tl.load(index + rows).to(tl.int64)
-        place = source[:, None] * C + cols[None, :]
-        mask = rows[:, None] < labelled
-        mask = mask if EVEN else mask & (cols[None, :] < C)
-        acc = acc * factor + tl.load(dhidden + place, mask=mask, other=0.0).to(tl.float32)
-        if REST:
-            acc += tl.load(rest + place, mask=mask, other=0.0).to(tl.float32)
-        out = acc.to(dhidden.dtype.element_ty)
-        tl.store(dhidden + place, out, mask=mask)
-        if REST:
-            tl.store(rest + place, (acc - out.to(tl.float32)).to(rest.dtype.element_ty), mask=mask)
+        # In quarters: the sum, its two parts and their addresses together do not fit the registers.
+        target = tl.load(index + rows).to(tl.int64)[:, None] * C + n * BLOCK_N
+        rows = tl.where(rows < labelled, C - n * BLOCK_N, 0)[:, None]  # columns of each row that exist
+        acc = tl.reshape(acc * factor, (BLOCK_M, 2, 2, BLOCK_N // 4))
+        left, right = tl.split(tl.permute(acc, (0, 2, 3, 1)))
+        a0, a1 = tl.split(tl.permute(left, (0, 2, 1)))
+        a2, a3 = tl.split(tl.permute(right, (0, 2, 1)))
+        _accumulate(a0, dhidden, rest, target, rows, 0, REST)
+        _accumulate(a1, dhidden, rest, target, rows, BLOCK_N // 4, REST)
+        _accumulate(a2, dhidden, rest, target, rows, BLOCK_N // 2, REST)
+        _accumulate(a3, dhidden, rest, target, rows, 3 * BLOCK_N // 4, REST)
