@@ -222,14 +222,22 @@ def project_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1:
     return scatter_rows(row, projector(x, w0, b0, w1, b1), index)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, filter_below: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(hidden · weightᵀ)[target] over the labelled rows, and their count.
 
     hidden (T, C), weight (V, C), targets (T,) int64 with NO_LABEL where there is none. Unlabelled rows are never
     multiplied. Returns (sum float32 scalar, count int64 scalar): the caller divides by the global batch's count.
+    ``filter_below``: logits whose probability is under it, the target's excepted, get no gradient, which makes it
+    inexact (Cut Your Losses, Wijmans et al. 2024).
     """
     labelled = (targets != NO_LABEL).nonzero().squeeze(1)
     logits = _wide(F.linear(hidden[labelled], weight))
+    if filter_below > 0 and logits.requires_grad:
+        small = logits.detach().softmax(-1) < filter_below
+        dropped = small.scatter(1, targets[labelled, None], False)
+        logits.register_hook(lambda grad: grad.masked_fill(dropped, 0.0))
     return F.cross_entropy(logits, targets[labelled], reduction="sum"), labelled.new_tensor(len(labelled))
 
 
