@@ -17,20 +17,27 @@ from phi4rv.quantized import Moment8, random_key
 from triton_kernels.launch import FLOATS, require
 from triton_kernels.tuning import Space
 
+# By what fills 16 bytes: four float32 a thread, eight bfloat16 (of 8-bit moments eight too: a row of 256 is a warp's).
 STEP = Space(
     "adamw.step",
     {
-        "float": [
+        "float32": [
+            {"BLOCK": 1024, "num_warps": 8},
+            {"BLOCK": 512, "num_warps": 4},
             {"BLOCK": 1024, "num_warps": 4},
             {"BLOCK": 2048, "num_warps": 8},
-            {"BLOCK": 2048, "num_warps": 4},
+        ],
+        "bfloat16": [
+            {"BLOCK": 1024, "num_warps": 4},
+            {"BLOCK": 2048, "num_warps": 8},
+            {"BLOCK": 512, "num_warps": 2},
             {"BLOCK": 512, "num_warps": 4},
         ],
         "8-bit": [
             {"BLOCK": 1024, "num_warps": 4},
             {"BLOCK": 2048, "num_warps": 8},
-            {"BLOCK": 2048, "num_warps": 4},
             {"BLOCK": 512, "num_warps": 2},
+            {"BLOCK": 2048, "num_warps": 4},
         ],
     },
 )
@@ -56,46 +63,57 @@ def _round(x, dtype: tl.constexpr, bits, STOCHASTIC: tl.constexpr):
     if dtype == tl.bfloat16:
         raw = x.to(tl.uint32, bitcast=True)
         raw += (bits & 0xFFFF) if STOCHASTIC else 0x7FFF + ((raw >> 16) & 1)
-        short = tl.where(x == x, raw >> 16, 0x7FC0)
-        return short.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        raw = tl.where(x == x, raw, 0x7FC00000)
+        return (raw >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(dtype)
 
 
 @triton.jit
+def _below(t):
+    """A whole number, t or under it by less than 1, without the slow conversions."""
+    return (t - 0.5) + 12582912.0 - 12582912.0
+
+
+@triton.jit
+def _code(x):
+    """A float in 0..255 that is whole, as uint8: the last bits of its sum with 1.5 · 2²³."""
+    return ((x + 12582912.0).to(tl.int32, bitcast=True) & 0xFF).to(tl.uint8)
+
+
+@triton.jit
+def _draw(bits):
+    """23 random bits to [0, 1): the significand of a number in [1, 2)."""
+    return (bits | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+
+
+@triton.jit
 def _encode_first(x, inverse, bits):
     """phi4rv.quantized.Moment8.encode_, signed."""
-    value = tl.abs(x) * inverse * 16129.0
-    low = tl.floor(tl.sqrt(value))
-    draw = (((bits >> 16) & 0xFF).to(tl.float32) + 0.5) * 0.00390625
-    code = tl.minimum(tl.where(draw * (2 * low + 1) < value - low * low, low + 1, low), 127.0)
-    return (128 + tl.where(x < 0, -code, code)).to(tl.int32).to(tl.uint8)
+    value = tl.abs(x) * (inverse * 16129.0)
+    low = _below(tl.sqrt(value))
+    code = tl.where(_draw(bits & 0x7FFFFF) * (2 * low + 1) < value - low * low, low + 1, low)
+    code = tl.minimum(code, 127.0)
+    return _code(128 + tl.where(x < 0, -code, code))
 
 
 @triton.jit
-def _encode_second(x, inverse, bits):
-    """phi4rv.quantized.Moment8.encode_, unsigned."""
-    root = tl.sqrt(x * inverse) * 65025.0
-    low = tl.floor(tl.sqrt(root))
-    below = low * low
-    above = (low + 1) * (low + 1)
-    draw = ((bits >> 24).to(tl.float32) + 0.5) * 0.00390625
-    code = tl.where(draw * (above * above - below * below) < root * root - below * below, low + 1, low)
-    code = tl.where(x > 0, tl.minimum(tl.maximum(code, 1.0), 255.0), 0.0)
-    return code.to(tl.int32).to(tl.uint8)
+def _encode_second(root, inverse, bits):
+    """phi4rv.quantized.Moment8.encode_, unsigned, of the moment's square root."""
+    root *= tl.sqrt(inverse) * 65025.0
+    low = _below(tl.sqrt(root))
+    square = low * low
+    odd = 2 * low + 1  # (low + 1)⁴ - low⁴ = odd · (2 low² + odd)
+    up = _draw(bits >> 9) * (odd * (2 * square + odd)) < (root - square) * (root + square)
+    return _code(tl.minimum(tl.maximum(tl.where(up, low + 1, low), 1.0), 255.0))
 
 
 @triton.jit
-def _store_moment(x, target, scales, offsets, inside, block, covered, bits, SIGNED: tl.constexpr, EIGHT: tl.constexpr):
-    """Rows of 256 of a moment, in its own dtype or in 8 bits under each row's scale."""
-    if EIGHT:
-        largest = tl.max(tl.abs(x), 1)
-        tl.store(scales + block, largest, mask=covered)
-        inverse = tl.where(largest >= 1.17549435e-38, 1.0 / tl.maximum(largest, 1.17549435e-38), 0.0)[:, None]
-        code = _encode_first(x, inverse, bits) if SIGNED else _encode_second(x, inverse, bits)
-        tl.store(target + offsets, code, mask=inside)
-    else:
-        tl.store(target + offsets, _round(x, target.dtype.element_ty, bits, False), mask=inside)
+def _inverse(x, scales, block, covered):
+    """Stores each row's largest magnitude as its scale; the inverses, a column."""
+    largest = tl.max(tl.abs(x), 1)
+    tl.store(scales + block, largest, mask=covered)
+    return tl.where(largest >= 1.2e-38, 1.0 / tl.maximum(largest, 1.2e-38), 0.0)[:, None]
 
 
 @triton.jit
@@ -115,17 +133,18 @@ def _update(
     v = tl.load(second + offsets, mask=inside).to(tl.float32)
     if FIRST8:
         m -= 128.0
-        m = m * tl.abs(m) * (1.0 / 16129.0) * tl.load(first_scales + block, mask=covered)[:, None]
+        m = m * tl.abs(m) * (tl.load(first_scales + block, mask=covered) * (1.0 / 16129.0))[:, None]
     if SECOND8:
-        v *= 1.0 / 255.0
         v *= v
-        v = v * v * tl.load(second_scales + block, mask=covered)[:, None]
+        v = v * v * (tl.load(second_scales + block, mask=covered) * (1.0 / 4228250625.0))[:, None]
     m += weight1 * (g - m)
     v += weight2 * (g * g - v)
     if TAIL:  # the last row's scale is of its elements alone
         m = tl.where(inside, m, 0.0)
         v = tl.where(inside, v, 0.0)
-    p = p * decay - rate * (m / (tl.sqrt(v * correction) + eps))
+    root = tl.sqrt(v)
+    r = tl.rsqrt(root * correction + eps)  # m · r · r costs a third of a division
+    p = p * decay - rate * m * r * r
     bits = key
     if RANDOM:
         high = (start >> 32).to(tl.uint32)  # of the index: the same in the whole block
@@ -133,8 +152,16 @@ def _update(
     tl.store(param + offsets, _round(p, param.dtype.element_ty, bits, True), mask=inside)
     if COPY:
         tl.store(copy + offsets, _round(p, copy.dtype.element_ty, bits, False), mask=inside)
-    _store_moment(m, first, first_scales, offsets, inside, block, covered, bits, True, FIRST8)
-    _store_moment(v, second, second_scales, offsets, inside, block, covered, bits, False, SECOND8)
+    if FIRST8:
+        m8 = _encode_first(m, _inverse(m, first_scales, block, covered), bits)
+        tl.store(first + offsets, m8, mask=inside)
+    else:
+        tl.store(first + offsets, _round(m, first.dtype.element_ty, bits, False), mask=inside)
+    if SECOND8:
+        v8 = _encode_second(root, _inverse(v, second_scales, block, covered), bits)
+        tl.store(second + offsets, v8, mask=inside)
+    else:
+        tl.store(second + offsets, _round(v, second.dtype.element_ty, bits, False), mask=inside)
 
 
 @triton.jit(do_not_specialize=["key"])
@@ -191,14 +218,14 @@ def launch(
     if not n:
         return
     key = random_key(seed or 0, step)
-    config = STEP.pick("8-bit" if eight else "float", param.device)
+    config = STEP.pick("8-bit" if eight else str(param.dtype).removeprefix("torch."), param.device)
     with torch.cuda.device_of(param):
         _step[(triton.cdiv(n, config["BLOCK"]),)](
             param, grad, first, second,
             param if first_scales is None else first_scales, param if second_scales is None else second_scales,
             param if copy is None else copy, clip_value if clip is None else clip,
             key - (1 << 32) if key >> 31 else key,  # signed: the same type whatever its value
-            n, 1 - lr * weight_decay, 1 - beta1, 1 - beta2, lr / (1 - beta1**step), 1 / (1 - beta2**step), eps,
+            n, 1 - lr * weight_decay, 1 - beta1, 1 - beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps,
             FIRST8=first_scales is not None, SECOND8=second_scales is not None, COPY=copy is not None,
             RANDOM=random, CLIP=clip is not None, **config,
         )  # fmt: skip
