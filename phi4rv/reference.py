@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phi4rv.quantized import Moment8, QuantizedWeight, dequantize, random_bits, round_stochastically
+
 NO_LABEL = -100
 
 
@@ -244,18 +246,59 @@ def linear_cross_entropy(
 def adamw(
     param: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: Tensor | Moment8,
+    exp_avg_sq: Tensor | Moment8,
     step: int,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    clip: Tensor | float = 1.0,
+    copy: Tensor | None = None,
+    seed: int | None = None,
 ) -> None:
-    """One decoupled-weight-decay Adam step in place on float32 tensors (Loshchilov & Hutter 2019, algorithm 2)."""
+    """One decoupled-weight-decay Adam step in place, computed in float32 (Loshchilov & Hutter 2019, algorithm 2).
+
+    param, grad and copy are contiguous and of one shape; grad, of any float dtype, is multiplied by ``clip`` (a
+    number, or a float32 scalar on the device) first. param is float32, or bfloat16, which is then rounded
+    stochastically. The moments are float32, bfloat16 (rounded to nearest) or 8-bit. ``copy``: a shorter float tensor
+    that gets the new param, rounded to nearest. ``seed`` draws the roundings of this tensor, with step and index;
+    required for a bfloat16 param and for 8-bit moments.
+    """
     beta1, beta2 = betas
-    param.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.lerp_(grad * grad, 1 - beta2)
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    bits = None
+    if param.dtype == torch.bfloat16 or isinstance(exp_avg, Moment8) or isinstance(exp_avg_sq, Moment8):
+        if seed is None:
+            raise ValueError("adamw: a bfloat16 param and 8-bit moments are rounded stochastically and need a seed")
+        bits = random_bits(seed, step, param.numel(), param.device)
+    p, g = _wide(param).flatten(), _wide(grad).flatten() * clip
+    first, second = _moment(exp_avg, signed=True), _moment(exp_avg_sq, signed=False)
+    first = first.lerp(g, 1 - beta1)
+    second = second.lerp(g * g, 1 - beta2)
+    denominator = (second / (1 - beta2**step)).sqrt_().add_(eps)
+    p = (p * (1 - lr * weight_decay)).addcdiv_(first, denominator, value=-lr / (1 - beta1**step))
+    _store(param, p, bits, signed=None)
+    _store(exp_avg, first, bits, signed=True)
+    _store(exp_avg_sq, second, bits, signed=False)
+    if copy is not None:
+        copy.copy_(param)
+
+
+def _moment(moment: Tensor | Moment8, signed: bool) -> Tensor:
+    return moment.decode(signed) if isinstance(moment, Moment8) else _wide(moment).flatten()
+
+
+def _store(target: Tensor | Moment8, x: Tensor, bits: Tensor | None, signed: bool | None) -> None:
+    """Writes flat ``x``. signed: which moment; None for the parameter, whose bfloat16 is rounded stochastically."""
+    if isinstance(target, Moment8):
+        assert bits is not None and signed is not None
+        target.encode_(x, bits, signed)
+    elif signed is None and bits is not None and target.dtype == torch.bfloat16:
+        target.copy_(round_stochastically(x, bits).view(target.shape))
+    else:
+        target.copy_(x.view(target.shape))
+
+
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x (…, K) · weightᵀ (N, K) + bias (N,), the weight dequantised to x's dtype. The weight gets no gradient."""
+    return F.linear(x, dequantize(weight, x.dtype), bias)
