@@ -1,0 +1,131 @@
+"""The kernels' records as text for a terminal and as a chart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+Record = dict[str, Any]
+
+WIDTH = 138
+CPU = "On a CPU, interpreted at tiny shapes: what counts is that everything runs; the times say nothing."
+LEGEND = (
+    "ms: median of interleaved rounds over inputs larger than the L2; ±%: half of the rounds lie within this width",
+    "MiB: most memory above the inputs, a backward pass with its forward; ceiling: share of the copy bandwidth or the",
+    "product rate, whichever binds; goal: best peer's time over ours (peer) or share of a ceiling",
+)
+
+
+def table(result: dict[str, Any]) -> str:
+    """One row a case, its peers behind it; then what failed and what the columns mean."""
+    rows = result["rows"]
+    name, shape = (max([len(row[key]) for row in rows] + [9]) for key in ("operation", "shape"))
+    head = f"{'operation':{name}} {'shape':{shape}} {'ms':>8} {'±%':>3} {'TFLOP/s':>7} {'GB/s':>5} {'MiB':>6} "
+    head += f"{'ceiling':>12} {'goal':>12} {'':12} "
+    lines = [CPU] if result["device"] == "cpu" else []
+    if rates := result["ceilings"]:
+        copy, product = rates["copy"] / 1e12, rates["product"] / 1e12
+        lines.append(f"measured ceilings: copy {copy:.3g} TB/s, product {product:.3g} TFLOP/s")
+    lines.append(head + "peers: their time over ours")
+    for row in rows:
+        line = f"{row['operation']:{name}} {row['shape']:{shape}} {_figures(row)} "
+        for i, (peer, ratio) in enumerate(_ratios(row)):
+            if i and len(line) + len(peer) + len(ratio) + 2 > WIDTH:
+                lines.append(line)
+                line = " " * len(head)
+            line += f"{peer} {ratio}  "
+        lines.append(line)
+    return "\n".join([*(line.rstrip() for line in lines), *_failures(rows), *LEGEND])
+
+
+def _figures(row: Record) -> str:
+    number = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
+    extra = row.get("extra_bytes")
+    share = "-" if row["share"] is None else f"{row['share']:.1%} {row['ceiling']}"
+    time = number(row["ms"], ".4g") if row["status"] == "ok" else row["status"].split()[0]
+    spread = number(row.get("spread") and row["spread"] * 100, ".0f")
+    goal = "-" if row["goal"] is None else f"{row['goal'][0]} {row['goal'][1]:g}"
+    return (
+        f"{time:>8} {spread:>3} {number(row['tflops'], '.4g'):>7} {number(row['gbs'], '.0f'):>5} "
+        f"{number(extra and extra / 2**20, '.4g'):>6} {share:>12} {goal:>12} {row['verdict'] or '':12}"
+    )
+
+
+def _ratios(row: Record) -> list[tuple[str, str]]:
+    return [(name, f"{peer['ratio']:.2f}x") for name, peer in row["peers"].items() if "ratio" in peer]
+
+
+def _failures(rows: list[Record]) -> list[str]:
+    """What has no time, and why; the same reason once."""
+    lines = [
+        f"{row['status']}: {row['operation']} {row['shape']}: {row['reason']}" for row in rows if row["status"] != "ok"
+    ]
+    reasons = Counter(
+        (name, peer["reason"])
+        for row in rows
+        for name, peer in row["peers"].items()
+        if row["status"] == "ok" and "reason" in peer
+    )
+    lines += [f"no time for {name} in {n} row{'s' * (n > 1)}: {reason}" for (name, reason), n in reasons.items()]
+    return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines]
+
+
+LABEL, BAR, NOTE, ROW, TOP, BOTTOM = 470, 640, 330, 24, 84, 40
+INK, FAINT, PAPER, RED = "#1b1f24", "#c9ced6", "#ffffff", "#c0392b"
+COLOURS = {"met": "#2e8b57", "missed": "#d98324", "not measured": "#7a8aa0", None: "#4a78b5"}
+GOAL = "#111111"
+
+
+def chart(result: dict[str, Any], title: str, file: Path) -> None:
+    """A PNG: one bar a row, the share of the ceiling that binds, with the goal as a black line across it."""
+    rows = result["rows"]
+    image = Image.new("RGB", (LABEL + BAR + NOTE, TOP + ROW * len(rows) + BOTTOM), PAPER)
+    draw = ImageDraw.Draw(image)
+    text, small = ImageFont.load_default(14), ImageFont.load_default(12)
+    draw.text((12, 10), "Triton kernels: share of the speed of light", INK, ImageFont.load_default(20))
+    draw.text((12, 38), title, INK, small)
+    _key(draw, small)
+    bottom = TOP + ROW * len(rows)
+    for tenth in range(0, 11, 2):
+        x = LABEL + BAR * tenth / 10
+        draw.line((x, TOP - 4, x, bottom), FAINT)
+        draw.text((x, bottom + 6), f"{tenth * 10} %", INK, small, anchor="ma")
+    for i, row in enumerate(rows):
+        _bar(draw, row, TOP + ROW * i, text, small)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file)
+
+
+def _key(draw: ImageDraw.ImageDraw, font: Any) -> None:
+    names = {"goal met": "met", "goal missed": "missed", "goal not measured": "not measured", "no goal": None}
+    x = LABEL
+    for label, verdict in names.items():
+        draw.rectangle((x, 58, x + 12, 70), COLOURS[verdict])
+        draw.text((x + 18, 57), label, INK, font)
+        x += 36 + draw.textlength(label, font)
+    draw.line((x + 4, 55, x + 4, 73), GOAL, 3)
+    draw.text((x + 12, 57), "goal", INK, font)
+
+
+def _bar(draw: ImageDraw.ImageDraw, row: Record, y: int, font: Any, small: Any) -> None:
+    label = f"{row['operation']}  {row['shape']}"
+    while draw.textlength(label, font) > LABEL - 24:
+        label = label[:-2].rstrip("…") + "…"
+    draw.text((LABEL - 10, y + ROW / 2), label, INK, font, anchor="rm")
+    if row["status"] != "ok":
+        note = f"{row['status']}: {row['reason']}"
+        draw.text((LABEL + 6, y + ROW / 2), note[:110], RED, small, anchor="lm")
+        return
+    share, goal = row["share"], row["goal_share"]
+    if share is not None:
+        draw.rectangle((LABEL, y + 4, LABEL + BAR * min(share, 1.0), y + ROW - 5), COLOURS[row["verdict"]])
+    if goal is not None:
+        x = LABEL + BAR * min(goal, 1.0)
+        draw.line((x, y + 1, x, y + ROW - 2), GOAL, 3)
+    best = row["peers"].get(row["best_peer"]) if row["best_peer"] else None
+    note = f"{row['ms']:.4g} ms" if share is None else f"{share:.1%} of {row['ceiling']}, {row['ms']:.4g} ms"
+    note += f", {best['ratio']:.2f}x {row['best_peer']}" if best else ""
+    draw.text((LABEL + BAR + 12, y + ROW / 2), note, INK, small, anchor="lm")
