@@ -61,7 +61,8 @@ def run_parts(parts: Sequence[Part], logs: Path, have_gpu: bool) -> tuple[dict[s
 def run_part(part: Part, logs: Path) -> tuple[Outcome, dict[str, Any]]:
     """Runs one part; ends it and all that it started when its time is up."""
     log, file = logs / f"{part.name}.log", logs / f"{part.name}.json"
-    file.unlink(missing_ok=True)
+    for stale in (file, file.with_suffix(".png")):
+        stale.unlink(missing_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     begun = time.monotonic()
@@ -86,9 +87,9 @@ def run_part(part: Part, logs: Path) -> tuple[Outcome, dict[str, Any]]:
         finally:
             _end(process)
     state = {0: "passed", SKIPPED: "skipped", None: "out of time"}.get(code, "failed")
-    last = _tail(log, 1)
-    outcome = {"state": state, "exit": code, "seconds": round(time.monotonic() - begun, 1), "last": last}
-    return outcome, _results(file)
+    found = _results(file)
+    last = "" if found else _tail(log, 1)  # a table's last line is only its legend
+    return {"state": state, "exit": code, "seconds": round(time.monotonic() - begun, 1), "last": last}, found
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +23,16 @@ from benchmarks.records import environment, file_for, write
 
 # Each module has run() and table(records), and the command line that its part calls.
 MODULES = {"images": "benchmarks.images", "kernels": "benchmarks.kernels.__main__"}
+
+
+def _kernels(file: Path, seconds: float) -> list[str]:
+    chart = str(file.with_suffix(".png"))
+    return python("benchmarks.kernels", "--json", str(file), "--chart", chart, "--seconds", f"{seconds:.0f}")
+
+
 PARTS = [
-    Part("images", 60, lambda file, seconds: python("benchmarks.images", "--json", str(file))),
-    Part(
-        "kernels",
-        180,
-        lambda file, seconds: python(
-            "benchmarks.kernels",
-            "--json",
-            str(file),
-            "--chart",
-            str(LOGS / "kernels.png"),
-            "--seconds",
-            f"{seconds:.0f}",
-        ),
-    ),
+    Part("images", 180, lambda file, seconds: python("benchmarks.images", "--json", str(file))),
+    Part("kernels", 600, _kernels),
 ]
 
 
@@ -47,6 +44,9 @@ def drive(parts: Sequence[Part], folder: Path | None, logs: Path = LOGS) -> int:
     if folder:
         file = file_for(about, folder)
         merge(file, about, outcomes, results)
+        for part in parts:
+            if (picture := logs / f"{part.name}.png").exists():
+                shutil.copy(picture, file.with_name(f"{file.stem}-{part.name}.png"))
         print(f"written: {file}")
     for name, records in results.items():
         print(f"\n{name}\n{importlib.import_module(MODULES[name]).table(records)}")
@@ -66,11 +66,7 @@ def chosen(parts: Sequence[Part], names: Sequence[str], seconds: float | None = 
     unknown = set(names) - {part.name for part in parts}
     if unknown:
         raise ValueError(f"no part {', '.join(sorted(unknown))}; there are {', '.join(part.name for part in parts)}")
-    return [
-        Part(part.name, seconds or part.seconds, part.command, part.gpu)
-        for part in parts
-        if not names or part.name in names
-    ]
+    return [replace(part, seconds=seconds or part.seconds) for part in parts if not names or part.name in names]
 
 
 def main() -> int:

@@ -115,7 +115,9 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> list[Te
 
 
 @backward.register_fake
-def _(dnormed: Tensor, dsummed: Tensor | None, summed: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    dnormed: Tensor, dsummed: Tensor | None, summed: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
     return summed.new_empty(summed.shape), weight.new_empty(weight.shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 Record = dict[str, Any]
 
-WIDTH = 138
+WIDTH, SHAPE = 138, 50
+STATUS = {"failed": "failed", "wrong": "wrong", "not measured": "not run"}
 CPU = "On a CPU, interpreted at tiny shapes: what counts is that everything runs; the times say nothing."
 LEGEND = (
     "ms: median of interleaved rounds over inputs larger than the L2; ±%: half of the rounds lie within this width",
@@ -20,42 +22,61 @@ LEGEND = (
 
 
 def table(result: dict[str, Any]) -> str:
-    """One row a case, its peers behind it; then what failed and what the columns mean."""
+    """Under each operation its rows with their peers, the fastest first; then what failed and what columns mean."""
     rows = result["rows"]
-    name, shape = (max([len(row[key]) for row in rows] + [9]) for key in ("operation", "shape"))
-    head = f"{'operation':{name}} {'shape':{shape}} {'ms':>8} {'±%':>3} {'TFLOP/s':>7} {'GB/s':>5} {'MiB':>6} "
-    head += f"{'ceiling':>12} {'goal':>12} {'':12} "
+    width = min(max([len(row["shape"]) for row in rows] + [10]), SHAPE)
     lines = [CPU] if result["device"] == "cpu" else []
     if rates := result["ceilings"]:
         copy, product = rates["copy"] / 1e12, rates["product"] / 1e12
         lines.append(f"measured ceilings: copy {copy:.3g} TB/s, product {product:.3g} TFLOP/s")
-    lines.append(head + "peers: their time over ours")
+    lines.append(
+        f"  {'':{width}} {'ms':>8} {'±%':>3} {'TFLOP/s':>7} {'GB/s':>5} {'MiB':>6} {'ceiling':>10} "
+        f"{'goal':>12} {'':12}  peers: their time over ours"
+    )
+    operation = None
     for row in rows:
-        line = f"{row['operation']:{name}} {row['shape']:{shape}} {_figures(row)} "
-        for i, (peer, ratio) in enumerate(_ratios(row)):
-            if i and len(line) + len(peer) + len(ratio) + 2 > WIDTH:
-                lines.append(line)
-                line = " " * len(head)
-            line += f"{peer} {ratio}  "
-        lines.append(line)
-    return "\n".join([*(line.rstrip() for line in lines), *_failures(rows), *LEGEND])
+        if row["operation"] != operation:
+            operation = row["operation"]
+            lines.append(operation)
+        lines += _lines(row, width)
+    return "\n".join([*(line.rstrip() for line in lines), *_failures(rows), *LEGEND, counts(rows)])
+
+
+def _lines(row: Record, width: int) -> list[str]:
+    """The row, and its peers below it where they do not fit behind it."""
+    ratios = sorted((peer["ratio"], name) for name, peer in row["peers"].items() if "ratio" in peer)
+    peers = ", ".join(f"{name} {ratio:.2f}x" for ratio, name in ratios)
+    line = f"  {_cut(row['shape'], width):{width}} {_figures(row)}  "
+    if len(line) + len(peers) <= WIDTH:
+        return [line + peers]
+    return [line, *textwrap.wrap(peers, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def counts(rows: list[Record]) -> str:
+    """How many rows ran and how many goals were met, in one line."""
+    ran = Counter(row["status"] for row in rows)
+    goals = Counter(row["verdict"] for row in rows if row["verdict"])
+    said = [", ".join(f"{n} {name}" for name, n in sorted(counter.items())) for counter in (ran, goals)]
+    return f"{len(rows)} rows: {said[0] or 'none'}; goals: {said[1] or 'none'}"
 
 
 def _figures(row: Record) -> str:
-    number = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
-    extra = row.get("extra_bytes")
-    share = "-" if row["share"] is None else f"{row['share']:.1%} {row['ceiling']}"
-    time = number(row["ms"], ".4g") if row["status"] == "ok" else row["status"].split()[0]
-    spread = number(row.get("spread") and row["spread"] * 100, ".0f")
+    extra, spread = row.get("extra_bytes"), row.get("spread")
+    share = "-" if row["share"] is None else f"{row['share']:.1%} {row['ceiling'][:4]}"
+    time = _number(row["ms"], ".4g") if row["status"] == "ok" else STATUS[row["status"]]
     goal = "-" if row["goal"] is None else f"{row['goal'][0]} {row['goal'][1]:g}"
     return (
-        f"{time:>8} {spread:>3} {number(row['tflops'], '.4g'):>7} {number(row['gbs'], '.0f'):>5} "
-        f"{number(extra and extra / 2**20, '.4g'):>6} {share:>12} {goal:>12} {row['verdict'] or '':12}"
+        f"{time:>8} {_number(spread, '.0f', 100):>3} {_number(row['tflops'], '.4g'):>7} {_number(row['gbs'], '.0f'):>5} "
+        f"{_number(extra, '.4g', 2**-20):>6} {share:>10} {goal:>12} {row['verdict'] or '':12}"
     )
 
 
-def _ratios(row: Record) -> list[tuple[str, str]]:
-    return [(name, f"{peer['ratio']:.2f}x") for name, peer in row["peers"].items() if "ratio" in peer]
+def _number(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "-" if value is None else format(value * scale, form)
 
 
 def _failures(rows: list[Record]) -> list[str]:
@@ -70,10 +91,10 @@ def _failures(rows: list[Record]) -> list[str]:
         if row["status"] == "ok" and "reason" in peer
     )
     lines += [f"no time for {name} in {n} row{'s' * (n > 1)}: {reason}" for (name, reason), n in reasons.items()]
-    return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines]
+    return [_cut(line, WIDTH) for line in lines]
 
 
-LABEL, BAR, NOTE, ROW, TOP, BOTTOM = 470, 640, 330, 24, 84, 40
+LABEL, BAR, NOTE, ROW, TOP, BOTTOM = 470, 640, 370, 24, 84, 40
 INK, FAINT, PAPER, RED = "#1b1f24", "#c9ced6", "#ffffff", "#c0392b"
 COLOURS = {"met": "#2e8b57", "missed": "#d98324", "not measured": "#7a8aa0", None: "#4a78b5"}
 GOAL = "#111111"
@@ -101,7 +122,7 @@ def chart(result: dict[str, Any], title: str, file: Path) -> None:
 
 def _key(draw: ImageDraw.ImageDraw, font: Any) -> None:
     names = {"goal met": "met", "goal missed": "missed", "goal not measured": "not measured", "no goal": None}
-    x = LABEL
+    x = float(LABEL)
     for label, verdict in names.items():
         draw.rectangle((x, 58, x + 12, 70), COLOURS[verdict])
         draw.text((x + 18, 57), label, INK, font)

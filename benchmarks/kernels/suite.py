@@ -6,6 +6,7 @@ failed (ours), and a new process goes on from there.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import multiprocessing
@@ -150,7 +151,7 @@ def _work(
                     device,
                     ceilings,
                     excluded.get(row),
-                    lambda variant, row=row: sender.send(("at", (row, variant))),
+                    functools.partial(_announce, sender, row),
                     CASE_SECONDS[device],
                 )
             except Broken as error:
@@ -162,6 +163,10 @@ def _work(
             record = entry
         sender.send(("record", (row, record)))
     sender.send(("done", None))
+
+
+def _announce(sender: Connection, row: int, variant: str) -> None:
+    sender.send(("at", (row, variant)))
 
 
 def _configure_compile() -> None:

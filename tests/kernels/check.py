@@ -63,7 +63,9 @@ def _leaf(x: Any, dtype: torch.dtype | None = None) -> Any:
     return x.detach().to(dtype or x.dtype).requires_grad_(wanted)
 
 
-def _run(function: Callable[..., Any], inputs: list[Any], gradients: bool, cotangent: torch.dtype) -> dict[str, Tensor]:
+def _run(
+    function: Callable[..., Any], inputs: list[Any], gradients: bool, cotangent: torch.dtype
+) -> dict[str, Tensor]:
     """Float outputs and, by input, gradients. Cotangents are the same in every dtype: rounded to ``cotangent``."""
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)

@@ -20,9 +20,7 @@ def draw(place: Place, *shape: int, scale: float = 1.0) -> Tensor:
 
 
 def both(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
-    parity(
-        lambda x, w, r: rms_norm(x, w, EPS, r), lambda x, w, r: reference.rms_norm(x, w, EPS, r), (x, weight, residual)
-    )
+    parity(lambda x, w, r: rms_norm(x, w, EPS, r), lambda x, w, r: reference.rms_norm(x, w, EPS, r), (x, weight, residual))
 
 
 @pytest.mark.parametrize("place", PLACES)
