@@ -17,7 +17,7 @@ CPU = "On a CPU, interpreted at tiny shapes: what counts is that everything runs
 LEGEND = (
     "ms: median of interleaved rounds over inputs larger than the L2; ±%: half of the rounds lie within this width",
     "MiB: most memory above the inputs, a backward pass with its forward; ceiling: share of the copy bandwidth or the",
-    "product rate, whichever binds; goal: best peer's time over ours (peer) or share of a ceiling",
+    "product rate, whichever binds; goal: of the best peer's time over ours, or of a share; peers: time over ours",
 )
 
 
@@ -31,7 +31,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"measured ceilings: copy {copy:.3g} TB/s, product {product:.3g} TFLOP/s")
     lines.append(
         f"  {'':{width}} {'ms':>8} {'±%':>3} {'TFLOP/s':>7} {'GB/s':>5} {'MiB':>6} {'ceiling':>10} "
-        f"{'goal':>12} {'':12}  peers: their time over ours"
+        f"{'goal':>12} {'':12}  peers"
     )
     operation = None
     for row in rows:
@@ -69,10 +69,10 @@ def _figures(row: Record) -> str:
     share = "-" if row["share"] is None else f"{row['share']:.1%} {row['ceiling'][:4]}"
     time = _number(row["ms"], ".4g") if row["status"] == "ok" else STATUS[row["status"]]
     goal = "-" if row["goal"] is None else f"{row['goal'][0]} {row['goal'][1]:g}"
-    return (
-        f"{time:>8} {_number(spread, '.0f', 100):>3} {_number(row['tflops'], '.4g'):>7} {_number(row['gbs'], '.0f'):>5} "
-        f"{_number(extra, '.4g', 2**-20):>6} {share:>10} {goal:>12} {row['verdict'] or '':12}"
-    )
+    rates = f"{_number(row['tflops'], '.4g'):>7} {_number(row['gbs'], '.0f'):>5}"
+    mebibytes = _number(extra, ".4g", 2**-20)
+    held = f"{share:>10} {goal:>12} {row['verdict'] or '':12}"
+    return f"{time:>8} {_number(spread, '.0f', 100):>3} {rates} {mebibytes:>6} {held}"
 
 
 def _number(value: float | None, form: str, scale: float = 1.0) -> str:
