@@ -53,17 +53,14 @@ def measure(
     variants = {OURS: Variant(case.ours), **{name: Variant(peer) for name, peer in case.peers.items()}}
     for name, reason in (excluded or {}).items():
         variants[name].reason = reason
-    try:
-        with timing.side_stream(device), _no_compiling(device):
-            wrong = _check(case, variants, device, at)
-            if variants[OURS].reason is None:
-                _time(case, variants, device, at, seconds, clock)
-        return _record(case, variants, device, ceilings, wrong)
-    finally:
-        variants.clear()
+    if device == "cuda":  # what the case before this one left
         gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
+    with timing.side_stream(device), _no_compiling(device):
+        wrong = _check(case, variants, device, at)
+        if variants[OURS].reason is None:
+            _time(case, variants, device, at, seconds, clock)
+    return _record(case, variants, device, ceilings, wrong)
 
 
 def _no_compiling(device: str) -> Any:
@@ -79,8 +76,8 @@ def _check(case: Case, variants: dict[str, Variant], device: str, at: Callable[[
             continue
         with _guarded(variant, name, device, at):
             _first_run(case, variant, device)
-            if variant is not ours and ours.reason is None:
-                if not all(r is None or bool(r.isfinite().all()) for r in variant.results):
+            if variant is not ours and ours.reason is None and name not in case.bounds:
+                if not all(r is None or _finite(r) for r in variant.results):
                     raise ValueError("gives NaN or infinity")
                 variant.error = relative_error(ours.results, variant.results)
                 right = variant.error < TOLERANCE  # a NaN is not smaller
@@ -104,17 +101,38 @@ def _shapes(ours: Variant, peer: Variant) -> str:
 
 def _first_run(case: Case, variant: Variant, device: str) -> None:
     """Results on fresh inputs, whether those were written to, and the memory that a second run takes."""
-    inputs = case.inputs(_draw(device, 0))
-    before = [x.detach().clone() for x in tensors(inputs)]
+    inputs = _inputs(case, device, 0)
+    before = [_bits(x).clone() for x in tensors(inputs)]
     variant.results = _call(case, variant.function, inputs)
-    variant.mutates = not all(map(torch.equal, tensors(inputs), before))
+    variant.mutates = not all(torch.equal(_bits(x), old) for x, old in zip(tensors(inputs), before, strict=True))
     del before
+    if variant.mutates:  # the results may lie in what the next call changes
+        written = variant.results or [x.detach() for x in tensors(inputs)]
+        variant.results = [None if r is None else r.clone() for r in written]
+    if not variant.results:
+        raise ValueError("gives no tensor and writes to none")
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         _call(case, variant.function, inputs)
         variant.extra_bytes = torch.cuda.max_memory_allocated() - held
+
+
+def _inputs(case: Case, device: str, seed: int) -> tuple[Any, ...]:
+    """The same for the same seed, also what a case draws by itself."""
+    torch.manual_seed(seed)
+    return case.inputs(_draw(device, seed))
+
+
+def _bits(x: Tensor) -> Tensor:
+    """What torch.equal can compare: PyTorch compares no float8."""
+    x = x.detach()
+    return x.view(torch.uint8) if x.is_floating_point() and x.itemsize == 1 else x
+
+
+def _finite(x: Tensor | None) -> bool:
+    return x is None or bool(x.float().isfinite().all())
 
 
 def _call(case: Case, function: Callable[..., Any], inputs: tuple[Any, ...]) -> list[Tensor | None]:
@@ -148,17 +166,17 @@ def _time(
     clock: Clock | None,
 ) -> None:
     """Fills in ``time`` of every variant that has no reason not to have one."""
-    shared = [case.inputs(_draw(device, 0))]
-    size = sum(x.untyped_storage().nbytes() for x in tensors(shared[0]))
-    sets = timing.sets_for(size, device)
-    shared += [case.inputs(_draw(device, i)) for i in range(1, sets)]
+    shared = [_inputs(case, device, 0)]
+    storages = {x.data_ptr(): x for x in (x.untyped_storage() for x in tensors(shared[0]))}
+    sets = timing.sets_for(sum(storage.nbytes() for storage in storages.values()), device)
+    shared += [_inputs(case, device, i) for i in range(1, sets)]
     pool = timing.graph_pool(device)
     prepared = {}
     for name, variant in variants.items():
         if variant.reason is None:
             with _guarded(variant, name, device, at):
                 # What writes to its inputs must not change those of the others.
-                own = [case.inputs(_draw(device, i)) for i in range(sets)] if variant.mutates else shared
+                own = [_inputs(case, device, i) for i in range(sets)] if variant.mutates else shared
                 prepared[name] = timing.prepare(_numbered(case, variant.function, own), sets, device, pool)
     at("timing")
     if variants[OURS].reason is None:
@@ -184,11 +202,18 @@ def _guarded(variant: Variant, name: str, device: str, at: Callable[[str], None]
             torch.cuda.synchronize()
     except Exception as error:
         variant.reason, variant.results = short(error), []
+        if broken(device):
+            raise Broken(variant.reason) from None
+
+
+def broken(device: str) -> bool:
+    """Whether the GPU accepts nothing more from this process."""
+    try:
         if device == "cuda":
-            try:
-                torch.cuda.synchronize()
-            except Exception:
-                raise Broken(variant.reason) from None
+            torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def short(error: BaseException) -> str:
@@ -243,10 +268,11 @@ def _record(
     ours = variants[OURS]
     ms = ours.time.ms if ours.time else None
     peers = {name: _peer(variant, ms) for name, variant in variants.items() if variant is not ours}
-    best = min((name for name in peers if "ms" in peers[name]), key=lambda name: peers[name]["ms"], default=None)
+    times = {name: peer["ms"] for name, peer in peers.items() if "ms" in peer}
+    best = min((name for name in times if name not in case.bounds), key=lambda name: times[name], default=None)
     floors = {"copy": case.bytes / ceilings["copy"] * 1e3, "product": case.flops / ceilings["product"] * 1e3}
     binding = max(floors, key=lambda name: floors[name])
-    goal_ms = goal_time(case.goal, floors, peers[best]["ms"] if best else None)
+    goal_ms = goal_time(case.goal, {**times, **floors, "peer": times[best] if best else None})
     return {
         **heading(case),
         "status": "wrong" if wrong else "failed" if ours.reason else "ok",
@@ -300,12 +326,10 @@ def _peer(variant: Variant, ms: float | None) -> Record:
     return {**_figures(variant), "ratio": variant.time.ms / ms, "error": variant.error}
 
 
-def goal_time(goal: tuple[str, float] | None, floors: Mapping[str, float], peer: float | None) -> float | None:
-    """Milliseconds that meet the goal: the best peer's, or a ceiling's floor, over the goal's number."""
-    if goal is None:
-        return None
-    against = peer if goal[0] == "peer" else floors[goal[0]]
-    return against / goal[1] if against else None
+def goal_time(goal: tuple[str, float] | None, against: Mapping[str, float | None]) -> float | None:
+    """Milliseconds that meet the goal: those of what it names, over its number; None without either."""
+    named = against.get(goal[0]) if goal else None
+    return named / goal[1] if goal and named else None
 
 
 def verdict(goal: Any, goal_ms: float | None, ms: float | None) -> str | None:

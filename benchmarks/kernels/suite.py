@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.kernels import operations, timing
 from benchmarks.kernels.case import Case
-from benchmarks.kernels.measure import OURS, Broken, Record, heading, measure, short, unmeasured
+from benchmarks.kernels.measure import OURS, Broken, Record, broken, heading, measure, short, unmeasured
 
 PACKAGE = "benchmarks.kernels"
 TIMING = "timing"
@@ -73,8 +73,8 @@ def run(
         stopped = _follow(progress, (package, names, device), deadline, patience)
         if stopped is None:
             break
-        if not progress.rows:
-            progress.rows = [{"operation": name, "shape": "", "backward": False, "goal": None} for name in names]
+        if not progress.ceilings:  # it did not come to the first row: nothing will
+            progress.rows = progress.rows or [_empty(name) for name in names]
             progress.records = {i: unmeasured(row, "failed", stopped) for i, row in enumerate(progress.rows)}
         elif stopped != OUT_OF_TIME and (progress.at or len(progress.records) == begun):
             progress.blame(stopped)
@@ -162,6 +162,8 @@ def _work(
         else:
             record = entry
         sender.send(("record", (row, record)))
+        if broken(device):
+            os._exit(1)
     sender.send(("done", None))
 
 
@@ -186,8 +188,12 @@ def _cases(package: str, name: str) -> list[Case | Record]:
     try:
         return list(importlib.import_module(f"{package}.{name}").cases(tiny=not torch.cuda.is_available()))
     except Exception as error:
-        head = {"operation": name, "shape": "", "backward": False, "goal": None}
-        return [unmeasured(head, "failed", short(error))]
+        return [unmeasured(_empty(name), "failed", short(error))]
+
+
+def _empty(name: str) -> Record:
+    """Stands for the cases of an operation that could not be listed."""
+    return {"operation": name, "shape": "", "backward": False, "goal": None}
 
 
 def _head(entry: Case | Record) -> Record:
