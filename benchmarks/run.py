@@ -36,16 +36,16 @@ PARTS = [
 ]
 
 
-def drive(parts: Sequence[Part], folder: Path | None, logs: Path = LOGS) -> int:
+def drive(parts: Sequence[Part], folder: Path | None) -> int:
     """Runs the parts, prints their tables and merges them into the results file in ``folder``. Exit status."""
     about = environment()
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    outcomes, results = run_parts(parts, logs, torch.cuda.is_available())
+    outcomes, results = run_parts(parts, LOGS, torch.cuda.is_available())
     if folder:
         file = file_for(about, folder)
         merge(file, about, outcomes, results)
         for part in parts:
-            if (picture := logs / f"{part.name}.png").exists():
+            if (picture := LOGS / f"{part.name}.png").exists():
                 shutil.copy(picture, file.with_name(f"{file.stem}-{part.name}.png"))
         print(f"written: {file}")
     for name, records in results.items():

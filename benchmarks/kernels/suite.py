@@ -97,9 +97,10 @@ def _follow(progress: Progress, work: tuple[Any, ...], deadline: float, patience
     reason = None
     try:
         while True:
-            wait = min(patience, deadline - time.monotonic())
-            if wait <= 0 or not receiver.poll(wait):
-                return OUT_OF_TIME if time.monotonic() >= deadline else f"no answer for {patience:.0f} s"
+            quiet = patience if progress.at else PATIENCE  # starting takes its time
+            left = deadline - time.monotonic()
+            if left <= 0 or not receiver.poll(min(quiet, left)):
+                return OUT_OF_TIME if left <= quiet else f"no answer for {quiet:g} s"
             kind, value = receiver.recv()
             if kind == "done":
                 return None
