@@ -71,13 +71,14 @@ def run(
     while not progress.complete() and time.monotonic() < deadline:
         begun = len(progress.records)
         stopped = _follow(progress, (package, names, device), deadline, patience)
-        if stopped is None:
+        if stopped in (None, OUT_OF_TIME):
             break
         if not progress.ceilings:  # it did not come to the first row: nothing will
             progress.rows = progress.rows or [_empty(name) for name in names]
             progress.records = {i: unmeasured(row, "failed", stopped) for i, row in enumerate(progress.rows)}
-        elif stopped != OUT_OF_TIME and (progress.at or len(progress.records) == begun):
+        elif progress.at or len(progress.records) == begun:
             progress.blame(stopped)
+    progress.rows = progress.rows or [_empty(name) for name in names]
     rows = [
         progress.records.get(i) or unmeasured(row, "not measured", OUT_OF_TIME) for i, row in enumerate(progress.rows)
     ]
