@@ -240,7 +240,8 @@ def test_interleaved_rounds() -> None:
     assert order[:6] == ["a", "b", "b", "a", "a", "b"]
     assert made["a"].rounds == made["b"].rounds and 5 <= made["a"].rounds < timing.MAX_ROUNDS
     assert made["b"].ms / made["a"].ms == pytest.approx(2, rel=0.05) and made["a"].spread > 0
-    assert timing.interleaved({"a": variant("a", 10**6)}, clock, 0.1)["a"].rounds == timing.MIN_ROUNDS
+    assert timing.interleaved({"a": variant("a", 100)}, clock, 0.1)["a"].rounds == timing.MIN_ROUNDS
+    assert timing.interleaved({"a": variant("a", 10**6)}, clock, 0.1)["a"].rounds == timing.FEW_ROUNDS
     assert timing.interleaved({}, clock, 0.1) == {}
 
 
