@@ -41,10 +41,10 @@ test: dev
 bench: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run
 
-# On a machine with a GPU: its own torch, no installs, no network.
+# On a machine with a GPU: its own torch, no installs, no network. PART="tests kernels": only these; SECONDS=300: the
+# time limit of each.
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -q -m "gpu or not gpu"
-	PYTHONPATH=. $(PYTHON) -m benchmarks.run --json benchmarks/results
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(PART) $(if $(SECONDS),--seconds $(SECONDS))
 
 lint: dev
 	$(BIN)/python -m ruff check .

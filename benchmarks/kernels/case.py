@@ -36,8 +36,9 @@ class Case:
     inputs(draw) -> the arguments of ``ours`` and of each peer, which return a tensor or a tuple of tensors. With
     ``backward`` what is timed is the gradient, for every input that wants one, of an already computed result.
     bytes: the fewest through memory, each input read once and each output written once; flops: useful operations.
-    goal: ("peer", r): best peer's time / ours ≥ r; ("copy", r): share of the measured copy bandwidth; ("product", r):
-    share of the measured product rate.
+    goal: ("peer", r): best peer's time / ours ≥ r, or with a peer's name that peer's; ("copy", r): share of the
+    measured copy bandwidth; ("product", r): share of the measured product rate.
+    bounds: peers that do less than ours (bare products): timed, but not compared, and never the best peer.
     """
 
     operation: str
@@ -49,6 +50,7 @@ class Case:
     flops: int = 0
     backward: bool = False
     goal: tuple[str, float] | None = None
+    bounds: tuple[str, ...] = ()
 
 
 def differentiable(outputs: Any) -> list[Tensor]:
