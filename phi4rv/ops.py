@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from phi4rv import flash_attn
 from phi4rv.errors import UserError
 
 # Fastest first: ``auto`` takes the first that runs on the device and has been verified there.
@@ -60,15 +61,21 @@ def _operation(name: str, file: str | None = None) -> dict[str, Implementation]:
 
 
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
-    "packed_attention": _operation("packed_attention"),
+    "packed_attention": {
+        "flash_attn": Implementation("phi4rv.flash_attn", "packed_attention", flash_attn.why_not),
+        **_operation("packed_attention"),
+    },
     "decode_attention": _operation("decode_attention"),
+    "paged_decode_attention": _operation("paged_decode_attention", "decode_attention"),
     "rms_norm": _operation("rms_norm"),
     "layer_norm": _operation("layer_norm"),
     "rope": _operation("rope"),
     "swiglu": _operation("swiglu"),
     "gelu_tanh": _operation("gelu_tanh", "gelu"),
+    "gelu_erf": _operation("gelu_erf", "gelu"),
     "patch_embed": _operation("patch_embed"),
     "projector": _operation("projector"),
+    "project_into": _operation("project_into", "projector"),
     "scatter_rows": _operation("scatter_rows", "projector"),
     "linear_cross_entropy": _operation("linear_cross_entropy"),
     "adamw": _operation("adamw"),
@@ -85,13 +92,16 @@ class Operations:
 
     packed_attention: Callable[..., Any]
     decode_attention: Callable[..., Any]
+    paged_decode_attention: Callable[..., Any]
     rms_norm: Callable[..., Any]
     layer_norm: Callable[..., Any]
     rope: Callable[..., Any]
     swiglu: Callable[..., Any]
     gelu_tanh: Callable[..., Any]
+    gelu_erf: Callable[..., Any]
     patch_embed: Callable[..., Any]
     projector: Callable[..., Any]
+    project_into: Callable[..., Any]
     scatter_rows: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
     adamw: Callable[..., Any]

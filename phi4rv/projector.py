@@ -18,5 +18,12 @@ class Projector(nn.Sequential):
 
     def forward(self, features: Tensor) -> Tensor:
         """(P, Cv) -> (P, C)."""
+        return self.ops.projector(features, *self._weights())
+
+    def into(self, row: Tensor, features: Tensor, positions: Tensor) -> Tensor:
+        """row (T, C) with the projected patches (P, C) at ``positions`` (P,)."""
+        return self.ops.project_into(row, features, *self._weights(), positions)
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         first, second = self[0], self[2]
-        return self.ops.projector(features, first.weight, first.bias, second.weight, second.bias)
+        return first.weight, first.bias, second.weight, second.bias
