@@ -33,8 +33,8 @@ def test_parity(place: Place, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 10.0, 1e4])
 def test_extreme_values(place: Place, scale: float) -> None:
-    """The gate is large, and of both signs; the product still fits float16."""
-    x = torch.cat([scale * torch.randn(9, 50), torch.randn(9, 50).clamp(-1, 1)], 1).to(*place)
+    """The gate is large, and of both signs; products still fit float16."""
+    x = torch.cat([scale * torch.randn(9, 50).clamp(-1.5, 1.5), torch.randn(9, 50).clamp(-1, 1)], 1).to(*place)
     parity(swiglu, reference.swiglu, (x.requires_grad_(),))
 
 
