@@ -294,6 +294,8 @@ def test_table_fits_a_terminal() -> None:
     ):
         assert part in text
     assert "no time for gone in 2 rows: No module named 'gone'" in text
+    unchecked = {**result(), "rows": [{**result()["rows"][1], "error": None}]}
+    assert "not compared" in table(unchecked) and "not compared" not in text
     assert text.endswith("3 rows: 1 failed, 2 ok; goals: 1 met, 1 missed, 1 not measured")
     assert "the times say nothing" in table({**result(), "device": "cpu"})
     assert table({"device": "cpu", "ceilings": {}, "rows": []})
