@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -226,11 +226,13 @@ def short(error: BaseException) -> str:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
+    """Every tensor in nested tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         return [value]
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, dict):
-        value = value.values()
+        value = list(value.values())
     elif not isinstance(value, tuple | list):
         return []
     return [x for item in value for x in tensors(item)]

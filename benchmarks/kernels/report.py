@@ -80,17 +80,21 @@ def _number(value: float | None, form: str, scale: float = 1.0) -> str:
 
 
 def _failures(rows: list[Record]) -> list[str]:
-    """What has no time, and why; the same reason once."""
+    """What has no time, and why: of a peer the usual reason; what was not compared with anything."""
     lines = [
         f"{row['status']}: {row['operation']} {row['shape']}: {row['reason']}" for row in rows if row["status"] != "ok"
     ]
-    reasons = Counter(
-        (name, peer["reason"])
-        for row in rows
-        for name, peer in row["peers"].items()
-        if row["status"] == "ok" and "reason" in peer
-    )
-    lines += [f"no time for {name} in {n} row{'s' * (n > 1)}: {reason}" for (name, reason), n in reasons.items()]
+    reasons: dict[str, Counter[str]] = {}
+    for row in rows:
+        for name, peer in row["peers"].items():
+            if row["status"] == "ok" and "reason" in peer:
+                reasons.setdefault(name, Counter())[peer["reason"]] += 1
+    for name, counted in reasons.items():
+        usual, more = counted.most_common(1)[0][0], " (and others)" * (len(counted) > 1)
+        lines.append(f"no time for {name} in {counted.total()} row{'s' * (counted.total() > 1)}{more}: {usual}")
+    unchecked = [f"{row['operation']} {row['shape']}" for row in rows if row["status"] == "ok" and row["error"] is None]
+    if unchecked:
+        lines.append(f"not compared, as no peer ran, in {len(unchecked)} rows: {', '.join(unchecked)}")
     return [_cut(line, WIDTH) for line in lines]
 
 
