@@ -24,16 +24,16 @@ ROW = Space(
     "quantized_linear.row",
     {
         "8-bit": [
-            {"BLOCK_N": 4, "BLOCK_K": 1024, "num_warps": 4},
-            {"BLOCK_N": 8, "BLOCK_K": 1024, "num_warps": 4},
-            {"BLOCK_N": 4, "BLOCK_K": 2048, "num_warps": 4},
-            {"BLOCK_N": 8, "BLOCK_K": 512, "num_warps": 4},
+            {"BLOCK_N": 8, "BLOCK_K": 1024, "STAGES": 3, "num_warps": 4},
+            {"BLOCK_N": 4, "BLOCK_K": 1024, "STAGES": 3, "num_warps": 4},
+            {"BLOCK_N": 8, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 4},
+            {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 4, "num_warps": 4},
         ],
         "4-bit": [
-            {"BLOCK_N": 4, "BLOCK_K": 1024, "num_warps": 4},
-            {"BLOCK_N": 8, "BLOCK_K": 1024, "num_warps": 4},
-            {"BLOCK_N": 4, "BLOCK_K": 2048, "num_warps": 4},
-            {"BLOCK_N": 16, "BLOCK_K": 512, "num_warps": 4},
+            {"BLOCK_N": 8, "BLOCK_K": 1024, "STAGES": 3, "num_warps": 2},
+            {"BLOCK_N": 16, "BLOCK_K": 1024, "STAGES": 3, "num_warps": 4},
+            {"BLOCK_N": 8, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 4},
+            {"BLOCK_N": 8, "BLOCK_K": 1024, "STAGES": 3, "num_warps": 4},
         ],
     },
 )
@@ -57,6 +57,8 @@ MOST_ROWS = 64
 # Elements of a weight that are dequantised at once, in float32, for the library's product.
 PIECE = 1 << 24
 REDUCED = 1024
+# float32's exponent bits of 2²³: an integer below that, set in the significand, adds itself.
+EXPONENT = 0x4B000000
 
 
 @triton.jit
@@ -69,24 +71,54 @@ def _fp8(code):
 
 
 @triton.jit
-def _nibble(word, AT: tl.constexpr):
-    """Bits 4·AT to 4·AT + 3 of int32 words, less 8, as float32: set in the significand of 2²³, then subtracted."""
-    at: tl.constexpr = AT if AT < 5 else AT - 5
-    word = word if AT < 5 else word >> 20
-    bits = (word & (15 << (4 * at))) | 0x4B000000
-    return bits.to(tl.float32, bitcast=True) * (1.0 / (1 << (4 * at))) - (8388608.0 / (1 << (4 * at)) + 8)
+def _fp8_pair(words):
+    """The same for the upper byte of each half of int32 words, as float32: lower half, upper half."""
+    bits = (words >> 1) & -1082081408  # 0xBF80BF80, where the shift has kept only the upper half's sign
+    bits = (bits & -32769) | (words & 32768)
+    lower = bits.to(tl.int16).to(tl.float16, bitcast=True)
+    return lower.to(tl.float32), (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _nibbles(words):
-    """int32 words (…, W) to their eight codes, less 8, as float32, (…, W, 2, 2, 2), the lowest bits first."""
-    low = tl.join(
-        tl.join(_nibble(words, 0), _nibble(words, 4)), tl.join(_nibble(words, 2), _nibble(words, 6))
+def _bits(words, exponent, FROM: tl.constexpr, WIDTH: tl.constexpr):
+    """WIDTH bits from FROM on of int32 words, less half their range, as float32.
+
+    Set in the significand of 2²³, which is then subtracted: at full rate, unlike a conversion. ``exponent`` is that
+    of 2²³, an argument so that setting it takes one instruction with the mask, which a second literal would not.
+    """
+    at: tl.constexpr = FROM if FROM + WIDTH <= 20 else FROM % (20 if WIDTH == 4 else 16)
+    words = words if at == FROM else words >> (FROM - at)
+    one: tl.constexpr = 1 << at
+    half: tl.constexpr = 1 << (WIDTH - 1)
+    value = ((words & (((1 << WIDTH) - 1) << at)) | exponent).to(tl.float32, bitcast=True)
+    return value * (1.0 / one) - (8388608.0 / one + half)
+
+
+@triton.jit
+def _four(words, exponent, FP8: tl.constexpr):
+    """int32 words (…, W) to the four values of their bytes, (…, W, 2, 2), the lowest first. fp8's are / 256."""
+    if FP8:
+        first, third = _fp8_pair(words << 8)
+        second, fourth = _fp8_pair(words)
+    else:
+        words ^= -2139062144  # 0x80808080: signed codes to 0..255
+        first, second = _bits(words, exponent, 0, 8), _bits(words, exponent, 8, 8)
+        third, fourth = _bits(words, exponent, 16, 8), _bits(words, exponent, 24, 8)
+    return tl.join(tl.join(first, third), tl.join(second, fourth))
+
+
+@triton.jit
+def _eight(words, exponent):
+    """int32 words (…, W) to their eight four-bit codes, less 8, (…, W, 2, 2, 2), the lowest first."""
+    even = tl.join(
+        tl.join(_bits(words, exponent, 0, 4), _bits(words, exponent, 16, 4)),
+        tl.join(_bits(words, exponent, 8, 4), _bits(words, exponent, 24, 4)),
     )
-    high = tl.join(
-        tl.join(_nibble(words, 1), _nibble(words, 5)), tl.join(_nibble(words, 3), _nibble(words, 7))
+    odd = tl.join(
+        tl.join(_bits(words, exponent, 4, 4), _bits(words, exponent, 20, 4)),
+        tl.join(_bits(words, exponent, 12, 4), _bits(words, exponent, 28, 4)),
     )
-    return tl.join(low, high)
+    return tl.join(even, odd)
 
 
 @triton.jit
@@ -99,45 +131,41 @@ def _finish(out, y, bias, m, n, inside, M, N, BIAS: tl.constexpr, SPLIT: tl.cons
     tl.store(out + m.to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["exponent"])
 def _row(
-    x, data, scales, zeros, bias, out, N, K, data_stride, tiles,
+    x, data, scales, zeros, bias, out, N, K, data_stride, tiles, exponent,
     FP8: tl.constexpr, INT4: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y of BLOCK_N rows of the weight, over ``tiles`` tiles of K. EVEN: tiles end with K."""
+    """y of BLOCK_N rows of the weight, in int32 words, over ``tiles`` tiles of K. EVEN: tiles end with K."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     line = tl.minimum(n, N - 1).to(tl.int64)
     start = tl.program_id(1) * tiles
-    run: tl.constexpr = 32 if INT4 else 16  # elements of a row in 16 bytes
+    per_word: tl.constexpr = 8 if INT4 else 4
+    run: tl.constexpr = 4 * per_word  # elements in 16 bytes, which are a thread's
     piece = tl.arange(0, BLOCK_K // run)
     k_in = piece[:, None] * run + tl.arange(0, run)[None, :]
+    word_in = piece[:, None] * 4 + tl.arange(0, 4)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_K // run), tl.float32)
-    for tile in range(start, tl.minimum(start + tiles, tl.cdiv(K, BLOCK_K))):
+    for tile in tl.range(start, tl.minimum(start + tiles, tl.cdiv(K, BLOCK_K)), num_stages=STAGES):
         base = tile * BLOCK_K
-        inside = None if EVEN else base + k_in < K
-        xs = tl.load(x + base + k_in, mask=inside, other=None if EVEN else 0.0).to(tl.float32)
+        k = base + k_in
+        xs = tl.load(x + k, mask=None if EVEN else k < K, other=None if EVEN else 0.0).to(tl.float32)
+        word = base // per_word + word_in
+        known = None if EVEN else (word * per_word < K)[None, :, :]
+        at = line[:, None, None] * data_stride + word[None, :, :]
+        words = tl.load(data + at, mask=known, other=None if EVEN else 0)
+        w = tl.reshape(_eight(words, exponent) if INT4 else _four(words, exponent, FP8), (BLOCK_N, BLOCK_K // run, run))
+        y = tl.sum(w * xs[None, :, :], 2)
         if INT4:
-            word = base // 8 + piece[:, None] * 4 + tl.arange(0, 4)[None, :]
-            there = None if EVEN else (word * 8 < K)[None, :, :]
-            words = tl.load(
-                data + line[:, None, None] * data_stride + word[None, :, :], mask=there, other=None if EVEN else 0
-            )
-            w = tl.reshape(_nibbles(words), (BLOCK_N, BLOCK_K // run, run))
             group = base // 128 + piece // 4
             known = None if EVEN else (group * 128 < K)[None, :]
             at = line[:, None] * tl.cdiv(K, 128) + group[None, :]
-            s = tl.load(scales + at, mask=known, other=None if EVEN else 0.0).to(tl.float32)
-            y = tl.sum(w * xs[None, :, :], 2)
             if ZEROS:
                 z = tl.load(zeros + at, mask=known, other=None if EVEN else 0).to(tl.float32)
                 y -= (z - 8.0) * tl.sum(xs, 1)[None, :]
-            acc += y * s
-        else:
-            at = line[:, None, None] * data_stride + (base + k_in)[None, :, :]
-            codes = tl.load(data + at, mask=None if EVEN else inside[None, :, :], other=None if EVEN else 0)
-            w = _fp8(codes).to(tl.float32) if FP8 else codes.to(tl.float32)
-            acc += tl.sum(w * xs[None, :, :], 2)
+            y *= tl.load(scales + at, mask=known, other=None if EVEN else 0.0).to(tl.float32)
+        acc += y
     y = tl.sum(acc, 1)
     if not INT4:
         y *= tl.load(scales + line) * (256.0 if FP8 else 1.0)
@@ -226,9 +254,6 @@ def _multiply(
     tiles, splits = _split(triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(K, config["BLOCK_K"]), waves, x.device)
     target = out if splits == 1 else out.new_empty((splits, M, N), dtype=torch.float32)
     grid = (triton.cdiv(N, config["BLOCK_N"]), splits)
-    words = data.view(torch.int8)
-    if int4 and M == 1:
-        words = data.view(torch.int32)
     options: dict[str, Any] = {
         "FP8": format == "fp8", "INT4": int4, "ZEROS": zeros is not None, "BIAS": bias is not None,
         "SPLIT": splits > 1, "EVEN": K % config["BLOCK_K"] == 0, **config,
@@ -236,14 +261,23 @@ def _multiply(
     others = scales, scales if zeros is None else zeros, scales if bias is None else bias, target
     with torch.cuda.device_of(x):
         if M == 1:
-            _row[grid](x, words, *others, N, K, words.stride(0), tiles, **options)
+            words = _words(data)
+            _row[grid](x, words, *others, N, K, words.stride(0), tiles, EXPONENT, **options)
         else:
+            codes = data.view(torch.int8)
             options["BLOCK_M"] = max(16, triton.next_power_of_2(M))
-            _tile[grid](x, words, *others, M, N, K, x.stride(0), words.stride(0), tiles, **options)
+            _tile[grid](x, codes, *others, M, N, K, x.stride(0), codes.stride(0), tiles, **options)
         if splits > 1:
             _add_parts[(triton.cdiv(M * N, REDUCED),)](
                 target, scales if bias is None else bias, out, N, M * N, splits, BIAS=bias is not None, BLOCK=REDUCED
             )
+
+
+def _words(data: Tensor) -> Tensor:
+    """Rows of bytes as rows of int32; copied, with zeros behind them, where a row does not end with a word."""
+    if data.shape[1] % 4:
+        data = torch.nn.functional.pad(data, (0, -data.shape[1] % 4))
+    return data.view(torch.int32)
 
 
 def _split(programs: int, tiles: int, waves: int, device: torch.device) -> tuple[int, int]:
