@@ -5,7 +5,7 @@ The definitions that kernels repeat bit by bit; plain PyTorch, any device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -163,14 +163,29 @@ def quantize(weight: Tensor, format: str) -> QuantizedWeight:
     return QuantizedWeight(format, data, scales, zeros.to(torch.uint8) if format == "int4_zero" else None, shape)
 
 
-def dequantize(q: QuantizedWeight, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-    """The weight's ``rows``, (N, K), computed in float32 (float64 if that is asked for) and rounded once."""
+def part(q: QuantizedWeight, dim: int, start: int, end: int) -> QuantizedWeight:
+    """Rows (dim 0) or columns (dim 1) start:end, as views. Columns begin at a multiple of GROUP."""
+    if dim == 0:
+        zeros = None if q.zeros is None else q.zeros[start:end]
+        rows = slice(start, end)
+        return replace(q, data=q.data[rows], scales=q.scales[rows], zeros=zeros, shape=(end - start, q.shape[1]))
+    shape = (q.shape[0], end - start)
+    if q.format in ("int8", "fp8"):
+        return replace(q, data=q.data[:, start:end], shape=shape)
+    groups = slice(start // GROUP, -(-end // GROUP))
+    data = q.data[:, groups.start * GROUP // 2 : groups.stop * GROUP // 2]
+    zeros = None if q.zeros is None else q.zeros[:, groups]
+    return replace(q, data=data, scales=q.scales[:, groups], zeros=zeros, shape=shape)
+
+
+def dequantize(q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """The weight (N, K), computed in float32 (float64 if that is asked for) and rounded once."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    data, scales = q.data[rows], q.scales[rows].to(wide)
+    data, scales = q.data, q.scales.to(wide)
     if q.format in ("int8", "fp8"):
         return (data.to(wide) * scales[:, None]).to(dtype)
     codes = torch.stack([data & 15, data >> 4], -1).flatten(1).unflatten(1, (-1, GROUP)).to(wide)
-    zeros = 8.0 if q.zeros is None else q.zeros[rows].to(wide)[..., None]
+    zeros = 8.0 if q.zeros is None else q.zeros.to(wide)[..., None]
     return ((codes - zeros) * scales[..., None]).to(dtype).flatten(1)[:, : q.shape[1]]
 
 

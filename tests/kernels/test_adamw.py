@@ -173,7 +173,7 @@ def test_training_with_eight_bit_moments(beta2: float) -> None:
     losses = []
     for eight in (False, True):
         torch.manual_seed(0)
-        x = torch.randn(128, 32) * torch.logspace(0, -2, 32)
+        x = torch.randn(256, 32) * torch.logspace(0, -2, 32)
         y = torch.tanh(x @ (torch.randn(32, 64) / 4)) @ torch.randn(64, 4)
         weights = [(torch.randn(32, 32) / 6).requires_grad_(), (torch.randn(32, 4) / 6).requires_grad_()]
         make = Moment8.zeros if eight else torch.zeros
@@ -182,9 +182,9 @@ def test_training_with_eight_bit_moments(beta2: float) -> None:
             loss = (torch.tanh(x @ weights[0]) @ weights[1] - y).square().mean()
             grads = torch.autograd.grad(loss, weights)
             for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
-                reference.adamw(w.data, g, *moments[i], step, 1e-2, (0.9, beta2), 1e-8, 0.01, seed=i)
+                reference.adamw(w.data, g, *moments[i], step, 3e-3, (0.9, beta2), 1e-8, 0.01, seed=i)
         losses.append(float(loss.detach()))
-    assert losses[0] < 1.0
+    assert losses[0] < 0.2
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
