@@ -101,7 +101,8 @@ def test_head_dims(place: Place, D: int) -> None:
 @pytest.mark.parametrize("size", [1, 16, 256])
 def test_paged(place: Place, fp8: bool, size: int) -> None:
     held_paged(paged(place, [1, 0, 64, 257], 2, 1, 24, size, fp8=fp8))
-    held_paged(paged(place, [5, 131], 2, 2, 24, size, M=5, fp8=fp8))
+    if size == 16:
+        held_paged(paged(place, [5, 131], 2, 2, 24, size, M=5, fp8=fp8))
 
 
 @pytest.mark.parametrize("place", PLACES[2:])
