@@ -194,10 +194,10 @@ def test_every_configuration(place: Place) -> None:
         dtype = torch.float32 if bits == 32 else torch.float16 if place[0] == "cpu" else torch.bfloat16
         for config in configs:
             with kernels.PART.forced(config):
-                held(packed((place[0], dtype), [270], 1, 1, D, M=2, fp8=bits == 8))
+                held(packed((place[0], dtype), [140], 1, 1, D, M=2, fp8=bits == 8))
     for config in kernels.MERGE.cases["row"]:
         with kernels.MERGE.forced(config):
-            held(packed(place, [270], 1, 1, 72))
+            held(packed(place, [140], 1, 1, 72))
 
 
 def test_parts_fill_the_chip() -> None:
