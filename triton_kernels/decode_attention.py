@@ -35,7 +35,7 @@ PART = Space(
         "64 of 8": _candidates((128, 4, 4, 2), (128, 4, 3, 4), (256, 8, 3, 2), (64, 4, 4, 4)),
         "64 of 16": _candidates((128, 4, 3, 2), (64, 4, 4, 3), (64, 4, 3, 4), (128, 8, 3, 2)),
         "64 of 32": _candidates((64, 4, 3, 2)),
-        "128 of 8": _candidates((128, 4, 3, 2), (64, 4, 4, 3), (64, 4, 3, 4), (128, 8, 4, 2)),
+        "128 of 8": _candidates((64, 4, 4, 3), (128, 4, 3, 2), (64, 4, 3, 3), (128, 8, 4, 1)),
         "128 of 16": _candidates((64, 4, 4, 2), (64, 4, 3, 3), (32, 4, 4, 3), (128, 8, 3, 1), (64, 4, 2, 3)),
         "128 of 32": _candidates((32, 4, 3, 2)),
         "256 of 8": _candidates((64, 4, 3, 2), (64, 8, 3, 2)),
@@ -126,7 +126,7 @@ def _part(
         pages += b * pages_document
         # One block ahead: a load that waits for another load would leave the pipeline shallow.
         keys = first + tl.arange(0, BLOCK_N)
-        page = tl.load(pages + keys // PAGE, mask=keys < end, other=0)
+        page = tl.load(pages + keys.to(tl.uint32) // PAGE, mask=keys < end, other=0)
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -138,11 +138,11 @@ def _part(
             k_rows = keys.to(tl.int64) * k_row
             v_rows = keys.to(tl.int64) * v_row
         else:
-            within = (keys % PAGE).to(tl.int64)
+            within = (keys.to(tl.uint32) % PAGE).to(tl.int64)
             k_rows = page.to(tl.int64) * k_page + within * k_row
             v_rows = page.to(tl.int64) * v_page + within * v_row
             ahead = keys + BLOCK_N
-            page = tl.load(pages + ahead // PAGE, mask=ahead < end, other=0)
+            page = tl.load(pages + ahead.to(tl.uint32) // PAGE, mask=ahead < end, other=0)
         k_rows = tl.multiple_of(k_rows, ALIGN)
         v_rows = tl.multiple_of(v_rows, ALIGN)
         mask = inside[:, None] if WHOLE else inside[:, None] & wanted

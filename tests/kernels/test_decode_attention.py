@@ -101,7 +101,8 @@ def test_head_dims(place: Place, D: int) -> None:
 @pytest.mark.parametrize("size", [1, 16, 256])
 def test_paged(place: Place, fp8: bool, size: int) -> None:
     held_paged(paged(place, [1, 0, 64, 257], 2, 1, 24, size, fp8=fp8))
-    held_paged(paged(place, [5, 131], 2, 2, 24, size, M=5, fp8=fp8))
+    if size == 16:
+        held_paged(paged(place, [5, 131], 2, 2, 24, size, M=5, fp8=fp8))
 
 
 @pytest.mark.parametrize("place", PLACES[2:])
@@ -193,10 +194,10 @@ def test_every_configuration(place: Place) -> None:
         dtype = torch.float32 if bits == 32 else torch.float16 if place[0] == "cpu" else torch.bfloat16
         for config in configs:
             with kernels.PART.forced(config):
-                held(packed((place[0], dtype), [270], 1, 1, D, M=2, fp8=bits == 8))
+                held(packed((place[0], dtype), [140], 1, 1, D, M=2, fp8=bits == 8))
     for config in kernels.MERGE.cases["row"]:
         with kernels.MERGE.forced(config):
-            held(packed(place, [270], 1, 1, 72))
+            held(packed(place, [140], 1, 1, 72))
 
 
 def test_parts_fill_the_chip() -> None:
