@@ -54,9 +54,8 @@ FORWARD = Space(
 
 @triton.jit
 def _visit(
-    acc, acc_tail, total, peak, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride, first, last, seen, length, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    acc, acc_tail, total, peak, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride, first, last, seen, length,
+    scale, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys from first to last to a tile's state."""
     for n in range(first, last, BLOCK_N):

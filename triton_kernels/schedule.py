@@ -78,7 +78,7 @@ def widths(D: int) -> tuple[int, int]:
     """A head's channels as two powers of two, at least 16 each: 72 is 64 + 16. One and 0 where two save nothing."""
     whole = max(16, triton.next_power_of_2(D))
     main = max(16, whole // 2)
-    tail = max(16, triton.next_power_of_2(D - main)) if D > main else 0
+    tail = max(16, triton.next_power_of_2(D - main)) if main < D else 0
     return (main, tail) if main + tail < whole else (whole, 0)
 
 
@@ -90,7 +90,7 @@ def case(D: int, dtype: torch.dtype) -> str:
 
 
 def heads(x: Tensor) -> Tensor:
-    """x (T, heads, D) with its heads next to each other, as in a row of queries, keys and values; copied only if not."""
+    """x (T, heads, D) with its heads side by side, as in a row of queries, keys and values; copied only if not."""
     D = x.shape[2]
     return x if x.stride(2) == 1 and x.stride(1) == D else x.contiguous()
 
@@ -120,7 +120,7 @@ def visible(rows, start, length, key_ends, CAUSAL: tl.constexpr, EXTENDED: tl.co
 
 @triton.jit
 def load(x, rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """Channels FIRST to FIRST + WIDTH of a head at x, of the rows at these offsets; 0 past D and, if MASKED, outside."""
+    """Channels FIRST to FIRST + WIDTH of a head at x, of rows at these offsets; 0 past D and, if MASKED, outside."""
     channels = FIRST + tl.arange(0, WIDTH)
     pointers = x + rows[:, None] + channels[None, :]
     if FIRST + WIDTH <= D:
