@@ -39,10 +39,7 @@ def accumulate(
     a_at = a + tl.minimum(m, M - 1).to(tl.int64)[:, None] * a_stride + k[None, :]
     b_at = b + n.to(tl.int64)[None, :] * b_n + k[:, None].to(tl.int64) * b_k
     for start in tl.range(0, K, BLOCK_K):
-        if EVEN_K:
-            at = tl.load(a_at)
-        else:
-            at = tl.load(a_at, mask=k[None, :] < K - start, other=0.0)
+        at = tl.load(a_at) if EVEN_K else tl.load(a_at, mask=k[None, :] < K - start, other=0.0)
         if EVEN_K and EVEN_N:
             bt = tl.load(b_at)
         else:
@@ -71,10 +68,7 @@ def _finish(
     BIAS: tl.constexpr, EPILOGUE: tl.constexpr, SCATTER: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of columns n of rows m."""
-    if EVEN_N:
-        inside = (m < M)[:, None]
-    else:
-        inside = (m < M)[:, None] & (n < N)[None, :]
+    inside = (m < M)[:, None] if EVEN_N else (m < M)[:, None] & (n < N)[None, :]
     if BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     rows = m.to(tl.int64)

@@ -29,7 +29,8 @@ def _config(M: int, N: int, K: int, num_warps: int, num_stages: int) -> Config:
 FORWARD = Space(
     "patch_embed.forward",
     {
-        "short": [_config(128, 128, 64, 8, 3), _config(128, 128, 64, 8, 4), _config(128, 64, 64, 4, 4)],
+        # Small tiles, several to a multiprocessor: one multiplies while another reads its positions.
+        "short": [_config(128, 64, 64, 4, 3), _config(128, 64, 64, 8, 3), _config(128, 128, 64, 8, 3)],
         "float32": [_config(64, 64, 32, 4, 2), _config(64, 64, 32, 8, 2)],
     },
 )
@@ -63,33 +64,32 @@ def _weight(k, j, ours, theirs):
 
 
 @triton.jit
-def _locate(ends, grids, place, inverse, P, I, steps, side, BLOCK: tl.constexpr):
+def _locate(ends, grids, place, inverse, P, images, steps, side, SIDE: tl.constexpr, BLOCK: tl.constexpr):
     """For each patch its row, column and its grid's rows and columns, and one over the sum of its weights."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low = tl.zeros((BLOCK,), tl.int32)
-    high = low + I
+    high = low + images
     for _ in range(steps):  # the first image that ends after p, by bisection
         middle = (low + high) // 2
         past = tl.load(ends + middle, mask=low < high, other=0) <= p
         high = tl.where(past, high, middle)
         low = tl.where(past & (low < high), middle + 1, low)
-    known = (low < I) & (p < P)
+    known = (low < images) & (p < P)
     start = tl.load(ends + low - 1, mask=known & (low > 0), other=0)
     # A patch of no image: as of a grid like the table's, which is the least work, and its weights are then dropped.
     grid_rows = tl.load(grids + 2 * low, mask=known, other=side)
     grid_cols = tl.load(grids + 2 * low + 1, mask=known, other=side)
     row = tl.where(known, (p - start) // grid_cols, 0)
     col = tl.where(known, (p - start) % grid_cols, 0)
-    down = tl.zeros((BLOCK,), tl.float32)
-    across = tl.zeros((BLOCK,), tl.float32)
-    for k in range(side):
-        down += _weight(row, k, grid_rows, side)
-        across += _weight(col, k, grid_cols, side)
+    k = tl.arange(0, SIDE)[None, :]
+    down = tl.where(k < side, _weight(row[:, None], k, grid_rows[:, None], side), 0.0)
+    across = tl.where(k < side, _weight(col[:, None], k, grid_cols[:, None], side), 0.0)
+    total = tl.sum(down, 1) * tl.sum(across, 1)
     tl.store(place + p, row, mask=p < P)
     tl.store(place + P + p, col, mask=p < P)
     tl.store(place + 2 * P + p, grid_rows, mask=p < P)
     tl.store(place + 3 * P + p, grid_cols, mask=p < P)
-    tl.store(inverse + p, tl.where(known, 1.0 / (down * across), 0.0), mask=p < P)
+    tl.store(inverse + p, tl.where(known, 1.0 / total, 0.0), mask=p < P)
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def _forward(
 
 
 @triton.jit
-def _table(dy, grids, inverse, dtable, stride, P, I, C, side, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def _table(dy, grids, inverse, dtable, stride, P, images, C, side, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """One cell of the table: the patches that read it, image by image, always in the same order."""
     # Cells first, channels last: programs that run together read the same channels of the same patches.
     cell = tl.program_id(0)
@@ -140,7 +140,7 @@ def _table(dy, grids, inverse, dtable, stride, P, I, C, side, BLOCK_P: tl.conste
     i, j = cell // side, cell % side
     acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     start = cell.to(tl.int64) * 0
-    for image in range(I):
+    for image in range(images):
         grid_rows, grid_cols = tl.load(grids + 2 * image), tl.load(grids + 2 * image + 1)
         top, bottom = _reach(i, side, grid_rows)
         left, right = _reach(j, side, grid_cols)
@@ -164,9 +164,10 @@ def _located(grids: Tensor, P: int, side: int) -> tuple[Tensor, Tensor]:
     inverse = grids.new_empty((P,), dtype=torch.float32)
     ends = grids.prod(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     images = len(grids)
-    _locate[(triton.cdiv(P, 256),)](
-        ends, grids, place, inverse, P, images, images.bit_length(), side, BLOCK=256, num_warps=4
-    )
+    _locate[(triton.cdiv(P, 128),)](
+        ends, grids, place, inverse, P, images, images.bit_length(), side,
+        SIDE=triton.next_power_of_2(side), BLOCK=128, num_warps=4,
+    )  # fmt: skip
     return place, inverse
 
 

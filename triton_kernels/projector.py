@@ -79,7 +79,7 @@ def _check(name: str, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor)
     require(same, f"{name}: weights and biases must be {x.dtype}, as x is")
     require(w0.ndim == 2 and w1.ndim == 2, f"{name}: w0 and w1 must have 2 dimensions")
     (H, C0), (C, H1) = w0.shape, w1.shape
-    require(C0 == x.shape[1], f"{name}: w0 is {tuple(w0.shape)}, must be (…, {x.shape[1]})")
+    require(x.shape[1] == C0, f"{name}: w0 is {tuple(w0.shape)}, must be (…, {x.shape[1]})")
     require(H1 == H, f"{name}: w1 is {tuple(w1.shape)}, must be (…, {H})")
     require(b0.shape == (H,), f"{name}: b0 is {tuple(b0.shape)}, must be ({H},)")
     require(b1.shape == (C,), f"{name}: b1 is {tuple(b1.shape)}, must be ({C},)")
@@ -201,7 +201,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return _spread(dy, *ctx.saved_tensors, ctx.needs_input_grad)
+    x, w0, b0, w1 = ctx.saved_tensors
+    return _spread(dy, x, w0, b0, w1, ctx.needs_input_grad)
 
 
 def _spread(

@@ -44,17 +44,26 @@ def _cases(P: int, tiny: bool) -> list[Case]:
     products = 2 * P * (Cv * C + C * C)  # operations of the forward pass; the backward pass must do twice as many
     goal = ("cublas products", 0.95)
     copied = (T - P) * row * 2
+    placed = f"{P} of {T}"
     return [
         Case("projector", f"{P} forward", inputs, projector, peers, forward, products, goal=goal),
         Case("projector", f"{P} backward", inputs, projector, peers, backward, 2 * products, True),
-        Case("project_into", f"{P} of {T} forward", inputs_into, project_into, into, forward + copied, products, goal=goal),
         Case(
-            "project_into", f"{P} of {T} backward", inputs_into, project_into, into,
-            backward + copied + P * row, 2 * products, True,
+            "project_into", f"{placed} forward", inputs_into, project_into, into, forward + copied, products, goal=goal
         ),
-        Case("scatter_rows", f"{P} of {T} forward", inputs_scatter, scatter_rows, scatter, 2 * T * row),
-        Case("scatter_rows", f"{P} of {T} backward", inputs_scatter, scatter_rows, scatter, (2 * T + P) * row, 0, True),
-    ]  # fmt: skip
+        Case(
+            "project_into",
+            f"{placed} backward",
+            inputs_into,
+            project_into,
+            into,
+            backward + copied + P * row,
+            2 * products,
+            True,
+        ),
+        Case("scatter_rows", f"{placed} forward", inputs_scatter, scatter_rows, scatter, 2 * T * row),
+        Case("scatter_rows", f"{placed} backward", inputs_scatter, scatter_rows, scatter, (2 * T + P) * row, 0, True),
+    ]
 
 
 def _products(x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:

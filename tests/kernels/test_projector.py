@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 
 import pytest
@@ -100,19 +101,15 @@ def test_rows_that_are_not_adjacent(place: Place) -> None:
 def test_row_stride_over_two_to_the_31st(place: Place) -> None:
     device, dtype = place
     x, *weights = (a.detach() for a in arguments(place, 3, (48, 64, 64)))
-    far = torch.empty(2**30 + 64 if device == "cuda" else 0, dtype=dtype, device=device)
-    if device == "cpu":  # not filled, unlike torch.empty's: pages that nothing touches cost nothing
-        far = torch.frombuffer(_untouched((2**31 + 64) * 4), dtype=dtype)
-    far = far.as_strided((3, 48), (len(far) // 2 - 32, 1)).copy_(x)
+    length = 2**31 + 64
+    if device == "cuda":
+        far = torch.empty(length, dtype=dtype, device=device)
+    else:  # torch.empty would be filled here: pages that nothing touches cost nothing
+        far = torch.frombuffer(mmap.mmap(-1, length * dtype.itemsize), dtype=dtype)
+    far = far.as_strided((3, 48), (2**30, 1)).copy_(x)
     assert torch.equal(projector(far, *weights), projector(x, *weights))
     row, index = draw(place, 5, 48).detach(), places_of(place, 3, 5)
     assert torch.equal(scatter_rows(row, far, index), scatter_rows(row, x, index))
-
-
-def _untouched(size: int) -> memoryview:
-    import mmap
-
-    return memoryview(mmap.mmap(-1, size))
 
 
 @pytest.mark.parametrize("place", PLACES)
