@@ -1,12 +1,12 @@
 """Cross entropy of a vocabulary head without its logits, forward and backward.
 
-The forward pass reduces every tile of logits to its log-sum-exp as it leaves the tensor cores. The backward pass goes
-through the vocabulary in chunks: it computes a chunk's logits again, turns them into their gradient, and multiplies
-that into the two gradients. That is four products of T·V·C where keeping the logits takes three. Computing the
-gradients during the forward pass, in chunks of tokens (Liger-Kernel, Hsu et al. 2024), takes three as well, but then
-the weight's gradient is a sum over the chunks: at T = 8192, V = 200064, C = 5120 its 32 chunks of 256 rows read and
-write 2 or 4 GB each, and read the weight twice, over 200 GB in all. Chunks of the vocabulary have every labelled row,
-so that each row of the weight's gradient is written once, finished.
+The forward pass reduces every tile of logits to its largest and the sum of its exponentials as it leaves the tensor
+cores. The backward pass goes through the vocabulary in chunks: it computes a chunk's logits again, turns them into
+their gradient, and multiplies that into the two gradients. That is four products of T·V·C where keeping the logits
+takes three. Computing the gradients during the forward pass, in chunks of tokens (Liger-Kernel, Hsu et al. 2024),
+takes three as well, but then the weight's gradient is a sum over the chunks: at T = 8192, V = 200064, C = 5120 each of
+32 chunks of 256 rows reads 2 GB of weight twice and reads and writes 2 GB of its gradient, over 200 GB in all. Chunks
+of the vocabulary have every labelled row, so that each row of the weight's gradient is written once, finished.
 
 Rows without a label cost nothing: labelled rows are packed by an index on the device.
 """
@@ -34,9 +34,9 @@ def workspace_bytes(T: int, C: int, V: int, size: int = 2) -> int:
     ``size``: bytes of an element of hidden and weight.
     """
     padded = _padded(T)
-    vectors = padded * (4 + 4)  # index, lse
+    vectors = padded * (4 + 8)  # index; largest logit and sum
     tile = min(config["BLOCK_N"] for config in FORWARD.cases[_case(size)])
-    forward = padded * (4 * triton.cdiv(V, tile) + 4 + 4)  # log-sum-exp by tile; target's logit, loss
+    forward = padded * (8 * triton.cdiv(V, tile) + 4 + 4)  # largest and sum by tile; target's logit, loss
     rest = T * C * size if size < 4 else 0
     return vectors + max(forward, _elements(padded, V) * size + rest)
 
@@ -76,7 +76,7 @@ def _programs(x: Tensor, config: Config) -> int:
 
 
 def launch_forward(hidden: Tensor, weight: Tensor, targets: Tensor, filter_below: float) -> list[Tensor]:
-    """Sum of the losses, number of labelled rows, and by labelled row: its number and its log-sum-exp.
+    """Sum of the losses, number of labelled rows, their numbers, and (2, rows) largest logit and sum of exponentials.
 
     ``filter_below`` is for the gradient.
     """
@@ -87,18 +87,18 @@ def launch_forward(hidden: Tensor, weight: Tensor, targets: Tensor, filter_below
     padded, tiles = _padded(T), triton.cdiv(V, config["BLOCK_N"])
     count = targets.new_empty(())
     index = targets.new_empty(padded, dtype=torch.int32)
-    lse = h.new_empty(padded, dtype=torch.float32)
-    losses = torch.empty_like(lse)
-    partial = h.new_empty((tiles, padded), dtype=torch.float32)
+    softmax = h.new_empty((2, padded), dtype=torch.float32)
+    losses = torch.empty_like(softmax[0])
+    partial = h.new_empty((2, tiles, padded), dtype=torch.float32)
     hit = h.new_full((padded,), float("nan"), dtype=torch.float32)  # stays where a target is not in the vocabulary
     with torch.cuda.device_of(h):
         kernels.compact[(1,)](targets, index, count, T, padded, BLOCK=4096, num_warps=8)
         kernels.forward[(_programs(h, config),)](
-            h, w, targets, index, count, partial, hit, h.stride(0), w.stride(0), padded, V, C,
+            h, w, targets, index, count, *partial, hit, h.stride(0), w.stride(0), padded, V, C,
             EVEN=C % config["BLOCK_K"] == 0, **config,
         )  # fmt: skip
-        kernels.combine[(padded // 64,)](partial, hit, count, lse, losses, padded, tiles, ROWS=64, TILES=64)
-    return [losses.sum(dtype=torch.float64).float(), count, index, lse]
+        kernels.combine[(padded // 64,)](*partial, hit, count, *softmax, losses, padded, tiles, ROWS=64, TILES=64)
+    return [losses.sum(dtype=torch.float64).float(), count, index, softmax]
 
 
 def launch_backward(
@@ -108,7 +108,7 @@ def launch_backward(
     targets: Tensor,
     count: Tensor,
     index: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     filter_below: float,
     hidden_wanted: bool,
     weight_wanted: bool,
@@ -126,8 +126,8 @@ def launch_backward(
     with torch.cuda.device_of(h):
         for chunk in range(triton.cdiv(V, CHUNK)):
             kernels.logits_gradient[(_programs(h, logits),)](
-                h, w, targets, index, count, lse, dlogits, h.stride(0), w.stride(0), elements, chunk, filter_below,
-                V, C, EVEN=C % logits["BLOCK_K"] == 0, FILTER=filter_below > 0, **logits,
+                h, w, targets, index, count, *softmax, dlogits, h.stride(0), w.stride(0), elements, chunk,
+                filter_below, V, C, EVEN=C % logits["BLOCK_K"] == 0, FILTER=filter_below > 0, **logits,
             )  # fmt: skip
             if weight_wanted:
                 kernels.weight_gradient[(_programs(h, down),)](
@@ -151,8 +151,8 @@ backward = torch.library.custom_op("phi4rv_triton::linear_cross_entropy_backward
 def _(hidden: Tensor, weight: Tensor, targets: Tensor, filter_below: float) -> list[Tensor]:
     _check(hidden, weight, targets)
     index = targets.new_empty(_padded(len(hidden)), dtype=torch.int32)
-    lse = torch.empty_like(index, dtype=torch.float32)
-    return [hidden.new_empty((), dtype=torch.float32), targets.new_empty(()), index, lse]
+    softmax = hidden.new_empty((2, len(index)), dtype=torch.float32)
+    return [hidden.new_empty((), dtype=torch.float32), targets.new_empty(()), index, softmax]
 
 
 @backward.register_fake
@@ -163,7 +163,7 @@ def _(
     targets: Tensor,
     count: Tensor,
     index: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     filter_below: float,
     hidden_wanted: bool,
     weight_wanted: bool,

@@ -35,9 +35,14 @@ _WEIGHT = [
     _config(128, 256, 64, 16, 8, 7),
     _config(128, 256, 64, 16, 8, 5),
     _config(256, 128, 64, 8, 8, 5),
-    _config(128, 128, 64, 16, 8, 5),
+    _config(128, 128, 64, 16, 4, 5),
 ]
-_HIDDEN = [*_LOGITS, _config(256, 128, 64, 8, 8, 4)]
+_HIDDEN = [
+    _config(128, 256, 64, 16, 8, 4),
+    _config(128, 256, 64, 8, 8, 4),
+    _config(256, 128, 64, 8, 8, 4),
+    _config(128, 128, 64, 16, 4, 3),
+]
 # BLOCK_K of WEIGHT and HIDDEN divides BLOCK_M and BLOCK_N of LOGITS: what they read, it has written.
 FORWARD = Space("linear_cross_entropy.forward", {"short": _LOGITS, "float32": _FLOAT32})
 LOGITS = Space("linear_cross_entropy.logits", {"short": _LOGITS, "float32": _FLOAT32})
@@ -108,10 +113,11 @@ def _logits(
 
 @triton.jit
 def forward(
-    hidden, weight, targets, index, count, partial, hit, hidden_stride, weight_stride, padded, V, C,
+    hidden, weight, targets, index, count, largest, total, hit, hidden_stride, weight_stride, padded, V, C,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """partial[n, row]: log-sum-exp over the columns of vocabulary tile n; hit[row]: the target's logit."""
+    """largest[n, row], total[n, row]: the largest logit m of a vocabulary tile and its sum of exp(logit - m);
+    hit[row]: the target's logit."""
     labelled = tl.load(count).to(tl.int32)
     down, across = tl.cdiv(labelled, BLOCK_M), tl.cdiv(V, BLOCK_N)
     for tile in range(tl.program_id(0), down * across, tl.num_programs(0)):
@@ -122,9 +128,10 @@ def forward(
         )  # fmt: skip
         rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
         s = tl.where(cols[None, :] < V, s, float("-inf"))
-        largest = tl.max(s, 1)
-        total = tl.sum(tl.exp2((s - largest[:, None]) * _LOG2E), 1)
-        tl.store(partial + n.to(tl.int64) * padded + rows, largest + tl.log(total))
+        top = tl.max(s, 1)
+        place = n.to(tl.int64) * padded + rows
+        tl.store(largest + place, top)
+        tl.store(total + place, tl.sum(tl.exp2((s - top[:, None]) * _LOG2E), 1))
         target = tl.load(targets + tl.load(index + rows))
         here = (target >= col) & (target < tl.minimum(col + BLOCK_N, V)) & (rows < labelled)
         mine = tl.sum(tl.where(cols[None, :] == target[:, None], s, 0.0), 1)
@@ -132,31 +139,36 @@ def forward(
 
 
 @triton.jit
-def combine(partial, hit, count, lse, losses, padded, tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """lse and loss of each labelled row, in compacted order, from its tiles; the loss is 0 in the rows after them."""
+def combine(
+    largest, total, hit, count, row_largest, row_total, losses, padded, tiles, ROWS: tl.constexpr, TILES: tl.constexpr
+):
+    """Each labelled row's largest logit, sum and loss from its tiles; inf, 1 and 0 in the rows after them."""
     labelled = tl.load(count)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < labelled
-    largest = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    sums = tl.zeros((ROWS,), tl.float32)
     for start in range(0, tiles, TILES):
         tile = (start + tl.arange(0, TILES)).to(tl.int64)
+        place = tile[:, None] * padded + row[None, :]
         mask = (tile[:, None] < tiles) & inside[None, :]
-        s = tl.load(partial + tile[:, None] * padded + row[None, :], mask=mask, other=float("-inf"))
-        new = tl.maximum(largest, tl.max(s, 0))
+        m = tl.load(largest + place, mask=mask, other=float("-inf"))
+        s = tl.load(total + place, mask=mask, other=0.0)
+        new = tl.maximum(top, tl.max(m, 0))
         base = tl.where(new == float("-inf"), 0.0, new)  # rows without a label have no tiles
-        total = total * tl.exp(largest - base) + tl.sum(tl.exp(s - base[None, :]), 0)
-        largest = new
-    # Rows without a label have no log-sum-exp either; a log of 1 spares them that of 0.
-    value = largest + tl.log(tl.where(inside, total, 1.0))
-    tl.store(lse + row, value, mask=inside)
-    tl.store(losses + row, tl.where(inside, value - tl.load(hit + row), 0.0))
+        sums = sums * tl.exp(top - base) + tl.sum(s * tl.exp(m - base[None, :]), 0)
+        top = new
+    top = tl.where(inside, top, float("inf"))
+    sums = tl.where(inside, sums, 1.0)
+    tl.store(row_largest + row, top)
+    tl.store(row_total + row, sums)
+    tl.store(losses + row, tl.where(inside, tl.log(sums) - (tl.load(hit + row) - top), 0.0))
 
 
 @triton.jit(do_not_specialize=["chunk"])
 def logits_gradient(
-    hidden, weight, targets, index, count, lse, dlogits, hidden_stride, weight_stride, elements, chunk, filter_below,
-    V, C,
+    hidden, weight, targets, index, count, largest, total, dlogits, hidden_stride, weight_stride, elements, chunk,
+    filter_below, V, C,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     FILTER: tl.constexpr,
 ):  # fmt: skip
@@ -174,10 +186,9 @@ def logits_gradient(
             hidden, weight, index, hidden_stride, weight_stride, row, first, V, C, BLOCK_M, BLOCK_N, BLOCK_K, EVEN
         )  # fmt: skip
         rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-        inside = rows < labelled
-        total = tl.load(lse + rows, mask=inside, other=float("inf"))
-        target = tl.load(targets + tl.load(index + rows), mask=inside, other=-1) - before
-        p = tl.exp2((s - total[:, None]) * _LOG2E)
+        target = tl.load(targets + tl.load(index + rows), mask=rows < labelled, other=-1) - before
+        # 0 after the labelled rows: their largest is inf.
+        p = tl.exp2((s - tl.load(largest + rows)[:, None]) * _LOG2E) * (1.0 / tl.load(total + rows))[:, None]
         p = tl.where(cols[None, :] < present, p, 0.0)
         onehot = cols[None, :] == target[:, None]
         g = p - tl.where(onehot, 1.0, 0.0)
@@ -254,10 +265,8 @@ def hidden_gradient(
         b = weight + (before + k)[:, None] * weight_stride + cols[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, present, BLOCK_K):
-            if EVEN:
-                w = tl.load(b)
-            else:
-                w = tl.load(b, mask=(k[:, None] < present - start) & (cols[None, :] < C), other=0.0)
+            mask = (k[:, None] < present - start) & (cols[None, :] < C)
+            w = tl.load(b) if EVEN else tl.load(b, mask=mask, other=0.0)
             acc = tl.dot(tl.load(a), w, acc, input_precision="ieee")
             a += BLOCK_K
             b += BLOCK_K * weight_stride

@@ -32,12 +32,19 @@ def inputs(place: Place, T: int, C: int, V: int, share: float = 0.7) -> tuple[Te
     return draw(place, T, C), draw(place, V, C, scale=C**-0.5), targets(place, T, V, share)
 
 
-def both(*arguments: Any) -> None:
-    parity(linear_cross_entropy, reference.linear_cross_entropy, arguments)
+def both(*arguments: Any, gradients: bool = True) -> None:
+    parity(linear_cross_entropy, reference.linear_cross_entropy, arguments, gradients)
 
 
 def gradients(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, *rest)[0], (hidden, weight))
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted programs are slow to start, and with two each walks over several tiles."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 2)
 
 
 @pytest.fixture
@@ -47,7 +54,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("shape", [(1, 5, 1), (3, 16, 7), (130, 33, 1000), (0, 16, 7)])
+@pytest.mark.parametrize("shape", [(1, 5, 1), (3, 16, 7), (70, 33, 1000), (0, 16, 7)])
 def test_parity(place: Place, shape: tuple[int, int, int]) -> None:
     both(*inputs(place, *shape))
 
@@ -56,12 +63,12 @@ def test_parity(place: Place, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_several_chunks(place: Place, share: float, narrow: None) -> None:
     """With few labels chunks are wider, and the last launches find nothing left."""
-    both(*inputs(place, 520, 24, 700, share))
+    both(*inputs(place, 300, 24, 600, share))
 
 
 @pytest.mark.parametrize("place", [PLACES[1], PLACES[3]])
 def test_many_tiles(place: Place) -> None:
-    both(*inputs(place, 70, 130, 2500))
+    both(*inputs(place, 20, 130, 2500))
 
 
 @pytest.mark.gpu
@@ -143,7 +150,8 @@ def test_unlabelled_rows_are_never_read(place: Place) -> None:
     few = hidden.detach()[rows].requires_grad_()
     expected = gradients(few, weight, labels[rows])
     assert torch.equal(dhidden[rows], expected[0]) and torch.equal(dweight, expected[1])
-    assert torch.equal(linear_cross_entropy(hidden, weight, labels)[0], linear_cross_entropy(few, weight, labels[rows])[0])
+    ours, theirs = (linear_cross_entropy(*x)[0] for x in ((hidden, weight, labels), (few, weight, labels[rows])))
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("place", PLACE)
@@ -168,9 +176,11 @@ def test_a_target_outside_the_vocabulary(place: Place) -> None:
 
 @pytest.mark.parametrize("place", PLACE)
 def test_strided_inputs(place: Place) -> None:
+    """Windows of wider rows, transposed, every other label."""
     hidden, weight, labels = draw(place, 7, 60), draw(place, 16, 300, scale=0.3), targets(place, 14, 300)[::2]
     both(hidden[:, 30:46].detach().requires_grad_(), weight.T.detach().requires_grad_(), labels)
-    both(draw(place, 16, 7).T.detach().requires_grad_(), draw(place, 300, 40)[:, 8:24].detach().requires_grad_(), labels)
+    hidden, weight = draw(place, 16, 7), draw(place, 300, 40)
+    both(hidden.T.detach().requires_grad_(), weight[:, 8:24].detach().requires_grad_(), labels)
 
 
 def test_rows_further_apart_than_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +223,8 @@ def test_filter(place: Place, narrow: None) -> None:
 
 def test_filter_by_hand() -> None:
     """The definition of filtering itself, spelt out in float64."""
-    hidden, weight, labels = (x.detach().double() if x.is_floating_point() else x for x in inputs(PLACES[0].values[0], 9, 4, 20, 1.0))
+    hidden, weight, labels = inputs(PLACES[0].values[0], 9, 4, 20, 1.0)
+    hidden, weight = hidden.detach().double(), weight.detach().double()
     p = (hidden @ weight.T).softmax(-1)
     onehot = torch.nn.functional.one_hot(labels, 20)
     g = torch.where((p >= 0.04) | (onehot == 1), p - onehot, 0.0)
@@ -242,7 +253,7 @@ def test_every_configuration(place: Place, kernel: str, narrow: None) -> None:
     space = SPACES[kernel]
     for config in space.cases["float32" if place[1] == torch.float32 else "short"]:
         with space.forced(config):
-            both(*inputs(place, 70, 72, 300, 0.9))
+            both(*inputs(place, 70, 72, 300, 0.95), gradients=kernel != "forward")
 
 
 @pytest.mark.parametrize("case", ["short", "float32"])
