@@ -25,5 +25,4 @@ class Projector(nn.Sequential):
         return self.ops.project_into(row, features, *self._weights(), positions)
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        first, second = self[0], self[2]
-        return first.weight, first.bias, second.weight, second.bias
+        return self[0].weight, self[0].bias, self[2].weight, self[2].bias  # type: ignore[return-value]

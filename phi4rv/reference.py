@@ -64,8 +64,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, ends: Tensor | None = 
     mask = None
     if causal and (1 < rows < keys or ends is not None):
         mask = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
-    if ends is not None:
-        mask = mask | (torch.arange(keys, device=q.device) < ends[:, None])
+    if mask is not None and ends is not None:
+        mask |= torch.arange(keys, device=q.device) < ends[:, None]
     # The leading 1 is not a batch: without four dimensions PyTorch leaves its fused kernel for the plain one.
     out = F.scaled_dot_product_attention(
         q[None], k[None], v[None], attn_mask=mask, is_causal=causal and rows == keys and rows > 1 and mask is None

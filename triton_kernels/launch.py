@@ -19,7 +19,7 @@ def require(condition: bool, message: str) -> None:
 def rows(x: Tensor) -> Tensor:
     """x as (rows, channels) with adjacent channels; copies only where they are not adjacent."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return x.flatten(0, -2) if x.ndim != 2 else x
+    return x.flatten(0, -2) if x.ndim > 2 else torch.atleast_2d(x)
 
 
 @functools.lru_cache

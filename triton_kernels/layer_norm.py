@@ -130,7 +130,7 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[
     for name, given in {"weight": weight, "bias": bias}.items():
         require(given.shape == x.shape[-1:], f"layer_norm: {name} is {tuple(given.shape)}, must be {(*x.shape[-1:],)}")
     C = x.shape[-1]
-    flat = rows(torch.atleast_2d(x))
+    flat = rows(x)
     y = x.new_empty(x.shape)
     mean, rstd = (x.new_empty(len(flat), dtype=torch.float32) for _ in range(2))
     if len(flat):
@@ -146,7 +146,7 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[
 def launch_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     C = x.shape[-1]
-    flat, grad = rows(torch.atleast_2d(x)), rows(torch.atleast_2d(dy))
+    flat, grad = rows(x), rows(dy)
     dx = x.new_empty(x.shape)
     config = dict(BACKWARD.pick(_case(C), x.device))
     most = config.pop("PROGRAMS") * multiprocessors(x.device)

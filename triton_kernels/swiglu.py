@@ -82,7 +82,7 @@ def launch_forward(gate_up: Tensor) -> Tensor:
     require(gate_up.dtype in FLOATS, f"swiglu: gate_up is {gate_up.dtype}, must be float32, float16 or bfloat16")
     require(gate_up.shape[-1] % 2 == 0, f"swiglu: gate_up is {tuple(gate_up.shape)}, must have an even last dimension")
     C = gate_up.shape[-1] // 2
-    flat = rows(torch.atleast_2d(gate_up))
+    flat = rows(gate_up)
     out = gate_up.new_empty((*gate_up.shape[:-1], C))
     if out.numel():
         config = FORWARD.pick("row", gate_up.device)
@@ -95,7 +95,7 @@ def launch_forward(gate_up: Tensor) -> Tensor:
 def launch_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of gate_up."""
     C = dout.shape[-1]
-    grad, flat = rows(torch.atleast_2d(dout)), rows(torch.atleast_2d(gate_up))
+    grad, flat = rows(dout), rows(gate_up)
     dgate_up = gate_up.new_empty(gate_up.shape)
     if dgate_up.numel():
         config = BACKWARD.pick("row", gate_up.device)

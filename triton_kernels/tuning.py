@@ -36,7 +36,7 @@ class Space:
     def pick(self, case: str, device: torch.device) -> Config:
         """The configuration for ``case`` on ``device``."""
         Space.picked.add((self.name, case))
-        if self._forced in self.cases[case]:
+        if self._forced is not None and self._forced in self.cases[case]:
             return self._forced
         measured = _table().get(_device_name(device), {}).get(self.name, {}).get(case)
         return measured or self.cases[case][0]

@@ -21,6 +21,12 @@ PLACE = [PLACES[0], PLACES[2]]
 Place = tuple[str, torch.dtype]
 
 
+def draw(place: Place, *shape: int, scale: float = 1.0) -> Tensor:
+    """A normal random leaf that wants its gradient."""
+    device, dtype = place
+    return (scale * torch.randn(shape)).to(device, dtype).requires_grad_()
+
+
 def parity(
     kernel: Callable[..., Any],
     reference: Callable[..., Any],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from phi4rv import reference
-from tests.kernels.check import PLACE, PLACES, Place, parity
+from tests.kernels.check import PLACE, PLACES, Place, draw, parity
 from triton_kernels import gelu as kernels
 
 Gelu = Callable[[Tensor], Tensor]
@@ -17,17 +17,6 @@ KINDS = [
     pytest.param(kernels.gelu_tanh, reference.gelu_tanh, id="tanh"),
     pytest.param(kernels.gelu_erf, reference.gelu_erf, id="erf"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Of one element the criterion is a lottery: always the same draw."""
-    torch.manual_seed(0)
-
-
-def draw(place: Place, *shape: int, scale: float = 1.0) -> Tensor:
-    device, dtype = place
-    return (scale * torch.randn(shape)).to(device, dtype).requires_grad_()
 
 
 @pytest.mark.parametrize("place", PLACES)

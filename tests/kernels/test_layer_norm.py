@@ -7,22 +7,11 @@ import torch
 from torch import Tensor
 
 from phi4rv import reference
-from tests.kernels.check import PLACE, PLACES, Place, parity
+from tests.kernels.check import PLACE, PLACES, Place, draw, parity
 from triton_kernels import layer_norm as kernels
 from triton_kernels.layer_norm import layer_norm
 
 EPS = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Of one element the criterion is a lottery: always the same draw."""
-    torch.manual_seed(0)
-
-
-def draw(place: Place, *shape: int, scale: float = 1.0) -> Tensor:
-    device, dtype = place
-    return (scale * torch.randn(shape)).to(device, dtype).requires_grad_()
 
 
 def both(x: Tensor, weight: Tensor, bias: Tensor) -> None:

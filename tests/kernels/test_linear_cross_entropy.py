@@ -9,18 +9,13 @@ import torch
 from torch import Tensor
 
 from phi4rv import reference
-from tests.kernels.check import PLACE, PLACES, Place, close, parity
+from tests.kernels.check import PLACE, PLACES, Place, close, draw, parity
 from triton_kernels import linear_cross_entropy as module
 from triton_kernels import linear_cross_entropy_kernels as kernels
 from triton_kernels.linear_cross_entropy import linear_cross_entropy
 
 SPACES = {s.name.split(".")[1]: s for s in (kernels.FORWARD, kernels.LOGITS, kernels.WEIGHT, kernels.HIDDEN)}
 REAL = 8192, 5120, 200064
-
-
-def draw(place: Place, *shape: int, scale: float = 1.0) -> Tensor:
-    device, dtype = place
-    return (scale * torch.randn(shape)).to(device, dtype).requires_grad_()
 
 
 def targets(place: Place, T: int, V: int, share: float = 1.0) -> Tensor:

@@ -12,8 +12,8 @@ from small import small_config, small_model
 
 import phi4rv
 from infer.engine import generate
-from phi4rv.checkpoint import empty_model
 from phi4rv.chat import Message
+from phi4rv.checkpoint import empty_model
 from tests.kernels.check import PLACE, Place
 
 CASES = parity.cases()
@@ -38,7 +38,7 @@ def dialogue(processor: phi4rv.Processor, said: str, answer: str, grids: list[tu
 def test_loss_and_gradients(place: Place) -> None:
     """Three documents, one without an image: tile edges inside the row, unlabelled rows, image rows."""
     model, twin, processor = twins(place)
-    texts = [("<image>\nWhere?", "[0.1, 0.2]", [(2, 3)]), ("Hi", "Yes", []), ("<image>a<image>b", "no", [(4, 3), (1, 4)])]
+    texts = [("<image>\nWhere?", "[0.1]", [(2, 3)]), ("Hi", "Yes", []), ("<image>a<image>b", "no", [(4, 3), (1, 4)])]
     batch = phi4rv.pack([dialogue(processor, *text) for text in texts]).to(place[0])
     losses = [m.loss(batch) for m in (model, twin)]
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)

@@ -9,18 +9,13 @@ import torch
 from torch import Tensor
 
 from phi4rv import reference
-from tests.kernels.check import PLACE, PLACES, Place, parity
+from tests.kernels.check import PLACE, PLACES, Place, draw, parity
 from triton_kernels import patch_embed as kernels
 from triton_kernels.patch_embed import patch_embed
 
 Grids = list[tuple[int, int]]
 SEVERAL: Grids = [(3, 5), (1, 1), (7, 4), (4, 4), (1, 9), (2, 2)]
 MANY: Grids = [(1 + i % 3, 1 + i % 2) for i in range(40)]
-
-
-def draw(place: Place, *shape: int, scale: float = 1.0) -> Tensor:
-    device, dtype = place
-    return (scale * torch.randn(shape)).to(device, dtype).requires_grad_()
 
 
 def arguments(

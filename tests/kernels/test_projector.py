@@ -10,17 +10,12 @@ import torch
 from torch import Tensor
 
 from phi4rv import reference
-from tests.kernels.check import PLACE, PLACES, Place, parity
+from tests.kernels.check import PLACE, PLACES, Place, draw, parity
 from triton_kernels import projector as kernels
 from triton_kernels.projector import project_into, projector, scatter_rows
 
 REAL = (1152, 5120, 5120)
 EPILOGUES = ["gelu", "linear", "gelu and slope", "times slope"]
-
-
-def draw(place: Place, *shape: int, scale: float = 1.0) -> Tensor:
-    device, dtype = place
-    return (scale * torch.randn(shape)).to(device, dtype).requires_grad_()
 
 
 def arguments(place: Place, P: int, sizes: tuple[int, int, int], scale: float = 1.0) -> tuple[Tensor, ...]:

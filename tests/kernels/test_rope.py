@@ -7,20 +7,9 @@ import torch
 from torch import Tensor
 
 from phi4rv import reference
-from tests.kernels.check import PLACE, PLACES, Place, parity
+from tests.kernels.check import PLACE, PLACES, Place, draw, parity
 from triton_kernels import rope as kernels
 from triton_kernels.rope import rope
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Of one element the criterion is a lottery: always the same draw."""
-    torch.manual_seed(0)
-
-
-def draw(place: Place, *shape: int, scale: float = 1.0) -> Tensor:
-    device, dtype = place
-    return (scale * torch.randn(shape)).to(device, dtype).requires_grad_()
 
 
 def tables(place: Place, T: int, D: int) -> tuple[Tensor, Tensor]:

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from phi4rv import reference
-from tests.kernels.check import PLACE, PLACES, Place, parity
+from tests.kernels.check import PLACE, PLACES, Place, draw, parity
 from triton_kernels import swiglu as kernels
 from triton_kernels.swiglu import swiglu
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Of one element the criterion is a lottery: always the same draw."""
-    torch.manual_seed(0)
-
-
-def draw(place: Place, *shape: int, scale: float = 1.0) -> Tensor:
-    device, dtype = place
-    return (scale * torch.randn(shape)).to(device, dtype).requires_grad_()
 
 
 @pytest.mark.parametrize("place", PLACES)
