@@ -71,8 +71,8 @@ def _config(space: Space, x: Tensor) -> Config:
 
 
 def _programs(x: Tensor, config: Config) -> int:
-    """Two small tiles fit a multiprocessor, one large one does."""
-    return multiprocessors(x.device) * (1 if config["BLOCK_M"] * config["BLOCK_N"] > 128 * 128 else 2)
+    """A multiprocessor's registers hold two programs of 4 warps, or one of 8."""
+    return multiprocessors(x.device) * (2 if config["num_warps"] == 4 else 1)
 
 
 def launch_forward(hidden: Tensor, weight: Tensor, targets: Tensor, filter_below: float) -> list[Tensor]:

@@ -24,6 +24,12 @@ def _config(m: int, n: int, k: int, group: int, warps: int, stages: int) -> Conf
 
 # float32 products run on the ordinary units, in float32: small tiles, which their registers and copies fit.
 _FLOAT32 = [_config(64, 64, 32, 8, 8, 3), _config(32, 64, 32, 8, 4, 3)]
+_FORWARD = [
+    _config(128, 256, 64, 16, 8, 4),
+    _config(128, 256, 64, 8, 8, 4),
+    _config(256, 128, 64, 8, 8, 4),
+    _config(128, 128, 64, 16, 4, 3),
+]
 _LOGITS = [
     _config(128, 256, 64, 16, 8, 4),
     _config(128, 256, 64, 8, 8, 4),
@@ -44,7 +50,7 @@ _HIDDEN = [
     _config(128, 128, 64, 16, 4, 3),
 ]
 # BLOCK_K of WEIGHT and HIDDEN divides BLOCK_M and BLOCK_N of LOGITS: what they read, it has written.
-FORWARD = Space("linear_cross_entropy.forward", {"short": _LOGITS, "float32": _FLOAT32})
+FORWARD = Space("linear_cross_entropy.forward", {"short": _FORWARD, "float32": _FLOAT32})
 LOGITS = Space("linear_cross_entropy.logits", {"short": _LOGITS, "float32": _FLOAT32})
 WEIGHT = Space("linear_cross_entropy.weight", {"short": _WEIGHT, "float32": _FLOAT32})
 HIDDEN = Space("linear_cross_entropy.hidden", {"short": _HIDDEN, "float32": _FLOAT32})
@@ -172,7 +178,8 @@ def logits_gradient(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     FILTER: tl.constexpr,
 ):  # fmt: skip
-    """softmax - onehot of one chunk of the vocabulary; zero in the rows and columns that only fill up a tile."""
+    """softmax - onehot of one chunk of the vocabulary, and zeros in rows that only fill up a tile. Columns that do are
+    finite where the others are, and no product reads them against anything but zeros."""
     labelled = tl.load(count).to(tl.int32)
     columns = tl.multiple_of(_columns(labelled, elements, V), _ALIGN)
     before = chunk.to(tl.int64) * columns
@@ -189,7 +196,6 @@ def logits_gradient(
         target = tl.load(targets + tl.load(index + rows), mask=rows < labelled, other=-1) - before
         # 0 after the labelled rows: their largest is inf.
         p = tl.exp2((s - tl.load(largest + rows)[:, None]) * _LOG2E) * (1.0 / tl.load(total + rows))[:, None]
-        p = tl.where(cols[None, :] < present, p, 0.0)
         onehot = cols[None, :] == target[:, None]
         g = p - tl.where(onehot, 1.0, 0.0)
         if FILTER:
