@@ -68,7 +68,7 @@ def compact(targets, index, count, T, padded, BLOCK: tl.constexpr):
         tl.store(index + place, row, mask=labelled)
         found += tl.sum(labelled.to(tl.int32), 0)
         first = tl.minimum(first, tl.min(tl.where(labelled, row, T), 0))
-    tl.store(count, tl.cast(found, tl.int64))
+    tl.store(count, found)
     first = tl.where(found > 0, first, 0)
     for start in range(0, padded, BLOCK):
         place = start + tl.arange(0, BLOCK)

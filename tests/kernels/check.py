@@ -24,7 +24,7 @@ Place = tuple[str, torch.dtype]
 def draw(place: Place, *shape: int, scale: float = 1.0) -> Tensor:
     """A normal random leaf that wants its gradient."""
     device, dtype = place
-    return (scale * torch.randn(shape)).to(device, dtype).requires_grad_()
+    return (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
 
 
 def parity(
