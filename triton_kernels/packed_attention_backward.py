@@ -136,8 +136,7 @@ def _dq(
         sums += tl.sum(o.to(tl.float32) * do_tail.to(tl.float32), 1)
     statistics = head.to(tl.int64) * T + start + rows
     tl.store(delta + statistics, sums, mask=inside)
-    # exp2(-inf) = 0: a row past the end has no weights
-    peak = tl.load(lse + statistics, mask=inside, other=float("inf")) * 1.4426950408889634
+    peak = tl.load(lse + statistics, mask=inside, other=0.0) * 1.4426950408889634
 
     first = block * BLOCK_M
     last = tl.minimum(first + BLOCK_M, length) - 1
@@ -169,9 +168,9 @@ def _block(i, edges, last, MASKED: tl.constexpr):
 @triton.jit
 def _statistics(lse, delta, rows, length, MASKED: tl.constexpr):
     """lse and delta of these rows of a document."""
-    if MASKED:  # exp2(-inf) = 0: a row past the end has no weights
+    if MASKED:  # a row past the end has no gradient, whatever its weights
         inside = rows < length
-        return tl.load(lse + rows, mask=inside, other=float("inf")), tl.load(delta + rows, mask=inside, other=0.0)
+        return tl.load(lse + rows, mask=inside, other=0.0), tl.load(delta + rows, mask=inside, other=0.0)
     return tl.load(lse + rows), tl.load(delta + rows)
 
 

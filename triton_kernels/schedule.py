@@ -13,46 +13,42 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
-def _tiles(cu_seqlens, documents, N, ROWS: tl.constexpr):
-    """How many tiles each document has; 0 for one that does not exist."""
-    exists = documents < N
-    first = tl.load(cu_seqlens + documents, mask=exists, other=0)
-    last = tl.load(cu_seqlens + documents + 1, mask=exists, other=0)
-    return (last - first + ROWS - 1) // ROWS
-
-
 @triton.jit(do_not_specialize=["N", "slots"])
 def _schedule(
-    cu_seqlens, tiles, N, slots,
-    CAUSAL: tl.constexpr, REVERSED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, DOCUMENTS: tl.constexpr,
-):  # fmt: skip
-    document = tl.program_id(0)
-    mine = _tiles(cu_seqlens, document, N, ROWS)
-    used = 0
-    for first in range(0, N, DOCUMENTS):
-        used += tl.sum(_tiles(cu_seqlens, first + tl.arange(0, DOCUMENTS), N, ROWS), 0)
-    # At most N slots are left over, so one a program.
-    tl.store(tiles + 2 * (used + document), -1, mask=used + document < slots)
-    for start in range(0, mine, BLOCKS):
-        block = start + tl.arange(0, BLOCKS)
-        # A tile's place is the number of tiles that cost more, then those that cost the same and stand before it.
-        place = tl.zeros((BLOCKS,), tl.int32)
-        if not CAUSAL:
-            place += block
-        for first in range(0, N, DOCUMENTS):
-            others = first + tl.arange(0, DOCUMENTS)
-            count = _tiles(cu_seqlens, others, N, ROWS)
-            if CAUSAL:  # block b visits b + 1 blocks
-                dearer = tl.maximum(count[None, :] - block[:, None] - 1, 0)
-                tied = (others < document)[None, :] & (count[None, :] > block[:, None])
-                place += tl.sum(dearer + tied.to(tl.int32), 1)
-            else:  # every block of a document visits all
-                before = (count > mine) | ((count == mine) & (others < document))
-                place += tl.sum(tl.where(before, count, 0), 0)
-        held = (block < mine) & (place < slots)
-        tl.store(tiles + 2 * place, document + tl.zeros_like(place), mask=held)
-        tl.store(tiles + 2 * place + 1, mine - 1 - block if REVERSED else block, mask=held)
+    cu_seqlens, tiles, N, slots, CAUSAL: tl.constexpr, REVERSED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Places the tiles of one cost. Causal, a document has one of each cost up to its number of blocks; else as many
+    as blocks, all of that cost."""
+    cost = tl.program_id(0) + 1
+    place = 0
+    for first in range(0, N, CHUNK):
+        documents = first + tl.arange(0, CHUNK)
+        starts = tl.load(cu_seqlens + documents, mask=documents < N, other=0)
+        ends = tl.load(cu_seqlens + documents + 1, mask=documents < N, other=0)
+        blocks = (ends - starts + ROWS - 1) // ROWS
+        dearer = tl.maximum(blocks - cost, 0) if CAUSAL else tl.where(blocks > cost, blocks, 0)
+        place += tl.sum(dearer, 0)
+    for first in range(0, N, CHUNK):
+        documents = first + tl.arange(0, CHUNK)
+        starts = tl.load(cu_seqlens + documents, mask=documents < N, other=0)
+        ends = tl.load(cu_seqlens + documents + 1, mask=documents < N, other=0)
+        blocks = (ends - starts + ROWS - 1) // ROWS
+        here = blocks >= cost if CAUSAL else blocks == cost
+        each = 1 if CAUSAL else cost
+        count = here.to(tl.int32) * each
+        places = place + tl.cumsum(count, 0) - count
+        for i in range(0, each):
+            block = i
+            if CAUSAL:
+                block = blocks - cost if REVERSED else blocks * 0 + cost - 1
+            held = here & (places + i < slots)
+            tl.store(tiles + 2 * (places + i), documents, mask=held)
+            tl.store(tiles + 2 * (places + i) + 1, block, mask=held)
+        place += tl.sum(count, 0)
+    if cost == 1:  # the cheapest come last; at most N slots are left over
+        for first in range(0, N, CHUNK):
+            rest = place + first + tl.arange(0, CHUNK)
+            tl.store(tiles + 2 * rest, -1, mask=rest < slots)
 
 
 def schedule(cu_seqlens: Tensor, T: int, max_seqlen: int, rows: int, causal: bool, reverse: bool = False) -> Tensor:
@@ -63,14 +59,12 @@ def schedule(cu_seqlens: Tensor, T: int, max_seqlen: int, rows: int, causal: boo
     those from its own on (tiles of keys, which visit queries).
     """
     N = len(cu_seqlens) - 1
-    slots = min(T // rows + N, N * triton.cdiv(max_seqlen, rows))
+    most = triton.cdiv(min(max_seqlen, T), rows)
+    slots = min(T // rows + N, N * most)
     tiles = cu_seqlens.new_empty((slots, 2), dtype=torch.int32)
     if slots:
         with torch.cuda.device_of(cu_seqlens):
-            _schedule[(N,)](
-                cu_seqlens, tiles, N, slots,
-                CAUSAL=causal, REVERSED=causal and reverse, ROWS=rows, BLOCKS=64, DOCUMENTS=32, num_warps=4,
-            )  # fmt: skip
+            _schedule[(most,)](cu_seqlens, tiles, N, slots, causal, causal and reverse, rows, CHUNK=256, num_warps=4)
     return tiles
 
 
