@@ -142,7 +142,7 @@ def test_every_configuration(place: Place) -> None:
     ):
         for config in configs:
             with space.forced(config):
-                # The interpreter adds a cell's 64 partial sums one after the other: two more roundings than the definition.
+                # The interpreter adds a cell's partial sums one after the other, which rounds more often.
                 both(arguments(place, [(10, 13)], side=2, K=70, C=140), slack=2.0)
 
 
