@@ -137,7 +137,8 @@ def test_every_configuration(place: Place) -> None:
     ):
         for config in configs:
             with space.forced(config):
-                both(arguments(place, [(10, 13)], side=2, K=70, C=140))
+                # The interpreter adds a cell's partial sums one after the other, which rounds more often.
+                both(arguments(place, [(10, 13)], side=2, K=70, C=140), slack=2.0)
 
 
 @pytest.mark.gpu
@@ -179,7 +180,7 @@ def test_wrong_arguments_are_named() -> None:
         ((patches, weight.T, bias, table, grids), "weight is"),
         ((patches, weight, bias[1:], table, grids), "bias is"),
         ((patches, weight, bias.half(), table, grids), "bias and table must be"),
-        ((patches, weight, bias, table[:15], grids), "table is"),
+        ((patches, weight, bias, table[:8], grids), "table is"),
         ((patches, weight, bias, table, grids[0]), "grids is"),
         ((patches, weight, bias, table, grids.long()), "grids is"),
     ]:
