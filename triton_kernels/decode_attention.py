@@ -32,15 +32,15 @@ def _candidates(*rows: tuple[int, int, int, int]) -> list[dict[str, int]]:
 PART = Space(
     "decode_attention.part",
     {
-        "64 of 8": _candidates((128, 4, 4, 2), (128, 4, 3, 4), (256, 8, 3, 2), (64, 4, 4, 4)),
+        "64 of 8": _candidates((128, 4, 4, 2), (128, 4, 3, 3), (256, 8, 3, 2), (64, 4, 4, 4)),
         "64 of 16": _candidates((128, 4, 3, 2), (64, 4, 4, 3), (64, 4, 3, 4), (128, 8, 3, 2)),
-        "64 of 32": _candidates((64, 4, 3, 2)),
+        "64 of 32": _candidates((64, 8, 3, 2)),
         "128 of 8": _candidates((64, 4, 4, 3), (128, 4, 3, 2), (64, 4, 3, 3), (128, 8, 4, 1)),
         "128 of 16": _candidates((64, 4, 4, 2), (64, 4, 3, 3), (32, 4, 4, 3), (128, 8, 3, 1), (64, 4, 2, 3)),
-        "128 of 32": _candidates((32, 4, 3, 2)),
-        "256 of 8": _candidates((64, 4, 3, 2), (64, 8, 3, 2)),
+        "128 of 32": _candidates((16, 8, 3, 2)),
+        "256 of 8": _candidates((64, 8, 3, 2)),
         "256 of 16": _candidates((32, 4, 3, 2), (64, 8, 3, 1)),
-        "256 of 32": _candidates((32, 4, 2, 1)),
+        "256 of 32": _candidates((16, 8, 3, 2)),
     },
 )
 MERGE = Space(
