@@ -37,6 +37,7 @@ ROW = Space(
         ],
     },
 )
+# A tile of four-bit codes is one group of K: its scale comes after the product.
 TILE = Space(
     "quantized_linear.tile",
     {
@@ -48,8 +49,8 @@ TILE = Space(
         ],
         "4-bit": [
             {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+            {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 6},
             {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4},
-            {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
         ],
     },
 )

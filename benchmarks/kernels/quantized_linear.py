@@ -98,8 +98,7 @@ def _int4pack(x: Tensor, q: QuantizedWeight, weights: _Lazy) -> Tensor:
     """tinygemm, as torchao's int4 weight-only layers call it."""
 
     def pack(w: Tensor) -> tuple[Tensor, Tensor]:
-        N, K = w.shape
-        packed = torch._convert_weight_to_int4pack(q.data.view(N, -1), 8)
+        packed = torch._convert_weight_to_int4pack(q.data, 8)
         scales_and_zeros = torch.stack([q.scales, torch.zeros_like(q.scales)], -1).transpose(0, 1).contiguous()
         return packed, scales_and_zeros
 

@@ -91,19 +91,21 @@ def test_rows_that_are_not_adjacent(place: Place, M: int) -> None:
 def test_every_code(place: Place, M: int) -> None:
     """Rows of the identity read the weight out: every code of every format, the bits of dequantize."""
     device, dtype = place
-    bytes_ = torch.arange(256, dtype=torch.uint8, device=device).view(2, 128)
-    one = torch.tensor([0.37, 1.9], device=device)
-    zeros = torch.tensor([[3], [15]], dtype=torch.uint8, device=device)
-    fp8 = bytes_.view(torch.float8_e4m3fn)
+    all_bytes = torch.arange(256, dtype=torch.uint8, device=device)
+    by_row = 0.37 + torch.arange(16, device=device)
+    grouped = by_row[:4, None].bfloat16()
+    zeros = torch.tensor([[0], [3], [8], [15]], dtype=torch.uint8, device=device)
     for q in (
-        QuantizedWeight("int8", bytes_.view(torch.int8), one, None, (2, 128)),
-        QuantizedWeight("fp8", fp8, one, None, (2, 128)),
-        QuantizedWeight("int4", bytes_.view(4, 64), one.bfloat16().repeat(2)[:, None], None, (4, 128)),
-        QuantizedWeight("int4_zero", bytes_.view(4, 64), one.bfloat16().repeat(2)[:, None], zeros.repeat(2, 1), (4, 128)),
+        QuantizedWeight("int8", all_bytes.view(torch.int8).view(16, 16), by_row, None, (16, 16)),
+        QuantizedWeight("fp8", all_bytes.view(torch.float8_e4m3fn).view(16, 16), by_row, None, (16, 16)),
+        QuantizedWeight("int4", all_bytes.view(4, 64), grouped, None, (4, 128)),
+        QuantizedWeight("int4_zero", all_bytes.view(4, 64), grouped, zeros, (4, 128)),
     ):
-        eye = torch.eye(128, dtype=dtype, device=device)
+        K = q.shape[1]
+        step = 5 if K == 128 and M == 1 else 1  # still every place in a word
+        eye = torch.eye(K, dtype=dtype, device=device)[::step]
         read = torch.cat([quantized_linear(rows, q) for rows in eye.split(M)]).T
-        expected = dequantize(q, dtype)
+        expected = dequantize(q, dtype)[:, ::step]
         known = expected.isfinite()  # quantize gives no finite weight a NaN code
         assert int((~known).sum()) == (2 if q.format == "fp8" else 0)
         assert torch.equal(read[known], expected[known])
@@ -123,10 +125,11 @@ def test_every_configuration(place: Place, M: int) -> None:
 @pytest.mark.parametrize("M", [1, 16])
 def test_split_and_whole(place: Place, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of K that do not divide it evenly, against one part."""
+    K = 3000 if M == 1 else 700
     for format in FORMATS:
-        x, q, bias = draw(place, M, 3000).detach(), weight(place, format, 7, 3000), draw(place, 7).detach()
+        x, q, bias = draw(place, M, K).detach(), weight(place, format, 7, K), draw(place, 7).detach()
         outs = []
-        for programs in (1, 2, 5):
+        for programs in (0, 1, 5):
             monkeypatch.setattr(kernels, "multiprocessors", lambda device, n=programs: n)
             outs.append(quantized_linear(x, q, bias))
             assert torch.equal(outs[-1], quantized_linear(x, q, bias))
@@ -208,7 +211,7 @@ def test_wrong_arguments_are_named() -> None:
         quantized_linear(x, replace(q, format="int3"))
     with pytest.raises(ValueError, match="format is 'int3', must be one of int8, fp8, int4, int4_zero"):
         quantize(torch.ones(2, 2), "int3")
-    with pytest.raises(ValueError, match="weight is torch.int64"):
+    with pytest.raises(ValueError, match=r"weight is torch.int64"):
         quantize(torch.ones(2, 2, dtype=torch.int64), "int8")
 
 
@@ -237,6 +240,8 @@ def test_graph_and_stream(format: str, M: int) -> None:
 @pytest.mark.parametrize("M", [1, 2])
 def test_over_two_to_the_31_elements(M: int) -> None:
     N, K = (1 << 31) // 1024 + 5, 1024
-    q = QuantizedWeight("int8", torch.ones(N, K, dtype=torch.int8, device="cuda"), torch.ones(N, device="cuda"), None, (N, K))
+    q = QuantizedWeight(
+        "int8", torch.ones(N, K, dtype=torch.int8, device="cuda"), torch.ones(N, device="cuda"), None, (N, K)
+    )
     out = quantized_linear(torch.ones(M, K, device="cuda", dtype=torch.bfloat16), q)
     assert bool((out == K).all())
