@@ -37,6 +37,7 @@ ROW = Space(
         ],
     },
 )
+# A tile of four-bit codes is one group of K: its scale comes after the product.
 TILE = Space(
     "quantized_linear.tile",
     {
@@ -48,8 +49,8 @@ TILE = Space(
         ],
         "4-bit": [
             {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+            {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 6},
             {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4},
-            {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
         ],
     },
 )
@@ -143,28 +144,33 @@ def _row(
     start = tl.program_id(1) * tiles
     per_word: tl.constexpr = 8 if INT4 else 4
     run: tl.constexpr = 4 * per_word  # elements in 16 bytes, which are a thread's
-    piece = tl.arange(0, BLOCK_K // run)
-    k_in = piece[:, None] * run + tl.arange(0, run)[None, :]
-    word_in = piece[:, None] * 4 + tl.arange(0, 4)[None, :]
-    acc = tl.zeros((BLOCK_N, BLOCK_K // run), tl.float32)
+    pieces: tl.constexpr = BLOCK_K // run
+    groups: tl.constexpr = BLOCK_K // 128
+    k_in = tl.arange(0, BLOCK_K)
+    word_in = tl.arange(0, BLOCK_K // per_word)
+    group_in = tl.arange(0, groups)
+    acc = tl.zeros((BLOCK_N, pieces), tl.float32)
     for tile in tl.range(start, tl.minimum(start + tiles, tl.cdiv(K, BLOCK_K)), num_stages=STAGES):
-        base = tile * BLOCK_K
-        k = base + k_in
-        xs = tl.load(x + k, mask=None if EVEN else k < K, other=None if EVEN else 0.0).to(tl.float32)
-        word = base // per_word + word_in
-        known = None if EVEN else (word * per_word < K)[None, :, :]
-        at = line[:, None, None] * data_stride + word[None, :, :]
-        words = tl.load(data + at, mask=known, other=None if EVEN else 0)
-        w = tl.reshape(_eight(words, exponent) if INT4 else _four(words, exponent, FP8), (BLOCK_N, BLOCK_K // run, run))
+        k = tile * BLOCK_K + k_in
+        xs = tl.load(x + k, mask=None if EVEN else k < K, other=None if EVEN else 0.0)
+        xs = tl.reshape(xs, (pieces, run)).to(tl.float32)
+        word = tile * (BLOCK_K // per_word) + word_in
+        known = None if EVEN else (word * per_word < K)[None, :]
+        # Two dimensions, so that a warp's lanes lie along a row: of three, Triton would lay them across rows.
+        words = tl.load(data + line[:, None] * data_stride + word[None, :], mask=known, other=None if EVEN else 0)
+        words = tl.reshape(words, (BLOCK_N, pieces, 4))
+        w = tl.reshape(_eight(words, exponent) if INT4 else _four(words, exponent, FP8), (BLOCK_N, pieces, run))
         y = tl.sum(w * xs[None, :, :], 2)
         if INT4:
-            group = base // 128 + piece // 4
+            group = tile * groups + group_in
             known = None if EVEN else (group * 128 < K)[None, :]
             at = line[:, None] * tl.cdiv(K, 128) + group[None, :]
+            y = tl.reshape(y, (BLOCK_N, groups, 4))
             if ZEROS:
                 z = tl.load(zeros + at, mask=known, other=None if EVEN else 0).to(tl.float32)
-                y -= (z - 8.0) * tl.sum(xs, 1)[None, :]
-            y *= tl.load(scales + at, mask=known, other=None if EVEN else 0.0).to(tl.float32)
+                y -= (z - 8.0)[:, :, None] * tl.reshape(tl.sum(xs, 1), (1, groups, 4))
+            y *= tl.load(scales + at, mask=known, other=None if EVEN else 0.0).to(tl.float32)[:, :, None]
+            y = tl.reshape(y, (BLOCK_N, pieces))
         acc += y
     y = tl.sum(acc, 1)
     if not INT4:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,14 +40,11 @@ def cases(tiny: bool) -> list[Case]:
     return [
         Case("adamw", f"{size} float32, bf16 copy", float32, _ours, {"torch fused": _fused}, bytes=30 * n, goal=GOAL),
         Case("adamw", f"{size} bf16 stochastic", bfloat16, _ours, {"torch fused": _fused}, bytes=14 * n, goal=GOAL),
-        Case("adamw", f"{size} bf16, 8-bit moments", eight, _ours, eight_bit_peers(), bytes=int((10 + 4 * scales) * n), goal=GOAL),
+        Case(
+            "adamw", f"{size} bf16, 8-bit moments", eight, _ours, {"bitsandbytes": _bitsandbytes},
+            bytes=int((10 + 4 * scales) * n), goal=GOAL,
+        ),
     ]  # fmt: skip
-
-
-def eight_bit_peers() -> dict[str, Callable[..., Any]]:
-    """bitsandbytes' block-wise step, whose second moment has its own code book; torchao's compiled one has no
-    function for a single tensor."""
-    return {"bitsandbytes": _bitsandbytes}
 
 
 def _ours(param: Tensor, grad: Tensor, first: Any, second: Any, copy: Tensor | None = None) -> Tensor:
@@ -69,6 +65,7 @@ def _fused(param: Tensor, grad: Tensor, first: Tensor, second: Tensor, copy: Ten
 
 
 def _bitsandbytes(param: Tensor, grad: Tensor, first: Moment8, second: Moment8) -> Tensor:
+    """Its codes mean other values than ours; torchao's 8-bit step has no function for a single tensor."""
     import bitsandbytes.functional as bnb
 
     signed = bnb.create_dynamic_map(signed=True).to(param.device)

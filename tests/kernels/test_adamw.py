@@ -231,7 +231,7 @@ def test_every_configuration(place: Place, case: str, param: torch.dtype, moment
 
 def test_wrong_arguments_are_named() -> None:
     p, g, m, v = state((4, 6), torch.float32, torch.float32, "cpu")
-    with pytest.raises(ValueError, match="param is torch.float16"):
+    with pytest.raises(ValueError, match=r"param is torch.float16"):
         adamw(p.half(), g, m, v, *NUMBERS)
     with pytest.raises(ValueError, match="param must be contiguous"):
         adamw(p.T, g.view(6, 4), m, v, *NUMBERS)
@@ -239,11 +239,11 @@ def test_wrong_arguments_are_named() -> None:
         adamw(p, g[:3], m, v, *NUMBERS)
     with pytest.raises(ValueError, match="exp_avg_sq has 23 elements, param 24"):
         adamw(p, g, m, v.flatten()[:23], *NUMBERS)
-    with pytest.raises(ValueError, match="exp_avg is torch.float16"):
+    with pytest.raises(ValueError, match=r"exp_avg is torch.float16"):
         adamw(p, g, m.half(), v, *NUMBERS)
     with pytest.raises(ValueError, match="one float32 scale for every 256"):
         adamw(p, g, m, Moment8(Moment8.zeros(24).codes, torch.zeros(2)), *NUMBERS, seed=1)
-    with pytest.raises(ValueError, match="copy is torch.float32"):
+    with pytest.raises(ValueError, match=r"copy is torch.float32"):
         adamw(p, g, m, v, *NUMBERS, copy=p.clone())
     with pytest.raises(ValueError, match="clip must be one float32"):
         adamw(p, g, m, v, *NUMBERS, clip=torch.ones(2))
