@@ -54,10 +54,12 @@ def packed_attention(
     causal: bool,
     key_ends: Tensor | None = None,
     version: int | None = None,
+    deterministic: bool = True,
 ) -> Tensor:
     """As ``reference.packed_attention``, float16 and bfloat16; ``version`` None: the newest that has the head dim.
 
-    ValueError with key_ends, which flash-attn does not have, and where no version runs.
+    deterministic: gradients of the same bits every time, at some cost. ValueError with key_ends, which flash-attn does
+    not have, and where no version runs.
     """
     if key_ends is not None:
         raise ValueError("packed_attention: flash-attn has no key_ends; use the torch or the triton kernels")
@@ -69,6 +71,6 @@ def packed_attention(
     assert function is not None
     out = function(
         q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-        causal=causal, deterministic=True,
+        causal=causal, deterministic=deterministic,
     )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out

@@ -103,8 +103,9 @@ def _cudnn(
     equal = len(set(lengths)) == 1
 
     def batch(x: Tensor) -> Tensor:
-        split = x.unflatten(0, (len(lengths), -1)) if equal else torch.nested.nested_tensor_from_jagged(x, cu_seqlens)
-        return split.transpose(1, 2)
+        if equal:
+            return x.unflatten(0, (len(lengths), -1)).transpose(1, 2)
+        return torch.nested.nested_tensor_from_jagged(x.contiguous(), cu_seqlens).transpose(1, 2)
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         out = F.scaled_dot_product_attention(
@@ -141,4 +142,6 @@ def _flex(lengths: list[int], causal: bool) -> Attention:
 def _flash_attn(
     version: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
 ) -> Tensor:
-    return flash_attn.packed_attention(q, k, v, cu_seqlens, max_seqlen, causal, version=version)
+    return flash_attn.packed_attention(
+        q, k, v, cu_seqlens, max_seqlen, causal, version=version, deterministic=False
+    )  # fmt: skip
