@@ -78,6 +78,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "project_into": _operation("project_into", "projector"),
     "scatter_rows": _operation("scatter_rows", "projector"),
     "linear_cross_entropy": _operation("linear_cross_entropy"),
+    "quantized_linear": _operation("quantized_linear"),
     "adamw": _operation("adamw"),
 }
 
@@ -104,6 +105,7 @@ class Operations:
     project_into: Callable[..., Any]
     scatter_rows: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
+    quantized_linear: Callable[..., Any]
     adamw: Callable[..., Any]
 
     def __init__(self, kernels: str | None = None, device: torch.device | str = "cpu"):
