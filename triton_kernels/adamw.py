@@ -14,7 +14,7 @@ from torch import Tensor
 
 from phi4rv.quantized import BLOCK as SHARED_SCALE
 from phi4rv.quantized import Moment8, random_key
-from triton_kernels.launch import FLOATS, require
+from triton_kernels.launch import require, require_float
 from triton_kernels.tuning import Space
 
 # By what fills 16 bytes: four float32 a thread, eight bfloat16 (of 8-bit moments eight too: a row of 256 is a warp's).
@@ -235,7 +235,7 @@ def _check(param: Tensor, grad: Tensor, copy: Tensor | None, clip: Tensor | None
     require(
         param.dtype in (torch.float32, torch.bfloat16), f"adamw: param is {param.dtype}, must be float32 or bfloat16"
     )
-    require(grad.dtype in FLOATS, f"adamw: grad is {grad.dtype}, must be float32, float16 or bfloat16")
+    require_float(grad, "adamw: grad")
     for name, x in (("param", param), ("grad", grad), ("copy", copy)):
         if x is not None:
             same = x.shape == param.shape

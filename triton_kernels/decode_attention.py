@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
-from triton_kernels.launch import FLOATS, multiprocessors, require
+from triton_kernels.launch import multiprocessors, require, require_float
 from triton_kernels.tuning import Space
 
 # RESIDENT: blocks a multiprocessor that the keys are split for; the launch function's own, not the kernel's.
@@ -237,7 +237,7 @@ def _check(
     name: str, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> None:
     require(q.ndim == 4, f"{name}: q has shape {tuple(q.shape)}, must be (documents, tokens, heads, head dim)")
-    require(q.dtype in FLOATS, f"{name}: q is {q.dtype}, must be float32, float16 or bfloat16")
+    require_float(q, f"{name}: q")
     stored = k.dtype == v.dtype and k.dtype in (q.dtype, torch.float8_e4m3fn)
     require(stored, f"{name}: k is {k.dtype}, v is {v.dtype}, both must be {q.dtype} as q is, or torch.float8_e4m3fn")
     H, D = q.shape[2:]

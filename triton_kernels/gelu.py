@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import FLOATS, require
+from triton_kernels.launch import require_float
 from triton_kernels.tuning import Space
 
 _CONFIGS = [
@@ -87,7 +87,7 @@ def _backward(dy, x, dx, N, BLOCK: tl.constexpr, EXACT: tl.constexpr):
 
 def launch_forward(x: Tensor, exact: bool) -> Tensor:
     """See ``gelu_tanh`` and, ``exact``, ``gelu_erf``."""
-    require(x.dtype in FLOATS, f"gelu: x is {x.dtype}, must be float32, float16 or bfloat16")
+    require_float(x, "gelu: x")
     y = x.new_empty(x.shape)
     if y.numel():
         config = FORWARD.pick("erf" if exact else "tanh", x.device)

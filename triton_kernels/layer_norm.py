@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import FLOATS, multiprocessors, require, rows
+from triton_kernels.launch import multiprocessors, require, require_float, rows
 from triton_kernels.tuning import Space
 
 # Rows of the vision tower take few registers: several at once keep more loads in flight. The forward pass synchronises
@@ -126,7 +126,7 @@ def _finish(partial, dweight, dbias, P, C: tl.constexpr, BLOCK_P: tl.constexpr, 
 
 def launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[Tensor]:
     """normed, mean and 1 / standard deviation, each of these (rows,) float32; see ``layer_norm``."""
-    require(x.dtype in FLOATS, f"layer_norm: x is {x.dtype}, must be float32, float16 or bfloat16")
+    require_float(x, "layer_norm: x")
     for name, given in {"weight": weight, "bias": bias}.items():
         require(given.shape == x.shape[-1:], f"layer_norm: {name} is {tuple(given.shape)}, must be {(*x.shape[-1:],)}")
     C = x.shape[-1]

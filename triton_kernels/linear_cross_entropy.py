@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from triton_kernels import linear_cross_entropy_kernels as kernels
-from triton_kernels.launch import FLOATS, multiprocessors, require, rows
+from triton_kernels.launch import multiprocessors, require, require_float, rows
 from triton_kernels.linear_cross_entropy_kernels import ALIGN, FORWARD, HIDDEN, LOGITS, WEIGHT
 from triton_kernels.tuning import Config, Space
 
@@ -57,7 +57,7 @@ def _elements(padded: int, V: int) -> int:
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     name = "linear_cross_entropy"
     require(hidden.ndim == 2, f"{name}: hidden has {hidden.ndim} dimensions, must have 2")
-    require(hidden.dtype in FLOATS, f"{name}: hidden is {hidden.dtype}, must be float32, float16 or bfloat16")
+    require_float(hidden, f"{name}: hidden")
     wanted = f"(vocabulary, {hidden.shape[1]}) {hidden.dtype}"
     same = weight.ndim == 2 and weight.shape[1] == hidden.shape[1] and weight.dtype == hidden.dtype
     require(same and len(weight) > 0, f"{name}: weight is {tuple(weight.shape)} {weight.dtype}, must be {wanted}")

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels import packed_attention_backward
-from triton_kernels.launch import FLOATS, require
+from triton_kernels.launch import require, require_float
 from triton_kernels.schedule import case, heads, load, schedule, store, tile, visible, widths
 from triton_kernels.tuning import Space
 
@@ -144,7 +144,7 @@ def launch_forward(
     require(q.ndim == 3 and k.ndim == 3, f"{name}: q and k must be (rows, heads, channels)")
     T, H, D = q.shape
     G = k.shape[1]
-    require(q.dtype in FLOATS, f"{name}: q is {q.dtype}, must be float32, float16 or bfloat16")
+    require_float(q, f"{name}: q")
     require(k.dtype == v.dtype == q.dtype, f"{name}: k is {k.dtype} and v {v.dtype}, must be {q.dtype} like q")
     require(D <= 256, f"{name}: head dim {D}, must be at most 256")
     require(

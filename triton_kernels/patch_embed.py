@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.gemm import accumulate, tile_of
-from triton_kernels.launch import FLOATS, require, rows
+from triton_kernels.launch import require, require_float, rows
 from triton_kernels.tuning import Config, Space
 
 
@@ -223,7 +223,7 @@ def _dtable(dy: Tensor, table: Tensor, grids: Tensor) -> Tensor:
 
 def _check(patches: Tensor, weight: Tensor, bias: Tensor, table: Tensor, grids: Tensor) -> None:
     for name, x in (("patches", patches), ("weight", weight)):
-        require(x.dtype in FLOATS, f"patch_embed: {name} is {x.dtype}, must be float32, float16 or bfloat16")
+        require_float(x, f"patch_embed: {name}")
     same = bias.dtype == table.dtype == weight.dtype
     require(same, f"patch_embed: bias and table must be {weight.dtype}, as weight is")
     require(patches.ndim == 2, f"patch_embed: patches has {patches.ndim} dimensions, must have 2")

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.gemm import gemm
-from triton_kernels.launch import FLOATS, require, rows
+from triton_kernels.launch import require, require_float, rows
 from triton_kernels.tuning import Config, Space
 
 
@@ -73,7 +73,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, epilogue: str, **rest: Tensor | 
 
 
 def _check(name: str, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> None:
-    require(x.dtype in FLOATS, f"{name}: x is {x.dtype}, must be float32, float16 or bfloat16")
+    require_float(x, f"{name}: x")
     require(x.ndim == 2, f"{name}: x has {x.ndim} dimensions, must have 2")
     same = all(w.dtype == x.dtype for w in (w0, b0, w1, b1))
     require(same, f"{name}: weights and biases must be {x.dtype}, as x is")
@@ -86,7 +86,7 @@ def _check(name: str, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor)
 
 
 def _check_index(name: str, row: Tensor, index: Tensor, P: int, C: int) -> None:
-    require(row.dtype in FLOATS, f"{name}: row is {row.dtype}, must be float32, float16 or bfloat16")
+    require_float(row, f"{name}: row")
     require(row.ndim == 2 and row.shape[1] == C, f"{name}: row is {tuple(row.shape)}, must be (T, {C})")
     require(index.shape == (P,), f"{name}: index is {tuple(index.shape)}, must be ({P},)")
     require(index.dtype == torch.int64, f"{name}: index is {index.dtype}, must be int64")
@@ -153,7 +153,7 @@ def launch_backward(dy: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, w
 def launch_scatter(row: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """See ``scatter_rows``."""
     require(values.ndim == 2, f"scatter_rows: values has {values.ndim} dimensions, must have 2")
-    require(values.dtype in FLOATS, f"scatter_rows: values is {values.dtype}, must be float32, float16 or bfloat16")
+    require_float(values, "scatter_rows: values")
     _check_index("scatter_rows", row, index, *values.shape)
     return _scatter(row, index, "value", values)
 

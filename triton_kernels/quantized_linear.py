@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phi4rv.quantized import FORMATS, GROUP, QuantizedWeight, dequantize, part
-from triton_kernels.launch import FLOATS, multiprocessors, require, rows
+from triton_kernels.launch import multiprocessors, require, require_float, rows
 from triton_kernels.tuning import Space
 
 ROW = Space(
@@ -322,7 +322,7 @@ def _check(
 ) -> Tensor:
     """x as (rows, K)."""
     require(format in FORMATS, f"quantized_linear: format is {format!r}, must be one of {', '.join(FORMATS)}")
-    require(x.dtype in FLOATS, f"quantized_linear: x is {x.dtype}, must be float32, float16 or bfloat16")
+    require_float(x, "quantized_linear: x")
     require(x.ndim > 0 and x.shape[-1] == K, f"quantized_linear: x is {tuple(x.shape)}, must be (…, {K})")
     groups = triton.cdiv(K, GROUP)
     int4 = format.startswith("int4")

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import FLOATS, require
+from triton_kernels.launch import require, require_float
 from triton_kernels.tuning import Space
 
 SPACE = Space(
@@ -63,7 +63,7 @@ def _rotate(
 
 def launch(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int, inverse: bool) -> Tensor:
     """See ``rope``; ``inverse``: by the opposite angle."""
-    require(qkv.dtype in FLOATS, f"rope: qkv is {qkv.dtype}, must be float32, float16 or bfloat16")
+    require_float(qkv, "rope: qkv")
     require(qkv.ndim == 3 and qkv.shape[2] % 2 == 0, f"rope: qkv is {tuple(qkv.shape)}, must be (T, heads, even D)")
     T, heads, D = qkv.shape
     for name, table in {"cos": cos, "sin": sin}.items():

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import FLOATS, require, rows
+from triton_kernels.launch import require, require_float, rows
 from triton_kernels.tuning import Space
 
 FORWARD = Space(
@@ -79,7 +79,7 @@ def _backward(dout, gate_up, dgate_up, dout_stride, stride, C, chunks, BLOCK: tl
 
 def launch_forward(gate_up: Tensor) -> Tensor:
     """See ``swiglu``."""
-    require(gate_up.dtype in FLOATS, f"swiglu: gate_up is {gate_up.dtype}, must be float32, float16 or bfloat16")
+    require_float(gate_up, "swiglu: gate_up")
     require(gate_up.shape[-1] % 2 == 0, f"swiglu: gate_up is {tuple(gate_up.shape)}, must have an even last dimension")
     C = gate_up.shape[-1] // 2
     flat = rows(gate_up)
