@@ -145,7 +145,7 @@ def test_large_values(place: Place, causal: bool) -> None:
     q, k, v = draw(place, lengths, 1, 1, 72)
     large = tuple((1e4 * x.detach().sign()).requires_grad_() for x in (q, k, v))
     both(large, lengths, causal, gradients=False)
-    both((q, k, large[2]), lengths, causal)
+    both((q, k, large[2]), lengths, causal, gradients=place[1] != torch.float16)  # theirs would be over 65504
 
 
 @pytest.mark.parametrize("place", PLACES)
