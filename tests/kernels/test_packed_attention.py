@@ -46,14 +46,15 @@ def both(
     attention: Attention = packed_attention,
     gradients: bool = True,
 ) -> None:
-    """Two units of slack: a kernel sums in blocks, and rounds once more where it adds up two of them."""
+    """float32 has four units of slack: weights are recomputed as 2^(score - lse), whose exponent is rounded at ±10."""
+    slack = 4.0 if qkv[0].dtype == torch.float32 else 1.0
     cu_seqlens = offsets(lengths, (qkv[0].device.type, qkv[0].dtype))
     rest = cu_seqlens, max(lengths, default=0), causal, key_ends
 
     def run(function: Attention) -> Callable[..., Tensor]:
         return lambda q, k, v: function(q, k, v, *rest)
 
-    parity(run(attention), run(reference.packed_attention), qkv, gradients, slack=2.0)
+    parity(run(attention), run(reference.packed_attention), qkv, gradients, slack)
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +145,7 @@ def test_large_values(place: Place, causal: bool) -> None:
     q, k, v = draw(place, lengths, 1, 1, 72)
     large = tuple((1e4 * x.detach().sign()).requires_grad_() for x in (q, k, v))
     both(large, lengths, causal, gradients=False)
-    both((q, k, large[2]), lengths, causal)
+    both((q, k, large[2]), lengths, causal, gradients=place[1] != torch.float16)  # theirs would be over 65504
 
 
 @pytest.mark.parametrize("place", PLACES)
