@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from phi4rv import flash_attn, reference
 from tests.kernels.check import PLACE, PLACES, Place, close, parity
@@ -60,19 +59,6 @@ def both(
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def cheap_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter patches Triton's language anew, in a millisecond, at each call of a function; once a kernel is
-    enough for our own."""
-    patching = InterpretedFunction.__call__
-
-    def call(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
-        ours = self.fn.__module__.startswith("triton_kernels")
-        return self.rewrite()(*args, **kwargs) if ours else patching(self, *args, **kwargs)
-
-    monkeypatch.setattr(InterpretedFunction, "__call__", call)
 
 
 @pytest.fixture(autouse=True)
