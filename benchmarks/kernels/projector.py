@@ -45,11 +45,21 @@ def _cases(P: int, tiny: bool) -> list[Case]:
     goal = ("cublas products", 0.95)
     copied = (T - P) * row * 2
     placed = f"{P} of {T}"
+    bare = {"bounds": ("cublas products",)}  # no bias, no GELU, nothing moved
+    there, back = forward + copied, backward + copied + P * row
     return [
-        Case("projector", f"{P} forward", inputs, projector, peers, forward, products, goal=goal),
-        Case("projector", f"{P} backward", inputs, projector, peers, backward, 2 * products, True),
+        Case("projector", f"{P} forward", inputs, projector, peers, forward, products, goal=goal, **bare),
+        Case("projector", f"{P} backward", inputs, projector, peers, backward, 2 * products, True, **bare),
         Case(
-            "project_into", f"{placed} forward", inputs_into, project_into, into, forward + copied, products, goal=goal
+            "project_into",
+            f"{placed} forward",
+            inputs_into,
+            project_into,
+            into,
+            there,
+            products,
+            goal=goal,
+            **bare,
         ),
         Case(
             "project_into",
@@ -57,9 +67,10 @@ def _cases(P: int, tiny: bool) -> list[Case]:
             inputs_into,
             project_into,
             into,
-            backward + copied + P * row,
+            back,
             2 * products,
             True,
+            **bare,
         ),
         Case("scatter_rows", f"{placed} forward", inputs_scatter, scatter_rows, scatter, 2 * T * row),
         Case("scatter_rows", f"{placed} backward", inputs_scatter, scatter_rows, scatter, (2 * T + P) * row, 0, True),
