@@ -9,7 +9,7 @@ TORCH  := torch==2.13.0
 # Where an installed torch that fits lies; it is kept, together with the GPU it was built for.
 KEPT_TORCH = $(shell $(PYTHON) -c 'import pathlib, torch; v = tuple(map(int, torch.__version__.split(".")[:2])); print(pathlib.Path(torch.__file__).parents[1] if (2, 11) <= v <= (2, 13) else "")' 2>/dev/null)
 
-.PHONY: setup dev train recipe test bench gpu lint clean
+.PHONY: setup dev train recipe test bench gpu tune lint clean
 
 setup: $(VENV)/.ready
 dev: $(VENV)/.ready-dev
@@ -36,15 +36,19 @@ recipe: setup
 	$(TORCHRUN) train/main.py --stage 3 --checkpoint out/recipe/stage-2/model --output out/recipe/stage-3
 
 test: dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 bench: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run
 
-# On a machine with a GPU: its own torch, no installs, no network.
+# On a machine with a GPU: its own torch, no installs, no network. PART="tests kernels": only these; SECONDS=300: the
+# time limit of each.
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -q -m "gpu or not gpu"
-	PYTHONPATH=. $(PYTHON) -m benchmarks.run --json benchmarks/results
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(PART) $(if $(SECONDS),--seconds $(SECONDS))
+
+# On the GPU at hand: the fastest tile sizes of each kernel into triton_kernels/tuned.json.
+tune:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.tune
 
 lint: dev
 	$(BIN)/python -m ruff check .

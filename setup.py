@@ -19,5 +19,8 @@ setup(
         "jinja2>=3.1",
         "tqdm>=4.66",
     ],
-    extras_require={"dev": ["pytest", "ninja", "transformers>=5", "ruff", "mypy"]},
+    extras_require={
+        "triton": ["triton>=3.6"],
+        "dev": ["pytest", "pytest-xdist", "ninja", "transformers>=5", "ruff", "mypy"],
+    },
 )

@@ -1,6 +1,6 @@
 """Pictures to patches on one core, beside transformers' Pillow-based SigLIP2 image processor.
 
-``python -m benchmarks.images``. Both sides start from a decoded RGB picture and end with the
+``python -m benchmarks.images [--json FILE]``. Both sides start from a decoded RGB picture and end with the
 same float32 values. The peer is timed as it would be used, at ``max_num_patches=3600``, where it enlarges a
 small picture to 3600 patches, and held to ``n``, the number that the published model asks for. Three ratios:
 
@@ -9,15 +9,18 @@ small picture to 3600 patches, and held to ``n``, the number that the published 
 - same 3600: both at 3600.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
+from benchmarks.records import write
 from phi4rv.images import PATCH, image_to_patches
 
 SIZES = [(1280, 720), (1024, 680), (300, 200), (3840, 2160)]
@@ -107,5 +110,15 @@ def table(records: list[dict]) -> str:
     )
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description="Pictures to patches, timed.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
+    args = parser.parse_args()
+    records = run()
+    if args.json:
+        write(args.json, {"images": records})
+    print(table(records))
+
+
 if __name__ == "__main__":
-    print(table(run()))
+    main()

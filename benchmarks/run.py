@@ -1,70 +1,81 @@
-"""Runs every benchmark of the machine it is on: ``python -m benchmarks.run [--json FOLDER]``.
+"""Runs every benchmark of the machine it is on: ``python -m benchmarks.run [--only NAME …] [--json FOLDER]``.
 
-With ``--json`` the records go to ``FOLDER/<device>.json`` with date, commit and versions.
+With ``--json`` the records go to ``FOLDER/<device>/<date>-<commit>.json``; what a benchmark that is not run now left
+there earlier stays.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import importlib
 import json
-import platform
-import re
-import subprocess
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import images
+from benchmarks.parts import LOGS, Outcome, Part, python, run_parts, summary
+from benchmarks.records import environment, file_for, write
 
-BENCHMARKS = {"images": images}
-
-
-def device_name() -> str:
-    """The GPU's name, else the processor's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"CPU {names[0] if names else platform.processor()}"
+# Each module has run() and table(records), and the command line that its part calls.
+MODULES = {"images": "benchmarks.images", "kernels": "benchmarks.kernels.__main__"}
 
 
-def environment() -> dict[str, str]:
-    """What a figure depends on beside the code."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "device": device_name(),
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: _version(name) for name in ("transformers", "PIL", "numpy", "triton")},
-    }
+def _kernels(file: Path, seconds: float) -> list[str]:
+    chart = str(file.with_suffix(".png"))
+    return python("benchmarks.kernels", "--json", str(file), "--chart", chart, "--seconds", f"{seconds:.0f}")
 
 
-def _version(module: str) -> str:
-    try:
-        return str(__import__(module).__version__)
-    except ImportError:
-        return "not installed"
+PARTS = [
+    Part("images", 180, lambda file, seconds: python("benchmarks.images", "--json", str(file))),
+    Part("kernels", 600, _kernels),
+]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Every benchmark, beside its peers.")
-    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write FOLDER/<device>.json")
-    args = parser.parse_args()
+def drive(parts: Sequence[Part], folder: Path | None) -> int:
+    """Runs the parts, prints their tables and merges them into the results file in ``folder``. Exit status."""
     about = environment()
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    results = {}
-    for name, benchmark in BENCHMARKS.items():
-        print(f"\n{name}")
-        results[name] = benchmark.run()
-        print(benchmark.table(results[name]))
-    if args.json:
-        args.json.mkdir(parents=True, exist_ok=True)
-        file = args.json / (re.sub(r"\W+", "-", about["device"]).strip("-").lower() + ".json")
-        file.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
-        print(f"\nwritten: {file}")
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    outcomes, results = run_parts(parts, LOGS, torch.cuda.is_available())
+    if folder:
+        file = file_for(about, folder)
+        merge(file, about, outcomes, results)
+        for part in parts:
+            if (picture := LOGS / f"{part.name}.png").exists():
+                shutil.copy(picture, file.with_name(f"{file.stem}-{part.name}.png"))
+        print(f"written: {file}")
+    for name, records in results.items():
+        print(f"\n{name}\n{importlib.import_module(MODULES[name]).table(records)}")
+    print(f"\n{summary(outcomes)}")
+    return 1 if any(outcome["state"] in ("failed", "out of time") for outcome in outcomes.values()) else 0
+
+
+def merge(file: Path, about: dict[str, str], outcomes: dict[str, Outcome], results: dict[str, Any]) -> None:
+    """Writes the parts that were run over those in the file, and keeps the others."""
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    outcomes = earlier.get("parts", {}) | outcomes
+    write(file, earlier.get("results", {}) | results, about, parts=outcomes)
+
+
+def chosen(parts: Sequence[Part], names: Sequence[str], seconds: float | None = None) -> list[Part]:
+    """The named parts in their usual order, all if none is named, each with the limit ``seconds`` if that is given."""
+    unknown = set(names) - {part.name for part in parts}
+    if unknown:
+        raise ValueError(f"no part {', '.join(sorted(unknown))}; there are {', '.join(part.name for part in parts)}")
+    return [replace(part, seconds=seconds or part.seconds) for part in parts if not names or part.name in names]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Every benchmark, beside its peers.")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=list(MODULES), help="these benchmarks")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write FOLDER/<device>/<date>-<commit>.json")
+    args = parser.parse_args()
+    return drive(chosen(PARTS, args.only), args.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

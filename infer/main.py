@@ -36,7 +36,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--dtype", choices=DTYPES, help="the checkpoint's unless given")
     add("--device", help="cuda where there is one, else cpu")
-    add("--kernels", choices=KERNELS)
+    add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
     add("--json", action="store_true", help="one JSON object a prompt, a line each")
     add("--draw", metavar="PNG", help="write the picture with the answer's boxes on it")
     return parser.parse_args(argv)

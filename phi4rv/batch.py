@@ -58,11 +58,11 @@ class PackedBatch:
     image_positions: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The same batch on ``device``; ``grids`` stays on the host, where the position table's sizes are needed."""
+        """The same batch on ``device``."""
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
             for f in fields(self)
-            if f.name != "grids" and isinstance(getattr(self, f.name), Tensor)
+            if isinstance(getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
 

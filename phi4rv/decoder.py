@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from phi4rv.config import Config
@@ -94,12 +93,3 @@ def packed(ops: Operations, cu_seqlens: Tensor, max_seqlen: int) -> Attend:
         return ops.packed_attention(q, k, v, cu_seqlens, max_seqlen, causal=True)
 
     return attend
-
-
-def embed(decoder: Decoder, input_ids: Tensor, images: Tensor | None, image_positions: Tensor) -> Tensor:
-    """Token embeddings (T, C) with the projected patches (P, C) written over their positions."""
-    row: Tensor = decoder.embed_tokens(input_ids)
-    if images is None or not len(images):
-        return row
-    # Ids under images are placeholders: their embeddings must get no gradient, which index_copy sees to.
-    return decoder.ops.scatter_rows(row, images, image_positions.to(torch.int64))

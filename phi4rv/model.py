@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from phi4rv.batch import PackedBatch
 from phi4rv.config import Config
-from phi4rv.decoder import Attend, Decoder, embed, packed
+from phi4rv.decoder import Attend, Decoder, packed
 from phi4rv.ops import Operations
 from phi4rv.projector import Projector
 from phi4rv.vision import VisionTower
@@ -37,7 +37,10 @@ class Phi4RV(nn.Module):
 
     def hidden(self, batch: PackedBatch, attend: Attend | None = None) -> Tensor:
         """(T, C): the input of the output layer. ``attend`` replaces packed causal attention (a cache does)."""
-        x = embed(self.decoder, batch.input_ids, self.encode_images(batch), batch.image_positions)
+        x = self.decoder.embed_tokens(batch.input_ids)
+        if len(batch.patches):
+            # Ids under images are placeholders: their embeddings get no gradient, which project_into sees to.
+            x = self.projector.into(x, self.vision(batch), batch.image_positions)
         return self.decoder(x, batch.positions, attend or packed(self.ops, batch.cu_seqlens, batch.max_seqlen))
 
     def forward(self, batch: PackedBatch) -> Tensor:

@@ -6,6 +6,8 @@ row in the benchmarks.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,76 +15,114 @@ from typing import Any
 
 import torch
 
-from phi4rv import reference
+from phi4rv import flash_attn
 from phi4rv.errors import UserError
 
-KERNELS = ("auto", "torch", "triton", "cuda")
+# Fastest first: ``auto`` takes the first that runs on the device and has been verified there.
+KINDS = ("cuda", "flash_attn", "triton", "torch")
+KERNELS = ("auto", *KINDS)
 VARIABLE = "PHI4RV_KERNELS"
+
+# Kind -> operation -> compute capabilities on which it has passed its parity tests and compute-sanitizer.
+# A kernel that is not listed runs when it is asked for by name, and ``auto`` leaves it alone.
+VERIFIED: dict[str, dict[str, tuple[str, ...]]] = {}
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an operation. ``why_not(device)`` is None where it runs, else the reason."""
+    """One way to run an operation: ``function`` of ``module``, which is imported when it is chosen.
 
-    function: Callable[..., Any]
+    ``why_not(device)`` is None where it runs, else the reason.
+    """
+
+    module: str
+    function: str
     why_not: Callable[[torch.device], str | None] = lambda device: None
 
+    def load(self) -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
+        return function
 
-# Fastest first: ``auto`` takes the first that runs on the device.
+
+def _why_not_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "triton needs a CUDA device (or TRITON_INTERPRET=1, which interprets its kernels, slowly)"
+    return None
+
+
+def _operation(name: str, file: str | None = None) -> dict[str, Implementation]:
+    """Its definition and its Triton kernel, a function of the same name in triton_kernels/``file``.py."""
+    return {
+        "triton": Implementation(f"triton_kernels.{file or name}", name, _why_not_triton),
+        "torch": Implementation("phi4rv.reference", name),
+    }
+
+
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
-    name: {"torch": Implementation(getattr(reference, name))}
-    for name in (
-        "packed_attention",
-        "decode_attention",
-        "rms_norm",
-        "layer_norm",
-        "rope",
-        "swiglu",
-        "gelu_tanh",
-        "patch_embed",
-        "projector",
-        "scatter_rows",
-        "linear_cross_entropy",
-        "adamw",
-    )
+    "packed_attention": {
+        "flash_attn": Implementation("phi4rv.flash_attn", "packed_attention", flash_attn.why_not),
+        **_operation("packed_attention"),
+    },
+    "decode_attention": _operation("decode_attention"),
+    "paged_decode_attention": _operation("paged_decode_attention", "decode_attention"),
+    "rms_norm": _operation("rms_norm"),
+    "layer_norm": _operation("layer_norm"),
+    "rope": _operation("rope"),
+    "swiglu": _operation("swiglu"),
+    "gelu_tanh": _operation("gelu_tanh", "gelu"),
+    "gelu_erf": _operation("gelu_erf", "gelu"),
+    "patch_embed": _operation("patch_embed"),
+    "projector": _operation("projector"),
+    "project_into": _operation("project_into", "projector"),
+    "scatter_rows": _operation("scatter_rows", "projector"),
+    "linear_cross_entropy": _operation("linear_cross_entropy"),
+    "quantized_linear": _operation("quantized_linear"),
+    "adamw": _operation("adamw"),
 }
 
 
 class Operations:
     """The chosen implementation of each operation, as attributes: ``ops.rms_norm(x, weight, eps)``.
 
-    ``kernels``: ``auto`` (the fastest that runs here), or one kind for every operation; None reads PHI4RV_KERNELS
-    and then means ``auto``. UserError if the kind asked for cannot run an operation, naming the reason.
+    ``kernels``: ``auto`` (the fastest that is verified here) or one kind for every operation, and after it, separated
+    by commas, exceptions such as ``packed_attention=flash_attn``; None reads PHI4RV_KERNELS and then means ``auto``.
+    UserError if a kind asked for cannot run an operation, naming the reason.
     """
 
     packed_attention: Callable[..., Any]
     decode_attention: Callable[..., Any]
+    paged_decode_attention: Callable[..., Any]
     rms_norm: Callable[..., Any]
     layer_norm: Callable[..., Any]
     rope: Callable[..., Any]
     swiglu: Callable[..., Any]
     gelu_tanh: Callable[..., Any]
+    gelu_erf: Callable[..., Any]
     patch_embed: Callable[..., Any]
     projector: Callable[..., Any]
+    project_into: Callable[..., Any]
     scatter_rows: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
+    quantized_linear: Callable[..., Any]
     adamw: Callable[..., Any]
 
     def __init__(self, kernels: str | None = None, device: torch.device | str = "cpu"):
         origin = "--kernels" if kernels else VARIABLE
-        kernels = kernels or os.environ.get(VARIABLE) or "auto"
-        if kernels not in KERNELS:
-            raise UserError(f"{origin}: {kernels!r} is unknown, must be one of {', '.join(KERNELS)}")
+        default, exceptions = _parse(kernels or os.environ.get(VARIABLE) or "auto", origin)
         self.chosen: dict[str, str] = {}
         for name, kinds in IMPLEMENTATIONS.items():
-            kind = _first_that_runs(kinds, torch.device(device)) if kernels == "auto" else kernels
+            kind = exceptions.get(name, default)
+            if kind == "auto":
+                kind = _fastest_verified(name, torch.device(device))
             if kind not in kinds:
                 raise UserError(f"{origin}: {name} has no {kind} implementation, only {', '.join(kinds)}")
             reason = kinds[kind].why_not(torch.device(device))
             if reason:
                 raise UserError(f"{origin}: {name} cannot run as {kind} on {device}: {reason}")
             self.chosen[name] = kind
-            setattr(self, name, kinds[kind].function)
+            setattr(self, name, kinds[kind].load())
 
     def __str__(self) -> str:
         """One line: which kind runs which operations."""
@@ -90,5 +130,27 @@ class Operations:
         return "; ".join(f"{kind}: {', '.join(n for n, k in self.chosen.items() if k == kind)}" for kind in kinds)
 
 
-def _first_that_runs(kinds: dict[str, Implementation], device: torch.device) -> str:
-    return next(kind for kind, implementation in kinds.items() if implementation.why_not(device) is None)
+def _parse(kernels: str, origin: str) -> tuple[str, dict[str, str]]:
+    """``triton,adamw=torch`` -> ("triton", {"adamw": "torch"}). UserError for a name that is unknown."""
+    default, exceptions = "auto", {}
+    for part in kernels.split(","):
+        name, _, kind = part.strip().rpartition("=")
+        if kind not in KERNELS:
+            raise UserError(f"{origin}: {kind!r} is unknown, must be one of {', '.join(KERNELS)}")
+        if name and name not in IMPLEMENTATIONS:
+            raise UserError(f"{origin}: {name!r} is no operation, must be one of {', '.join(IMPLEMENTATIONS)}")
+        if name:
+            exceptions[name] = kind
+        else:
+            default = kind
+    return default, exceptions
+
+
+def _fastest_verified(name: str, device: torch.device) -> str:
+    kinds = IMPLEMENTATIONS[name]
+    runs = [kind for kind in KINDS if kind in kinds and kinds[kind].why_not(device) is None]
+    return next(kind for kind in runs if kind == "torch" or _capability(device) in VERIFIED.get(kind, {}).get(name, ()))
+
+
+def _capability(device: torch.device) -> str:
+    return ".".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else device.type

@@ -18,5 +18,11 @@ class Projector(nn.Sequential):
 
     def forward(self, features: Tensor) -> Tensor:
         """(P, Cv) -> (P, C)."""
-        first, second = self[0], self[2]
-        return self.ops.projector(features, first.weight, first.bias, second.weight, second.bias)
+        return self.ops.projector(features, *self._weights())
+
+    def into(self, row: Tensor, features: Tensor, positions: Tensor) -> Tensor:
+        """row (T, C) with the projected patches (P, C) at ``positions`` (P,)."""
+        return self.ops.project_into(row, features, *self._weights(), positions)
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self[0].weight, self[0].bias, self[2].weight, self[2].bias  # type: ignore[return-value]

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phi4rv.quantized import Moment8, QuantizedWeight, dequantize, random_bits, round_stochastically
+
 NO_LABEL = -100
 
 
@@ -20,46 +22,114 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    key_ends: Tensor | None = None,
+) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v inside each document of a packed row.
 
     q (T, H, D), k and v (T, G, D) with H a multiple of G: query head h reads key head h // (H // G).
     cu_seqlens (N+1,) int32: document n is rows cu_seqlens[n]:cu_seqlens[n+1]; max_seqlen bounds their lengths
     (kernels need it, this definition does not). Causal: a row sees itself and what precedes it in its document.
+    key_ends (T,) int32, causal only: row t sees the keys of its document before max(t + 1, key_ends[t]), counted in
+    the packed row; inside a document they may not decrease. Rows of an image that hold the image's end see all of it.
     Returns (T, H, D).
     """
+    if key_ends is not None and not causal:
+        raise ValueError("packed_attention: key_ends are for causal attention only")
     outs = [q[:0]]  # a row without documents is a row too
+    start = 0
     for qd, kd, vd in zip(*(x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)), strict=True):
-        outs.append(attend(qd, kd, vd, causal))
+        ends = None if key_ends is None else key_ends[start : start + len(qd)] - start
+        outs.append(attend(qd, kd, vd, causal, ends))
+        start += len(qd)
     return torch.cat(outs)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """One document: q (M, H, D) are the last M of the N rows of k and v (N, G, D). Returns (M, H, D)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, ends: Tensor | None = None) -> Tensor:
+    """One document: q (M, H, D) are the last M of the N rows of k and v (N, G, D). Returns (M, H, D).
+
+    ends (M,): causal, yet row m sees at least the first ends[m] keys.
+    """
     groups = q.shape[1] // k.shape[1]
     q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
     if groups > 1:  # PyTorch's own grouped path has no fused kernel on the CPU
         k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
     rows, keys = q.shape[1], k.shape[1]
     mask = None
-    if causal and 1 < rows < keys:
+    if causal and (1 < rows < keys or ends is not None):
         mask = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
+    if mask is not None and ends is not None:
+        mask |= torch.arange(keys, device=q.device) < ends[:, None]
     # The leading 1 is not a batch: without four dimensions PyTorch leaves its fused kernel for the plain one.
     out = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=mask, is_causal=causal and rows == keys and rows > 1
+        q[None], k[None], v[None], attn_mask=mask, is_causal=causal and rows == keys and rows > 1 and mask is None
     )
     return out[0].transpose(0, 1)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
     """New tokens against what is cached.
 
     q (B, M, H, D): the last M tokens of each of B documents. k, v (N, G, D): the cache, where document b holds rows
     starts[b] : starts[b] + lengths[b], its M new ones included; starts, lengths (B,). Token m of document b sees its
-    first lengths[b] - M + m + 1 rows. Returns (B, M, H, D).
+    first lengths[b] - M + m + 1 rows. A length is at least M, or 0 for a slot without a document, whose result is
+    zeros. k and v are of q's dtype, or float8_e4m3fn; k_scale, v_scale float32, () or (G,), multiply what is stored.
+    Returns (B, M, H, D).
     """
-    spans = zip(starts.tolist(), lengths.tolist(), strict=True)
-    return torch.stack([attend(q[b], k[s : s + n], v[s : s + n], causal=True) for b, (s, n) in enumerate(spans)])
+    out = torch.zeros_like(q)
+    for b, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        rows = slice(start, start + length)
+        out[b] = _attend_stored(q[b], k[rows], v[rows], k_scale, v_scale)
+    return out
+
+
+def paged_decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """``decode_attention`` with the cache in pages (PagedAttention, Kwon et al. 2023).
+
+    k_pages, v_pages (pages, size, G, D); page_table (B, most pages) int32: row i of document b is
+    k_pages[page_table[b, i // size], i % size]. Entries past a document's length may be anything.
+    """
+    out = torch.zeros_like(q)
+    size = k_pages.shape[1]
+    for b, length in enumerate(lengths.tolist()):
+        pages = page_table[b, : math.ceil(length / size)].long()
+        k, v = (x[pages].flatten(0, 1)[:length] for x in (k_pages, v_pages))
+        out[b] = _attend_stored(q[b], k, v, k_scale, v_scale)
+    return out
+
+
+def _attend_stored(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> Tensor:
+    """One document's new tokens against its rows as the cache holds them; zeros if it has none."""
+    if not len(k):
+        return torch.zeros_like(q)
+    return attend(q, _restored(k, k_scale, q.dtype), _restored(v, v_scale, q.dtype), causal=True)
+
+
+def _restored(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows (N, G, D) of a cache in ``dtype``, by one scale or one for each head."""
+    return stored.to(dtype) if scale is None else (_wide(stored) * scale.reshape(-1, 1)).to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -104,6 +174,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def gelu_erf(x: Tensor) -> Tensor:
+    """The exact GELU, x · Φ(x), as in LLaVA's projector."""
+    return F.gelu(x)
+
+
 def patch_embed(patches: Tensor, weight: Tensor, bias: Tensor, table: Tensor, grids: Tensor) -> Tensor:
     """patches (P, 768) · weightᵀ (C, 768) + bias (C,) + the position table (N, C) resized to each image's grid.
 
@@ -144,32 +219,86 @@ def scatter_rows(row: Tensor, values: Tensor, index: Tensor) -> Tensor:
     return row.index_copy(0, index, values.to(row.dtype))
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def project_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, index: Tensor) -> Tensor:
+    """``row`` (T, C) with row[index[p]] replaced by the projection of x[p], (P, Cv); index (P,) without repeats."""
+    return scatter_rows(row, projector(x, w0, b0, w1, b1), index)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, filter_below: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(hidden · weightᵀ)[target] over the labelled rows, and their count.
 
     hidden (T, C), weight (V, C), targets (T,) int64 with NO_LABEL where there is none. Unlabelled rows are never
     multiplied. Returns (sum float32 scalar, count int64 scalar): the caller divides by the global batch's count.
+    ``filter_below``: logits whose probability is under it, the target's excepted, get no gradient, which makes it
+    inexact (Cut Your Losses, Wijmans et al. 2024).
     """
     labelled = (targets != NO_LABEL).nonzero().squeeze(1)
     logits = _wide(F.linear(hidden[labelled], weight))
+    if filter_below > 0 and logits.requires_grad:
+        small = logits.detach().softmax(-1) < filter_below
+        dropped = small.scatter(1, targets[labelled, None], False)
+        logits.register_hook(lambda grad: grad.masked_fill(dropped, 0.0))
     return F.cross_entropy(logits, targets[labelled], reduction="sum"), labelled.new_tensor(len(labelled))
 
 
 def adamw(
     param: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: Tensor | Moment8,
+    exp_avg_sq: Tensor | Moment8,
     step: int,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    clip: Tensor | float = 1.0,
+    copy: Tensor | None = None,
+    seed: int | None = None,
 ) -> None:
-    """One decoupled-weight-decay Adam step in place on float32 tensors (Loshchilov & Hutter 2019, algorithm 2)."""
+    """One decoupled-weight-decay Adam step in place, computed in float32 (Loshchilov & Hutter 2019, algorithm 2).
+
+    param, grad and copy are contiguous and of one shape; grad, of any float dtype, is multiplied by ``clip`` (a
+    number, or a float32 scalar on the device) first. param is float32, or bfloat16, which is then rounded
+    stochastically. The moments are float32, bfloat16 (rounded to nearest) or 8-bit. ``copy``: a shorter float tensor
+    that gets the new param, rounded to nearest. ``seed`` draws the roundings of this tensor, with step and index;
+    required for a bfloat16 param and for 8-bit moments.
+    """
     beta1, beta2 = betas
-    param.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.lerp_(grad * grad, 1 - beta2)
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    bits = None
+    if param.dtype == torch.bfloat16 or isinstance(exp_avg, Moment8) or isinstance(exp_avg_sq, Moment8):
+        if seed is None:
+            raise ValueError("adamw: a bfloat16 param and 8-bit moments are rounded stochastically and need a seed")
+        bits = random_bits(seed, step, param.numel(), param.device)
+    p, g = _wide(param).flatten(), _wide(grad).flatten() * clip
+    first, second = _moment(exp_avg, signed=True), _moment(exp_avg_sq, signed=False)
+    first = first.lerp(g, 1 - beta1)
+    second = second.lerp(g * g, 1 - beta2)
+    denominator = (second / (1 - beta2**step)).sqrt_().add_(eps)
+    p = (p * (1 - lr * weight_decay)).addcdiv_(first, denominator, value=-lr / (1 - beta1**step))
+    _store(param, p, bits, signed=None)
+    _store(exp_avg, first, bits, signed=True)
+    _store(exp_avg_sq, second, bits, signed=False)
+    if copy is not None:
+        copy.copy_(param)
+
+
+def _moment(moment: Tensor | Moment8, signed: bool) -> Tensor:
+    return moment.decode(signed) if isinstance(moment, Moment8) else _wide(moment).flatten()
+
+
+def _store(target: Tensor | Moment8, x: Tensor, bits: Tensor | None, signed: bool | None) -> None:
+    """Writes flat ``x``. signed: which moment; None for the parameter, whose bfloat16 is rounded stochastically."""
+    if isinstance(target, Moment8):
+        assert bits is not None and signed is not None
+        target.encode_(x, bits, signed)
+    elif signed is None and bits is not None and target.dtype == torch.bfloat16:
+        target.copy_(round_stochastically(x, bits).view(target.shape))
+    else:
+        target.copy_(x.view(target.shape))
+
+
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x (…, K) · weightᵀ (N, K) + bias (N,), the weight dequantised to x's dtype. The weight gets no gradient."""
+    return F.linear(x, dequantize(weight, x.dtype), bias)

@@ -45,7 +45,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     assert ours.shape == theirs.shape, f"{ours.shape} against {theirs.shape}"
     if not theirs.numel():
         return 0.0
-    ours, theirs = ours.detach().double(), theirs.detach().double()
+    ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
     norms = float((ours - theirs).norm() / theirs.norm())
     assert norms == norms, "nan"
     return max(norms, float((ours - theirs).abs().max() / theirs.abs().max()))
@@ -79,7 +79,7 @@ def gradients(model: phi4rv.Phi4RV, loss: Tensor) -> dict[str, Tensor]:
 def errors(model: phi4rv.Phi4RV, processor: phi4rv.Processor, case: Case) -> dict[str, float]:
     """The error of each quantity of BOUNDS that the case has."""
     sample = processor.encode(case.prompt)
-    batch = phi4rv.pack([sample])
+    batch = phi4rv.pack([sample]).to(model.device)
     found = {}
     with torch.no_grad():
         if case.record["images"]:
@@ -87,7 +87,7 @@ def errors(model: phi4rv.Phi4RV, processor: phi4rv.Processor, case: Case) -> dic
             found["vision"] = relative(model.vision(batch), case.tensors["vision"])
             found["projected"] = relative(model.encode_images(batch), case.tensors["projected"])
         found["logits"] = relative(model(batch)[-8:], case.tensors["logits_last8"])
-    loss = model.loss(phi4rv.pack([answered(sample, case.record["answer_ids"])]))
+    loss = model.loss(phi4rv.pack([answered(sample, case.record["answer_ids"])]).to(model.device))
     found["loss"] = abs(loss.item() - case.record["loss"]) / case.record["loss"]
     norms = {name: g.norm().item() for name, g in gradients(model, loss).items()}
     found["gradients"] = relative_norms(norms, case.record["grad_norm"])

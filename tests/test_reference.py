@@ -9,8 +9,7 @@ from parity import relative
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from phi4rv import UserError, reference
-from phi4rv.ops import Operations
+from phi4rv import reference
 
 F32 = 1e-5  # bound for float32 against float64
 
@@ -235,27 +234,3 @@ def test_adamw(weight_decay: float) -> None:
         optimizer.step()
         assert relative(ours, theirs) < 1e-6
     assert relative(exp_avg_sq, optimizer.state[theirs]["exp_avg_sq"]) < 1e-6
-
-
-def test_choosing_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PHI4RV_KERNELS", raising=False)
-    assert Operations("torch").rms_norm is reference.rms_norm
-    assert set(Operations("torch").chosen) == set(Operations().chosen)
-    assert str(Operations("torch")) == "torch: " + ", ".join(Operations("torch").chosen)
-    with pytest.raises(UserError, match=r"^--kernels: 'cudnn' is unknown, must be one of auto, torch, triton, cuda$"):
-        Operations("cudnn")
-    monkeypatch.setenv("PHI4RV_KERNELS", "fast")
-    with pytest.raises(UserError, match=r"^PHI4RV_KERNELS: 'fast' is unknown"):
-        Operations()
-    assert set(Operations("torch").chosen.values()) == {"torch"}  # an argument goes before the variable
-    monkeypatch.setenv("PHI4RV_KERNELS", "torch")
-    assert set(Operations().chosen.values()) == {"torch"}
-
-
-@pytest.mark.parametrize("kind", ["triton", "cuda"])
-def test_kernels_that_cannot_run_on_a_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=rf"^--kernels: \w+ (has no {kind} implementation|cannot run as {kind})"):
-        Operations(kind, "cpu")
-    monkeypatch.setenv("PHI4RV_KERNELS", kind)
-    with pytest.raises(UserError, match=rf"^PHI4RV_KERNELS: \w+ (has no {kind}|cannot run as {kind})"):
-        Operations(None, "cpu")

@@ -76,7 +76,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--skip-bad", action="store_true", help="count and skip bad records instead of stopping at the first")
     add("--device", help="cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, help="of weights and activations: bfloat16 on a GPU, float32 on a CPU")
-    add("--kernels", choices=KERNELS)
+    add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
     fields = parser.add_argument_group("the stage's hyperparameters (train/recipe.py), each to be overridden")
     for name, kind in recipe.options().items():
         fields.add_argument("--" + name.replace("_", "-"), type=kind)

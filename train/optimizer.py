@@ -59,20 +59,18 @@ class Optimizer:
         """
         if dist.is_initialized():
             dist.all_reduce(self.flat)
-        self.flat.div_(labelled)
-        norm = float(self.flat.norm())
+        norm = float(self.flat.norm()) / labelled
         if not math.isfinite(norm):
             raise UserError(f"step {self.steps + 1}: the gradient's norm is {norm}; lower --lr")
-        if norm > self.stage.clip:
-            self.flat.mul_(self.stage.clip / norm)
+        factor = min(1.0, self.stage.clip / norm if norm else 1.0) / labelled
         self.steps += 1
+        copies = self._copies()
         for name, master in self.masters.items():
             decay = self.stage.weight_decay if master.ndim >= 2 else 0.0
             betas = (self.stage.beta1, self.stage.beta2)
             moments = self.exp_avg[name], self.exp_avg_sq[name]
-            self.ops.adamw(master, self.grads[name], *moments, self.steps, lr, betas, EPS, decay)
-            if self.params[name].data_ptr() != master.data_ptr():
-                self.params[name].data.copy_(master)
+            copy = self.params[name].data if name in copies else None
+            self.ops.adamw(master, self.grads[name], *moments, self.steps, lr, betas, EPS, decay, factor, copy)
         self.flat.zero_()
         return norm
 

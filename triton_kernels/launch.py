@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def require(condition: bool, message: str) -> None:
@@ -16,10 +18,17 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_float(x: Tensor, name: str) -> None:
+    """ValueError unless x is of a float dtype that kernels are right in. ``name``: the operation and argument."""
+    require(x.dtype in FLOATS, f"{name} is {x.dtype}, must be float32, float16 or bfloat16")
+    exact = x.dtype != torch.bfloat16 or not INTERPRETED
+    require(exact, f"{name} is bfloat16, which Triton's interpreter computes wrongly; take float32 or float16")
+
+
 def rows(x: Tensor) -> Tensor:
     """x as (rows, channels) with adjacent channels; copies only where they are not adjacent."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return x.flatten(0, -2) if x.ndim != 2 else x
+    return x.flatten(0, -2) if x.ndim > 2 else torch.atleast_2d(x)
 
 
 @functools.lru_cache

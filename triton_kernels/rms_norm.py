@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import FLOATS, multiprocessors, require, rows
+from triton_kernels.launch import multiprocessors, require, require_float, rows
 from triton_kernels.tuning import Space
 
 FORWARD = Space("rms_norm.forward", {"row": [{"num_warps": 8}, {"num_warps": 4}, {"num_warps": 16}]})
@@ -66,7 +66,7 @@ def _backward(
 
 def launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:
     """normed, rstd (rows,) float32, and x + residual if there is a residual; see ``rms_norm``."""
-    require(x.dtype in FLOATS, f"rms_norm: x is {x.dtype}, must be float32, float16 or bfloat16")
+    require_float(x, "rms_norm: x")
     require(weight.shape == x.shape[-1:], f"rms_norm: weight is {tuple(weight.shape)}, must be {tuple(x.shape[-1:])}")
     same = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     require(same, f"rms_norm: residual must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}")
@@ -115,9 +115,7 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> list[Te
 
 
 @backward.register_fake
-def _(
-    dnormed: Tensor, dsummed: Tensor | None, summed: Tensor, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(dnormed: Tensor, dsummed: Tensor | None, summed: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     return summed.new_empty(summed.shape), weight.new_empty(weight.shape)
 
 

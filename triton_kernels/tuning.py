@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -23,7 +24,9 @@ TABLE = Path(__file__).with_name("tuned.json")
 class Space:
     """The candidates of one kernel. ``name``: ``file.kernel``; ``cases``: case -> candidates, the default first."""
 
-    all: list[Space] = []
+    all: ClassVar[list[Space]] = []
+    # (name, case) of every pick so far: tells tuning what a function runs.
+    picked: ClassVar[set[tuple[str, str]]] = set()
 
     def __init__(self, name: str, cases: dict[str, Sequence[Config]]):
         self.name, self.cases = name, cases
@@ -32,7 +35,8 @@ class Space:
 
     def pick(self, case: str, device: torch.device) -> Config:
         """The configuration for ``case`` on ``device``."""
-        if self._forced in self.cases[case]:
+        Space.picked.add((self.name, case))
+        if self._forced is not None and self._forced in self.cases[case]:
             return self._forced
         measured = _table().get(_device_name(device), {}).get(self.name, {}).get(case)
         return measured or self.cases[case][0]

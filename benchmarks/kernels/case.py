@@ -19,8 +19,10 @@ class Draw:
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:
         """Of standard deviation 1; a leaf that wants its gradient if ``grad``."""
-        x = torch.randn(shape, device=self.device, dtype=dtype or self.dtype, generator=self.generator)
-        return x.requires_grad_(grad)
+        dtype = dtype or self.dtype
+        drawn = self.dtype if dtype.itemsize == 1 else dtype  # PyTorch draws no float8
+        x = torch.randn(shape, device=self.device, dtype=drawn, generator=self.generator)
+        return x.to(dtype).requires_grad_(grad)
 
     def ints(self, values: list[int] | Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
         """Given integers: offsets, indices, labels."""
@@ -34,8 +36,9 @@ class Case:
     inputs(draw) -> the arguments of ``ours`` and of each peer, which return a tensor or a tuple of tensors. With
     ``backward`` what is timed is the gradient, for every input that wants one, of an already computed result.
     bytes: the fewest through memory, each input read once and each output written once; flops: useful operations.
-    goal: ("peer", r): best peer's time / ours ≥ r; ("copy", r): share of the measured copy bandwidth; ("product", r):
-    share of the measured product rate.
+    goal: ("peer", r): best peer's time / ours ≥ r, or with a peer's name that peer's; ("copy", r): share of the
+    measured copy bandwidth; ("product", r): share of the measured product rate.
+    bounds: peers that do less than ours (bare products): timed, but not compared, and never the best peer.
     """
 
     operation: str
@@ -47,6 +50,7 @@ class Case:
     flops: int = 0
     backward: bool = False
     goal: tuple[str, float] | None = None
+    bounds: tuple[str, ...] = ()
 
 
 def differentiable(outputs: Any) -> list[Tensor]:

@@ -21,6 +21,12 @@ PLACE = [PLACES[0], PLACES[2]]
 Place = tuple[str, torch.dtype]
 
 
+def draw(place: Place, *shape: int, scale: float = 1.0) -> Tensor:
+    """A normal random leaf that wants its gradient."""
+    device, dtype = place
+    return (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+
+
 def parity(
     kernel: Callable[..., Any],
     reference: Callable[..., Any],
@@ -63,9 +69,7 @@ def _leaf(x: Any, dtype: torch.dtype | None = None) -> Any:
     return x.detach().to(dtype or x.dtype).requires_grad_(wanted)
 
 
-def _run(
-    function: Callable[..., Any], inputs: list[Any], gradients: bool, cotangent: torch.dtype
-) -> dict[str, Tensor]:
+def _run(function: Callable[..., Any], inputs: list[Any], gradients: bool, cotangent: torch.dtype) -> dict[str, Tensor]:
     """Float outputs and, by input, gradients. Cotangents are the same in every dtype: rounded to ``cotangent``."""
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)

@@ -7,20 +7,17 @@ import torch
 from torch import Tensor
 
 from phi4rv import reference
-from tests.kernels.check import PLACE, PLACES, Place, parity
+from tests.kernels.check import PLACE, PLACES, Place, draw, parity
 from triton_kernels import rms_norm as kernels
 from triton_kernels.rms_norm import rms_norm
 
 EPS = 1e-5
 
 
-def draw(place: Place, *shape: int, scale: float = 1.0) -> Tensor:
-    device, dtype = place
-    return (scale * torch.randn(shape)).to(device, dtype).requires_grad_()
-
-
 def both(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
-    parity(lambda x, w, r: rms_norm(x, w, EPS, r), lambda x, w, r: reference.rms_norm(x, w, EPS, r), (x, weight, residual))
+    parity(
+        lambda x, w, r: rms_norm(x, w, EPS, r), lambda x, w, r: reference.rms_norm(x, w, EPS, r), (x, weight, residual)
+    )
 
 
 @pytest.mark.parametrize("place", PLACES)

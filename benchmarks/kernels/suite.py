@@ -1,0 +1,204 @@
+"""Runs the cases of every operation in a process of their own.
+
+A kernel may hang or break its GPU for the whole process. What it was doing is then struck off (a peer) or recorded as
+failed (ours), and a new process goes on from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from benchmarks.kernels import operations, timing
+from benchmarks.kernels.case import Case
+from benchmarks.kernels.measure import OURS, Broken, Record, broken, heading, measure, short, unmeasured
+
+PACKAGE = "benchmarks.kernels"
+TIMING = "timing"
+# Silence after which a process is taken to hang: compiling a peer, or ten slow calls.
+PATIENCE = 120.0
+CASE_SECONDS = {"cuda": 0.4, "cpu": 0.05}
+OUT_OF_TIME = "out of time"
+
+
+@dataclass
+class Progress:
+    """What the processes have reported so far. ``at``: the row and the variant that one of them is in."""
+
+    rows: list[Record] = field(default_factory=list)
+    records: dict[int, Record] = field(default_factory=dict)
+    excluded: dict[int, dict[str, str]] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
+    at: tuple[int, str] | None = None
+
+    def next(self) -> int:
+        """The first row without a record."""
+        return next((i for i in range(len(self.rows)) if i not in self.records), len(self.rows))
+
+    def complete(self) -> bool:
+        return bool(self.rows) and self.next() == len(self.rows)
+
+    def blame(self, reason: str) -> None:
+        """A process ended before its time: a peer is not tried again, ours has failed."""
+        row, variant = self.at or (self.next(), OURS)
+        if variant in (OURS, TIMING):
+            place = "" if variant == OURS else " while timing"
+            self.records[row] = unmeasured(self.rows[row], "failed", reason + place)
+        else:
+            self.excluded.setdefault(row, {})[variant] = reason
+
+
+def run(
+    only: Sequence[str] = (), seconds: float = math.inf, package: str = PACKAGE, patience: float = PATIENCE
+) -> dict[str, Any]:
+    """Measures every row: {"device", "ceilings", "rows"}. Rows for which ``seconds`` do not suffice say so."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # the new process reads it before its first kernel
+    names = list(only) or operations()
+    progress, deadline = Progress(), time.monotonic() + seconds
+    while not progress.complete() and time.monotonic() < deadline:
+        begun = len(progress.records)
+        stopped = _follow(progress, (package, names, device), deadline, patience)
+        if stopped in (None, OUT_OF_TIME):
+            break
+        if not progress.ceilings:  # it did not come to the first row: nothing will
+            progress.rows = progress.rows or [_empty(name) for name in names]
+            progress.records = {i: unmeasured(row, "failed", stopped) for i, row in enumerate(progress.rows)}
+        elif progress.at or len(progress.records) == begun:
+            progress.blame(stopped)
+    progress.rows = progress.rows or [_empty(name) for name in names]
+    rows = [
+        progress.records.get(i) or unmeasured(row, "not measured", OUT_OF_TIME) for i, row in enumerate(progress.rows)
+    ]
+    return {"device": device, "ceilings": progress.ceilings, "rows": rows}
+
+
+def _follow(progress: Progress, work: tuple[Any, ...], deadline: float, patience: float) -> str | None:
+    """Starts a process and takes down what it reports. None when it did all, else why it ended."""
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    progress.at = None
+    process = spawn.Process(
+        target=_work, args=(sender, *work, progress.next(), progress.excluded, progress.ceilings), name="kernels"
+    )
+    process.start()
+    sender.close()
+    reason = None
+    try:
+        while True:
+            quiet = patience if progress.at else PATIENCE  # starting takes its time
+            left = deadline - time.monotonic()
+            if left <= 0 or not receiver.poll(min(quiet, left)):
+                return OUT_OF_TIME if left <= quiet else f"no answer for {quiet:g} s"
+            kind, value = receiver.recv()
+            if kind == "done":
+                return None
+            if kind == "stopped":
+                reason = value
+            elif kind == "at":
+                progress.at = value
+            elif kind == "record":
+                row, record = value
+                progress.records[row], progress.at = record, None
+                print(f"  {_line(record)}", file=sys.stderr, flush=True)
+            else:
+                setattr(progress, kind, value)
+    except EOFError:
+        process.join()
+        return reason or f"the process ended with {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+
+
+def _line(record: Record) -> str:
+    figure = f"{record['ms']:.4g} ms" if record["ms"] else f"{record['status']}: {record['reason']}"
+    return f"{record['operation']} {record['shape']}: {figure}"
+
+
+def _work(
+    sender: Connection,
+    package: str,
+    names: list[str],
+    device: str,
+    start: int,
+    excluded: dict[int, dict[str, str]],
+    ceilings: dict[str, float],
+) -> None:
+    """In the new process: measures the rows from ``start`` on and sends (kind, value) pairs."""
+    if device == "cuda":
+        _configure_compile()
+    plan = [entry for name in names for entry in _cases(package, name)]
+    sender.send(("rows", [_head(entry) for entry in plan]))
+    if not ceilings:
+        ceilings = timing.ceilings(device)
+        sender.send(("ceilings", ceilings))
+    for row, entry in list(enumerate(plan))[start:]:
+        if isinstance(entry, Case):
+            try:
+                record = measure(
+                    entry,
+                    device,
+                    ceilings,
+                    excluded.get(row),
+                    functools.partial(_announce, sender, row),
+                    CASE_SECONDS[device],
+                )
+            except Broken as error:
+                sender.send(("stopped", str(error)))
+                os._exit(1)  # nothing can be freed any more
+            except Exception as error:  # of the inputs, or of the timing itself
+                record = unmeasured(heading(entry), "failed", short(error))
+        else:
+            record = entry
+        sender.send(("record", (row, record)))
+        if broken(device):
+            os._exit(1)
+    sender.send(("done", None))
+
+
+def _announce(sender: Connection, row: int, variant: str) -> None:
+    sender.send(("at", (row, variant)))
+
+
+def _configure_compile() -> None:
+    """Peers are compiled for their exact shape, and their backward pass can be run again."""
+    import torch._dynamo
+    import torch._functorch.config
+
+    dynamo: Any = torch._dynamo.config
+    dynamo.automatic_dynamic_shapes = False
+    dynamo.recompile_limit = 256
+    functorch: Any = torch._functorch.config
+    functorch.donated_buffer = False
+
+
+def _cases(package: str, name: str) -> list[Case | Record]:
+    """The operation's cases, or one record that says why there are none."""
+    try:
+        return list(importlib.import_module(f"{package}.{name}").cases(tiny=not torch.cuda.is_available()))
+    except Exception as error:
+        return [unmeasured(_empty(name), "failed", short(error))]
+
+
+def _empty(name: str) -> Record:
+    """Stands for the cases of an operation that could not be listed."""
+    return {"operation": name, "shape": "", "backward": False, "goal": None}
+
+
+def _head(entry: Case | Record) -> Record:
+    return (
+        heading(entry) if isinstance(entry, Case) else {k: entry[k] for k in ("operation", "shape", "backward", "goal")}
+    )

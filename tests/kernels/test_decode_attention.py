@@ -1,0 +1,286 @@
+"""decode_attention, contiguous and paged, against its definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from phi4rv import reference
+from tests.kernels.check import PLACE, PLACES, Place, parity
+from triton_kernels import decode_attention as kernels
+from triton_kernels.decode_attention import decode_attention, paged_decode_attention, part_count
+from triton_kernels.launch import multiprocessors
+
+SLACK = 4.0  # a score's own rounding is an error of its weight, however few numbers come out
+FP8 = torch.float8_e4m3fn
+LENGTHS = [1, 16, 17, 0, 64, 65, 300]
+Inputs = tuple[Any, ...]
+
+
+def draw(place: Place, *shape: int, scale: float = 1.0, fp8: bool = False) -> Tensor:
+    device, dtype = place
+    x = (scale * torch.randn(shape)).to(device, dtype)
+    return x.to(FP8) if fp8 else x
+
+
+def scales(place: Place, fp8: bool, heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """A scalar and one for each head."""
+    if not fp8:
+        return None, None
+    return torch.tensor(0.3, device=place[0]), (0.5 + torch.rand(heads)).to(place[0])
+
+
+def packed(
+    place: Place, lengths: list[int], H: int, G: int, D: int, M: int = 1, fp8: bool = False, scale: float = 1.0
+) -> Inputs:
+    """Documents out of order, with rows between them that are no one's: NaN."""
+    cache = torch.zeros(2, sum(lengths) + 3 * len(lengths), G, D)
+    cache[:] = float("nan")
+    starts, row = [0] * len(lengths), 0
+    for b in reversed(range(len(lengths))):
+        starts[b] = row
+        cache[:, row : row + lengths[b]] = scale * torch.randn(2, lengths[b], G, D)
+        row += lengths[b] + 3
+    k, v = cache.to(place[0], FP8 if fp8 else place[1])
+    offsets = [torch.tensor(x, dtype=torch.int32, device=place[0]) for x in (starts, lengths)]
+    return draw(place, len(lengths), M, H, D, scale=scale), k, v, *offsets, *scales(place, fp8, G)
+
+
+def paged(place: Place, lengths: list[int], H: int, G: int, D: int, size: int, M: int = 1, fp8: bool = False) -> Inputs:
+    """Pages in random order; rows past a document's end are NaN, entries of the table past it out of range."""
+    used = [-(-n // size) for n in lengths]
+    order = torch.randperm(sum(used) + 2).tolist()
+    cache = torch.full((2, len(order), size, G, D), float("nan"))
+    table = torch.full((len(lengths), max(used) + 1), -1)
+    for b, n in enumerate(lengths):
+        for i in range(used[b]):
+            table[b, i] = order.pop()
+            rows = min(size, n - i * size)
+            cache[:, table[b, i], :rows] = torch.randn(2, rows, G, D)
+    table[table < 0] = torch.tensor([-1, 2**31 - 1]).repeat(table.numel())[: int((table < 0).sum())]
+    k, v = cache.to(place[0], FP8 if fp8 else place[1])
+    integers = [x.to(place[0], torch.int32) for x in (table, torch.tensor(lengths))]
+    return draw(place, len(lengths), M, H, D), k, v, *integers, *scales(place, fp8, G)
+
+
+def held(inputs: Inputs) -> None:
+    parity(decode_attention, reference.decode_attention, inputs, slack=SLACK)
+
+
+def held_paged(inputs: Inputs) -> None:
+    parity(paged_decode_attention, reference.paged_decode_attention, inputs, slack=SLACK)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("heads", [(4, 1), (2, 2), (40, 1)])
+def test_ragged_lengths(place: Place, fp8: bool, heads: tuple[int, int]) -> None:
+    held(packed(place, LENGTHS if heads[0] < 40 else [0, 70], *heads, D=16, fp8=fp8))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("M", [2, 8, 17])
+def test_several_tokens(place: Place, fp8: bool, M: int) -> None:
+    """Down to a document that is all new, where its first token sees itself alone."""
+    held(packed(place, [M, M + 1, 0, 70], 2, 1, 16, M, fp8))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("D", [1, 24, 64, 72, 200, 256])
+def test_head_dims(place: Place, D: int) -> None:
+    for fp8 in (False, True):
+        held(packed(place, [70], 2, 1, D, fp8=fp8))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("size", [1, 16, 256])
+def test_paged(place: Place, fp8: bool, size: int) -> None:
+    held_paged(paged(place, [1, 0, 64, 257], 2, 1, 24, size, fp8=fp8))
+    if size == 16:
+        held_paged(paged(place, [5, 131], 2, 2, 24, size, M=5, fp8=fp8))
+
+
+@pytest.mark.parametrize("place", PLACES[2:])
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("M", [1, 8])
+@pytest.mark.parametrize("lengths", [LENGTHS, [16384], [4096] * 8, [4095, 9, 0, 3600, 16384]])
+def test_real_shapes(place: Place, fp8: bool, M: int, lengths: list[int]) -> None:
+    held(packed(place, lengths, 40, 10, 128, M, fp8))
+    held_paged(paged(place, lengths, 40, 10, 128, 64, M, fp8))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1e4])
+def test_extreme_values(place: Place, scale: float) -> None:
+    """All equal, nearly so, and one key that takes all: a score of 1e8."""
+    held(packed(place, [40, 130], 4, 1, 16, scale=scale))
+    q, k, v, *rest = packed(place, [40, 130], 4, 1, 16, M=2, fp8=True)
+    held((q * scale, k, v, *rest))
+
+
+@pytest.mark.parametrize("place", PLACE)
+def test_a_thousand_documents_of_one_token(place: Place) -> None:
+    """A softmax of one key is 1: the result is the value's own bits. Interpreted, fifty do."""
+    B = 50 if place[0] == "cpu" else 1000
+    v = draw(place, B, 1, 16)
+    starts = torch.randperm(B).to(place[0])
+    out = decode_attention(draw(place, B, 1, 1, 16), draw(place, B, 1, 16), v, starts, torch.ones_like(starts))
+    assert torch.equal(out[:, 0], v[starts])
+
+
+@pytest.mark.parametrize("place", PLACE)
+@pytest.mark.parametrize("shape", [(0, 1, 4, 16), (2, 0, 4, 16), (2, 1, 4, 16)])
+def test_nothing(place: Place, shape: tuple[int, ...]) -> None:
+    """No document, no token, no key."""
+    q, cache = draw(place, *shape), draw(place, 0, 2, 16)
+    zero = torch.zeros(shape[0], dtype=torch.int64, device=place[0])
+    assert torch.equal(decode_attention(q, cache, cache, zero, zero), torch.zeros_like(q))
+    table = zero.new_zeros((shape[0], 0))
+    assert torch.equal(paged_decode_attention(q, cache[None], cache[None], table, zero), torch.zeros_like(q))
+
+
+@pytest.mark.parametrize("place", PLACE)
+def test_strided_inputs(place: Place) -> None:
+    """Keys and values side by side in one cache, channels of q apart, a table of more columns than are given."""
+    both = draw(place, 90, 2, 2, 48)
+    k, v = both[:, 0, :, 8:32], both[:, 1, :, 8:32]
+    q = draw(place, 24, 4, 1, 2).permute(3, 2, 1, 0)
+    starts, lengths = torch.tensor([[1, 9], [40, 9], [30, 9], [50, 9]], device=place[0])[:, 0].view(2, 2)
+    held((q, k, v, starts, lengths))
+    pages = both.view(9, 10, 2, 2, 48)
+    table = torch.tensor([[3, 1, 8, 0], [2, 5, 7, 0]], dtype=torch.int32, device=place[0])
+    held_paged((q, pages[:, :, 0, :, :24], pages[:, :, 1, :, :24], table[:, :3], lengths - 25))
+
+
+@pytest.mark.parametrize("place", PLACE)
+def test_a_cache_of_more_than_2_to_the_31_elements(place: Place) -> None:
+    rows, wide = 40, 2**31 // 16
+    torch.utils.deterministic.fill_uninitialized_memory = False  # on a CPU, pages that nothing touches cost nothing
+    storage = torch.empty(rows * wide, device=place[0], dtype=place[1])
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    cache = storage.as_strided((rows, 1, 16), (wide, 16, 1))
+    cache.copy_(draw(place, rows, 1, 16))
+    starts, lengths = torch.tensor([[20], [20]], device=place[0])
+    held((draw(place, 1, 1, 2, 16), cache, cache, starts, lengths))
+    table = torch.tensor([[19, 3]], dtype=torch.int32, device=place[0])
+    pages = storage.as_strided((20, 2, 1, 16), (2 * wide, wide, 16, 1))
+    held_paged((draw(place, 1, 1, 2, 16), pages, pages, table, torch.tensor([4], device=place[0])))
+
+
+@pytest.mark.parametrize("place", PLACE)
+def test_every_code_of_float8(place: Place) -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device=place[0])
+    out = torch.empty(256, dtype=torch.float16, device=place[0])
+    kernels._convert_codes[(1,)](codes, out, COUNT=256)
+    torch.testing.assert_close(out, codes.view(FP8).half(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("place", PLACE)
+def test_scales_of_a_cache_that_is_not_float8(place: Place) -> None:
+    q, k, v, starts, lengths, *_ = packed(place, [70], 2, 2, 16)
+    held((q, k, v, starts, lengths, *scales(place, True, 2)))
+    held((q, k, v, starts, lengths, *reversed(scales(place, True, 2))))
+
+
+@pytest.mark.parametrize("place", PLACE)
+def test_every_configuration(place: Place) -> None:
+    for case, configs in kernels.PART.cases.items():
+        D, bits = (int(x) for x in case.split(" of "))
+        dtype = torch.float32 if bits == 32 else torch.float16 if place[0] == "cpu" else torch.bfloat16
+        for config in configs:
+            with kernels.PART.forced(config):
+                held(packed((place[0], dtype), [140], 1, 1, D, M=2, fp8=bits == 8))
+    for config in kernels.MERGE.cases["row"]:
+        with kernels.MERGE.forced(config):
+            held(packed(place, [140], 1, 1, 72))
+
+
+def test_parts_fill_the_chip() -> None:
+    assert part_count(programs=10, keys=16384, block=64, slots=264) == 26
+    assert part_count(programs=264, keys=16384, block=64, slots=264) == 1
+    assert part_count(programs=1, keys=100, block=64, slots=264) == 2  # no more than there are blocks of keys
+    assert part_count(programs=1, keys=0, block=64, slots=264) == 1
+    assert part_count(2, 300, 64, 2 * multiprocessors(torch.device("cpu"))) > 1  # the tests above did split and merge
+    for programs in range(1, 300):
+        parts = part_count(programs, 10**6, 64, 264)
+        assert parts <= kernels.MOST_PARTS
+        assert programs * parts / (-(-programs * parts // 264) * 264) > 0.9 or programs <= 2
+
+
+@pytest.mark.parametrize("place", PLACE)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_operator(place: Place, fp8: bool) -> None:
+    """Schema, fake and compilation; the same input gives the same bits."""
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if not fp8:  # which the check of the schema cannot compare
+        checks.append("test_schema")
+    for function, operator, inputs in (
+        (decode_attention, kernels.contiguous, packed(place, [130], 1, 1, 16, fp8=fp8)),
+        (paged_decode_attention, kernels.paged, paged(place, [130], 1, 1, 16, 16, fp8=fp8)),
+    ):
+        torch.library.opcheck(operator, inputs, test_utils=checks)
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        once = function(*inputs)
+        assert torch.equal(compiled(*inputs), once)
+        assert torch.equal(function(*inputs), once)
+
+
+@pytest.mark.parametrize("place", PLACE)
+def test_there_is_no_gradient(place: Place) -> None:
+    q, *rest = packed(place, [30], 4, 2, 16)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        decode_attention(q.requires_grad_(), *rest).sum().backward()
+
+
+@pytest.mark.gpu
+def test_a_graph_replayed_while_documents_grow() -> None:
+    """Captured on a side stream with empty slots, replayed with other lengths and pages."""
+    place = ("cuda", torch.bfloat16)
+    q, k, v, table, lengths, *_ = paged(place, [700, 0, 80, 900], 40, 10, 128, 64)
+    filled, grown = table.clamp(0, len(k) - 1), lengths.clone()
+    k, v = k.nan_to_num(), v.nan_to_num()
+    grown.zero_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        paged_decode_attention(q, k, v, filled, grown)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = paged_decode_attention(q, k, v, filled, grown)
+    for step in (lengths, lengths + 1, lengths * 0):
+        grown.copy_(step)
+        graph.replay()
+        assert torch.equal(out, paged_decode_attention(q, k, v, filled, step))
+        parity(lambda *x: out, reference.paged_decode_attention, (q, k, v, filled, step))
+
+
+def test_wrong_arguments_are_named() -> None:
+    q, k, v, starts, lengths, *_ = packed(("cpu", torch.float32), [5, 6], 4, 2, 16)
+    for inputs, message in (
+        ((q.double(), k, v, starts, lengths), "q is torch.float64"),
+        ((q[0], k, v, starts, lengths), "q has shape"),
+        ((q, k[0], v, starts, lengths), "k has shape"),
+        ((q, k.half(), v, starts, lengths), "both must be torch.float32"),
+        ((q, k, v[:-1], starts, lengths), "v has shape"),
+        ((q, k[..., :8], v[..., :8], starts, lengths), "k has head dim 8, q has 16"),
+        ((q[:, :, :3], k, v, starts, lengths), "3 query heads"),
+        ((q, k.mT.contiguous().mT, v, starts, lengths), "must be adjacent"),
+        ((q, k, v, starts[:1], lengths), "starts is"),
+        ((q, k, v, starts, lengths.float()), "lengths is torch.float32"),
+        ((q, k, v, starts, lengths, torch.ones(3)), "k_scale must be"),
+        ((q, k, v, starts, lengths, None, torch.ones(2).half()), "v_scale must be"),
+    ):
+        with pytest.raises(ValueError, match=f"^decode_attention: .*{message}"):
+            decode_attention(*inputs)
+    with pytest.raises(ValueError, match="head dim 512"):
+        wide = torch.ones(5, 1, 512)
+        decode_attention(wide[None, :1], wide, wide, starts[:1], lengths[:1])
+    for table, message in ((starts, "page_table has shape"), (starts[None], "page_table is")):
+        with pytest.raises(ValueError, match=f"^paged_decode_attention: {message}"):
+            paged_decode_attention(q, k[None], v[None], table, lengths)

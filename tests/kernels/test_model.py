@@ -1,0 +1,68 @@
+"""The whole model on Triton kernels alone, beside the same weights on the definitions; on a GPU the golden cases."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import parity
+import pytest
+import torch
+from PIL import Image
+from small import small_config, small_model
+
+import phi4rv
+from infer.engine import generate
+from phi4rv.chat import Message
+from phi4rv.checkpoint import empty_model
+from tests.kernels.check import PLACE, Place
+
+CASES = parity.cases()
+
+
+def twins(place: Place) -> tuple[phi4rv.Phi4RV, phi4rv.Phi4RV, phi4rv.Processor]:
+    """A small model on the definitions in float32, the same on Triton kernels, and their processor."""
+    model, processor = small_model()
+    twin = empty_model(small_config(), place[0], torch.float32, "triton").to_empty(device=place[0])
+    twin.load_state_dict(model.state_dict())
+    assert set(twin.ops.chosen.values()) == {"triton"}
+    return model.to(place[0]), twin, processor
+
+
+def dialogue(processor: phi4rv.Processor, said: str, answer: str, grids: list[tuple[int, int]]) -> phi4rv.Sample:
+    """A labelled sample with random patches."""
+    sample = processor.tokens([Message("user", said), Message("assistant", answer)], grids, labelled=True)
+    return dataclasses.replace(sample, patches=torch.randn(sum(r * c for r, c in grids), 768))
+
+
+@pytest.mark.parametrize("place", PLACE)
+def test_loss_and_gradients(place: Place) -> None:
+    """Three documents, one without an image: tile edges inside the row, unlabelled rows, image rows."""
+    model, twin, processor = twins(place)
+    texts = [("<image>\nWhere?", "[0.1]", [(2, 3)]), ("Hi", "Yes", []), ("<image>a<image>b", "no", [(4, 3), (1, 4)])]
+    batch = phi4rv.pack([dialogue(processor, *text) for text in texts]).to(place[0])
+    losses = [m.loss(batch) for m in (model, twin)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    wanted, found = (parity.gradients(m, loss) for m, loss in zip((model, twin), losses, strict=True))
+    assert wanted.keys() == found.keys()
+    largest = max(float(g.norm()) for g in wanted.values())
+    for name, gradient in wanted.items():
+        # A key bias moves no softmax: its true gradient is zero, and rounding is measured against the others.
+        assert float((found[name] - gradient).norm()) < 1e-5 * max(float(gradient.norm()), 1e-2 * largest), name
+
+
+@pytest.mark.parametrize("place", PLACE)
+def test_tokens(place: Place) -> None:
+    """Prefill of two prompts and decoding against their caches."""
+    model, twin, processor = twins(place)
+    image = Image.effect_noise((40, 30), 90).convert("RGB")
+    prompts = [phi4rv.Prompt("<image>\nWhat?", [image], "nothink"), phi4rv.Prompt("Hello", [], "nothink")]
+    made, found = ([g.token_ids for g in generate(m, processor, prompts, max_new_tokens=3)] for m in (model, twin))
+    assert found == made
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_golden_cases(case: parity.Case) -> None:
+    model, processor = phi4rv.load(parity.CHECKPOINT, device="cuda", dtype=torch.float32, kernels="triton")
+    for name, error in parity.errors(model, processor, case).items():
+        assert error < parity.BOUNDS[name], f"{name}: {error}"

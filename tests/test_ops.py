@@ -1,0 +1,66 @@
+"""Which implementation of an operation runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from phi4rv import UserError, ops, reference
+from phi4rv.ops import IMPLEMENTATIONS, Operations
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PHI4RV_KERNELS", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_one_kind_for_all() -> None:
+    assert Operations("torch").rms_norm is reference.rms_norm
+    assert set(Operations("torch").chosen) == set(IMPLEMENTATIONS)
+    assert str(Operations("torch")) == "torch: " + ", ".join(IMPLEMENTATIONS)
+
+
+def test_every_operation_is_typed_and_defined() -> None:
+    assert set(Operations.__annotations__) == set(IMPLEMENTATIONS)
+    assert all(IMPLEMENTATIONS[name]["torch"].load() is getattr(reference, name) for name in IMPLEMENTATIONS)
+
+
+def test_argument_before_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHI4RV_KERNELS", "fast")
+    with pytest.raises(UserError, match=r"^PHI4RV_KERNELS: 'fast' is unknown, must be one of auto, cuda"):
+        Operations()
+    assert set(Operations("torch").chosen.values()) == {"torch"}
+    with pytest.raises(UserError, match=r"^--kernels: 'cudnn' is unknown"):
+        Operations("cudnn")
+
+
+def test_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    chosen = Operations("triton,rms_norm=torch").chosen
+    assert chosen.pop("rms_norm") == "torch"
+    assert set(chosen.values()) <= {"triton"}
+    assert set(Operations("rms_norm=torch").chosen.values()) == {"torch"}  # the rest: auto
+    with pytest.raises(UserError, match=r"^--kernels: 'rmsnorm' is no operation, must be one of "):
+        Operations("torch,rmsnorm=triton")
+
+
+@pytest.mark.parametrize("kind", ["triton", "cuda", "flash_attn"])
+def test_kernels_that_cannot_run_on_a_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=rf"^--kernels: \w+ (has no {kind} implementation|cannot run as {kind} on cpu)"):
+        Operations(kind, "cpu")
+    monkeypatch.setenv("PHI4RV_KERNELS", kind)
+    with pytest.raises(UserError, match=rf"^PHI4RV_KERNELS: \w+ (has no {kind}|cannot run as {kind})"):
+        Operations(None, "cpu")
+
+
+def test_auto_takes_only_what_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(ops, "VERIFIED", {})
+    assert set(Operations("auto").chosen.values()) == {"torch"}
+    monkeypatch.setattr(ops, "VERIFIED", {"triton": {"rms_norm": ("cpu",)}})
+    assert Operations("auto").chosen["rms_norm"] == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert Operations("auto").chosen["rms_norm"] == "torch"

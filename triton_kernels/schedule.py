@@ -1,0 +1,134 @@
+"""What the kernels of packed attention share: which tiles there are and in which order, which keys a row sees, and how
+a head of any width is held.
+
+A tile is a block of rows of one document. Each head runs its tiles longest first: a long document among short ones
+then starts at once instead of last, and the short ones fill the end (Graham's longest processing time rule).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["N", "slots"])
+def _schedule(
+    cu_seqlens, tiles, N, slots, CAUSAL: tl.constexpr, REVERSED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Places the tiles of one cost. Causal, a document has one of each cost up to its number of blocks; else as many
+    as blocks, all of that cost."""
+    cost = tl.program_id(0) + 1
+    place = 0
+    for first in range(0, N, CHUNK):
+        documents = first + tl.arange(0, CHUNK)
+        starts = tl.load(cu_seqlens + documents, mask=documents < N, other=0)
+        ends = tl.load(cu_seqlens + documents + 1, mask=documents < N, other=0)
+        blocks = (ends - starts + ROWS - 1) // ROWS
+        dearer = tl.maximum(blocks - cost, 0) if CAUSAL else tl.where(blocks > cost, blocks, 0)
+        place += tl.sum(dearer, 0)
+    for first in range(0, N, CHUNK):
+        documents = first + tl.arange(0, CHUNK)
+        starts = tl.load(cu_seqlens + documents, mask=documents < N, other=0)
+        ends = tl.load(cu_seqlens + documents + 1, mask=documents < N, other=0)
+        blocks = (ends - starts + ROWS - 1) // ROWS
+        here = blocks >= cost if CAUSAL else blocks == cost
+        each = 1 if CAUSAL else cost
+        count = here.to(tl.int32) * each
+        places = place + tl.cumsum(count, 0) - count
+        for i in range(0, each):
+            block = i
+            if CAUSAL:
+                block = blocks - cost if REVERSED else blocks * 0 + cost - 1
+            held = here & (places + i < slots)
+            tl.store(tiles + 2 * (places + i), documents, mask=held)
+            tl.store(tiles + 2 * (places + i) + 1, block, mask=held)
+        place += tl.sum(count, 0)
+    if cost == 1:  # the cheapest come last; at most N slots are left over
+        for first in range(0, N, CHUNK):
+            rest = place + first + tl.arange(0, CHUNK)
+            tl.store(tiles + 2 * rest, -1, mask=rest < slots)
+
+
+def schedule(cu_seqlens: Tensor, T: int, max_seqlen: int, rows: int, causal: bool, reverse: bool = False) -> Tensor:
+    """The tiles of ``rows`` rows as (slots, 2) int32: document and block, dearest first; document -1: no tile.
+
+    The number of slots depends on the shapes alone and nothing is read back, so that a CUDA graph can hold the launch.
+    The cost is the number of blocks that a tile visits: with ``causal`` those up to its own, or, with ``reverse``,
+    those from its own on (tiles of keys, which visit queries).
+    """
+    N = len(cu_seqlens) - 1
+    most = triton.cdiv(min(max_seqlen, T), rows)
+    slots = min(T // rows + N, N * most)
+    tiles = cu_seqlens.new_empty((slots, 2), dtype=torch.int32)
+    if slots:
+        with torch.cuda.device_of(cu_seqlens):
+            _schedule[(most,)](cu_seqlens, tiles, N, slots, causal, causal and reverse, rows, CHUNK=256, num_warps=4)
+    return tiles
+
+
+def widths(D: int) -> tuple[int, int]:
+    """A head's channels as two powers of two, at least 16 each: 72 is 64 + 16. One and 0 where two save nothing."""
+    whole = max(16, triton.next_power_of_2(D))
+    main = max(16, whole // 2)
+    tail = max(16, triton.next_power_of_2(D - main)) if main < D else 0
+    return (main, tail) if main + tail < whole else (whole, 0)
+
+
+def case(D: int, dtype: torch.dtype) -> str:
+    """The case of a head in the spaces of candidates. float32 takes twice the memory and no tensor cores."""
+    if dtype == torch.float32:
+        return "float32"
+    return str(D) if D in (64, 72, 128) else "other"
+
+
+def heads(x: Tensor) -> Tensor:
+    """x (T, heads, D) with its heads side by side, as in a row of queries, keys and values; copied only if not."""
+    D = x.shape[2]
+    return x if x.stride(2) == 1 and x.stride(1) == D else x.contiguous()
+
+
+@triton.jit
+def tile(tiles, cu_seqlens):
+    """This program's tile: block (-1: nothing to do), first row of its document in the packed row, its length."""
+    slot = tl.program_id(0)
+    document = tl.load(tiles + 2 * slot)
+    block = tl.load(tiles + 2 * slot + 1, mask=document >= 0, other=-1)
+    start = tl.load(cu_seqlens + document, mask=document >= 0, other=0)
+    length = tl.load(cu_seqlens + document + 1, mask=document >= 0, other=0) - start
+    return block, start.to(tl.int64), length
+
+
+@triton.jit
+def visible(rows, start, length, key_ends, CAUSAL: tl.constexpr, EXTENDED: tl.constexpr):
+    """How many keys of their document these rows of it see; does not decrease with the row."""
+    seen = rows * 0 + length
+    if CAUSAL:
+        seen = tl.minimum(rows + 1, seen)
+    if EXTENDED:
+        ends = tl.load(key_ends + start + rows, mask=rows < length, other=0) - start.to(tl.int32)
+        seen = tl.minimum(tl.maximum(ends, seen), length)
+    return seen
+
+
+@triton.jit
+def load(x, rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """Channels FIRST to FIRST + WIDTH of a head at x, of rows at these offsets; 0 past D and, if MASKED, outside."""
+    channels = FIRST + tl.arange(0, WIDTH)
+    pointers = x + rows[:, None] + channels[None, :]
+    if FIRST + WIDTH <= D:
+        if MASKED:
+            return tl.load(pointers, mask=inside[:, None], other=0.0)
+        return tl.load(pointers)
+    if MASKED:
+        return tl.load(pointers, mask=inside[:, None] & (channels < D)[None, :], other=0.0)
+    return tl.load(pointers, mask=(channels < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store(x, value, rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """The counterpart of ``load``, in the dtype of x."""
+    channels = FIRST + tl.arange(0, WIDTH)
+    mask = inside[:, None] & (channels < D)[None, :]
+    tl.store(x + rows[:, None] + channels[None, :], value.to(x.dtype.element_ty), mask=mask)
