@@ -259,7 +259,7 @@ cudaError_t launch(const AttentionForward& f, cudaStream_t stream) {
   const int bytes = sizeof(Shared<T, D>) + 1024;
   error = cudaFuncSetAttribute(forward<T, D, CAUSAL>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error) return error;
-  const int most = schedule_bound(f.tokens, f.documents, S::ROWS) * f.heads;
+  const int most = schedule_bound(f) * f.heads;
   forward<T, D, CAUSAL><<<min(most, f.multiprocessors), S::THREADS, bytes, stream>>>(a);
   return cudaGetLastError();
 }

@@ -28,6 +28,12 @@ cudaStream_t stream_of(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
+int multiprocessors(const Tensor& x) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, x.get_device_index()), "multiprocessors");
+  return count;
+}
+
 phi4rv::Type short_float(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half, name,
                   " must be bfloat16 or float16");
@@ -45,7 +51,7 @@ void check_heads(const Tensor& x, const Tensor& like, const char* name) {
 }
 
 std::tuple<Tensor, Tensor> packed_attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, bool causal, int64_t multiprocessors) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, int64_t max_seqlen, bool causal) {
   phi4rv::AttentionForward f{};
   f.type = short_float(q, "packed_attention: q");
   check_heads(q, q, "packed_attention: q");
@@ -65,13 +71,14 @@ std::tuple<Tensor, Tensor> packed_attention(
                   "packed_attention: q, k, v and cu_seqlens must be on one CUDA device");
   f.documents = cu_seqlens.size(0) - 1;
   f.q_stride = q.stride(0), f.k_stride = k.stride(0), f.v_stride = v.stride(0);
-  f.causal = causal, f.multiprocessors = multiprocessors;
+  f.max_seqlen = max_seqlen, f.causal = causal;
   f.scale = 1.0f / std::sqrt(float(f.head_dim));
   const auto guard = torch::stable::accelerator::DeviceGuard(q.get_device_index());
+  f.multiprocessors = multiprocessors(q);
   Tensor out = torch::stable::new_empty(q, {f.tokens, f.heads, f.head_dim});
   Tensor lse = torch::stable::new_empty(q, {f.heads, f.tokens}, ScalarType::Float);
   if (f.tokens == 0 || f.documents == 0) return {out, lse};
-  const int slots = phi4rv::schedule_bound(f.tokens, f.documents, phi4rv::attention_rows(f.head_dim));
+  const int slots = phi4rv::schedule_bound(f);
   Tensor schedule = torch::stable::new_empty(q, {2 + 2 * slots}, ScalarType::Int);
   f.q = q.data_ptr(), f.k = k.data_ptr(), f.v = v.data_ptr(), f.out = out.data_ptr();
   f.lse = static_cast<float*>(lse.data_ptr());
@@ -83,7 +90,7 @@ std::tuple<Tensor, Tensor> packed_attention(
 }  // namespace
 
 STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
-  m.def("packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, int multiprocessors) -> (Tensor, Tensor)");
+  m.def("packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, bool causal) -> (Tensor, Tensor)");
 }
 
 // On a CPU too, where every call ends at a check: so the checks are tested without a GPU.

@@ -12,9 +12,6 @@ enum class Type { bfloat16, float16 };
 // Query rows that one block works on, by head dim: as many warpgroups of 64 as registers allow.
 constexpr int attention_rows(int head_dim) { return head_dim > 80 ? 128 : 192; }
 
-// Slots that a schedule may need at most, known without reading the offsets.
-constexpr int schedule_bound(int tokens, int documents, int rows) { return tokens / rows + documents; }
-
 // softmax(q k^T scale) v inside each document of a packed row. Strides are between rows, in elements; a row's heads
 // follow each other. head_dim 64, 72, 80 or 128; pointers and strides in multiples of 16 bytes.
 struct AttentionForward {
@@ -22,14 +19,21 @@ struct AttentionForward {
   void* out;              // (tokens, heads, head_dim), contiguous
   float* lse;             // (heads, tokens)
   const int* cu_seqlens;  // (documents + 1)
-  int* schedule;          // 2 + 2 schedule_bound(...), written here
+  int* schedule;          // 2 + 2 schedule_bound, written here
   int64_t q_stride, k_stride, v_stride;
-  int tokens, documents, heads, kv_heads, head_dim;
+  int tokens, documents, max_seqlen, heads, kv_heads, head_dim;
   int multiprocessors;
   float scale;
   bool causal;
   Type type;
 };
+
+// Tiles that there are at most, known without reading the offsets.
+constexpr int schedule_bound(const AttentionForward& f) {
+  const int rows = attention_rows(f.head_dim);
+  const int64_t by_length = int64_t(f.documents) * ((f.max_seqlen + rows - 1) / rows), by_rows = f.tokens / rows + f.documents;
+  return int(by_length < by_rows ? by_length : by_rows);
+}
 
 cudaError_t attention_forward(const AttentionForward& arguments, cudaStream_t stream);
 

@@ -1,0 +1,73 @@
+"""The CUDA kernels of ``csrc/`` as operations, where its library has been built."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("lib") / "phi4rv_cuda.so"
+HEAD_DIMS = (64, 72, 80, 128)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why the kernels do not run on this device, or None."""
+    if not LIBRARY.exists():
+        return "csrc/ is not built: `make setup` builds it where nvcc is found"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return "the CUDA kernels need a Hopper GPU (sm_90)"
+    return None
+
+
+@functools.cache
+def load() -> None:
+    """Registers the library's operators, ``phi4rv_cuda::…``, with their fakes and gradients."""
+    torch.ops.load_library(LIBRARY)
+    torch.library.register_fake("phi4rv_cuda::packed_attention", _fake_attention)
+    torch.library.register_autograd("phi4rv_cuda::packed_attention", _differentiate, setup_context=_save)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    key_ends: Tensor | None = None,
+) -> Tensor:
+    """As ``reference.packed_attention``: bfloat16 or float16, head dim 64, 72, 80 or 128, rows 16-byte aligned.
+
+    ValueError with key_ends; RuntimeError naming any other argument that the kernel cannot take. The gradient is that
+    of ``triton_kernels.packed_attention_backward``.
+    """
+    if key_ends is not None:
+        raise ValueError("packed_attention: the CUDA kernel has no key_ends; use the torch or the triton kernels")
+    load()
+    out: Tensor = torch.ops.phi4rv_cuda.packed_attention(q, k, v, cu_seqlens, max_seqlen, causal)[0]
+    return out
+
+
+def _fake_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.causal = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    from triton_kernels.packed_attention_backward import backward
+
+    if dout is None:
+        return (None,) * 6
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    return *backward(dout, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, ctx.causal, None), None, None, None
