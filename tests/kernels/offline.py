@@ -89,13 +89,10 @@ def compile_case(case: Case, draw: Draw) -> dict[str, Any]:
 
 def resources(compiled: Any) -> dict[str, Any]:
     """Registers and spill bytes a thread, shared bytes, threads, blocks a multiprocessor, kinds of product."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True)
+    usage = cuobjdump("-res-usage", compiled)
+    dots = compiled.asm["ttir"].count("tt.dot")
+    # Slow, and what the product is called is a matter of sm_90.
+    sass = cuobjdump("-sass", compiled) if dots and compiled.metadata.target.arch == 90 else ""
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
     threads = 32 * compiled.metadata.num_warps
     shared = compiled.metadata.shared
@@ -110,9 +107,17 @@ def resources(compiled: Any) -> dict[str, Any]:
         "warps": compiled.metadata.num_warps,
         "stages": compiled.metadata.num_stages,
         "blocks": blocks,
-        "dots": compiled.asm["ttir"].count("tt.dot"),
-        **{name: len(re.findall(rf"\b{name}\b", sass.stdout)) for name in ("HGMMA", "QGMMA", "HMMA", "UTMALDG")},
+        "dots": dots,
+        **{name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "QGMMA", "HMMA", "UTMALDG")},
     }
+
+
+def cuobjdump(option: str, compiled: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [TOOLS / "cuobjdump", option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def configurations(operation: str, cases: list[Case], defaults: bool) -> Iterator[tuple[Case, Space | None, Config]]:

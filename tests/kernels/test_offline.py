@@ -6,19 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("offline")  # one process, which uses all cores itself
 ROOT = Path(__file__).parents[2]
 OPERATIONS = sorted(
     p.stem for p in (ROOT / "benchmarks" / "kernels").glob("*.py") if (ROOT / "triton_kernels" / p.name).exists()
 )
 OPERATIONS.remove("__init__")
-OTHERS = (80, 100)  # capabilities for which the defaults must compile
 SHARED = 227 * 1024  # what one block may have on sm_90
 # Products of fewer than 64 rows, which wgmma cannot do: they run as mma (HMMA).
 FEW_ROWS = {"decode_attention.part"}
@@ -35,21 +32,10 @@ def compile_for(operation: str, *options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[tuple[str, int], Future[list[dict[str, Any]]]]:
-    """Kernels by operation and capability, compiled on all cores at once: every candidate for sm_90, else defaults."""
-    pool = ThreadPoolExecutor(os.cpu_count())
-    jobs = {(operation, 90): pool.submit(compile_for, operation) for operation in OPERATIONS}
-    for capability in OTHERS:
-        for operation in OPERATIONS:
-            options = ("--capability", str(capability), "--defaults")
-            jobs[operation, capability] = pool.submit(compile_for, operation, *options)
-    return jobs
-
-
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_hopper(operation: str, compiled: dict[tuple[str, int], Future[list[dict[str, Any]]]]) -> None:
-    kernels = compiled[operation, 90].result()
+def test_hopper(operation: str) -> None:
+    """Every candidate."""
+    kernels = compile_for(operation)
     assert kernels
     for k in kernels:
         name = f"{operation}.{k['kernel'].lstrip('_')}"
@@ -63,9 +49,8 @@ def test_hopper(operation: str, compiled: dict[tuple[str, int], Future[list[dict
         assert not k["dots"] or k["HGMMA"] or (name in FEW_ROWS and k["HMMA"]), k
 
 
-@pytest.mark.parametrize("capability", OTHERS)
+@pytest.mark.parametrize("capability", [80, 100])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_other_architectures(
-    operation: str, capability: int, compiled: dict[tuple[str, int], Future[list[dict[str, Any]]]]
-) -> None:
-    assert compiled[operation, capability].result()
+def test_other_architectures(operation: str, capability: int) -> None:
+    """The defaults compile."""
+    assert compile_for(operation, "--capability", str(capability), "--defaults")
