@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <optional>
 #include <tuple>
 
 #include "kernels.h"
@@ -87,12 +88,57 @@ std::tuple<Tensor, Tensor> packed_attention(
   return {out, lse};
 }
 
+void check_matrix(const Tensor& t, const Tensor& like, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous(), name, " must be (", rows,
+                  ", ", columns, "), adjacent");
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of x");
+  STD_TORCH_CHECK(t.get_device_index() == like.get_device_index(), name, " must be on the device of x");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name, " must start at a multiple of 16 bytes");
+}
+
+Tensor gemv(
+    const Tensor& x, const Tensor& w, const std::optional<Tensor>& norm, double eps, const std::optional<Tensor>& residual,
+    bool swiglu) {
+  phi4rv::Gemv g{};
+  g.type = short_float(x, "gemv: x");
+  STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2, "gemv: x must be (rows, k) and w (n, k)");
+  g.rows = x.size(0), g.k = x.size(1), g.n = w.size(0), g.eps = eps, g.swiglu = swiglu;
+  STD_TORCH_CHECK(g.rows >= 1 && g.rows <= 8, "gemv: x has ", g.rows, " rows, must have 1 to 8");
+  STD_TORCH_CHECK(g.k % 32 == 0, "gemv: k is ", g.k, ", must be a multiple of 32");
+  STD_TORCH_CHECK(g.n % (swiglu ? 16 : 8) == 0, "gemv: n is ", g.n, ", must be a multiple of ", swiglu ? 16 : 8);
+  const int out = swiglu ? g.n / 2 : g.n;
+  check_matrix(x, x, g.rows, g.k, "gemv: x");
+  check_matrix(w, x, g.n, g.k, "gemv: w");
+  if (norm) {
+    STD_TORCH_CHECK(norm->dim() == 1 && norm->size(0) == g.k && norm->is_contiguous() &&
+                        norm->scalar_type() == x.scalar_type() && norm->get_device_index() == x.get_device_index(),
+                    "gemv: norm must be (k), of the dtype and on the device of x");
+    STD_TORCH_CHECK(g.rows * g.k <= 80 * 1024, "gemv: norm with ", g.rows, " rows of ", g.k, ", must be at most 81920 values");
+  }
+  if (residual) check_matrix(*residual, x, g.rows, out, "gemv: residual");
+  STD_TORCH_CHECK(x.is_cuda(), "gemv: x must be on a CUDA device");
+  const auto guard = torch::stable::accelerator::DeviceGuard(x.get_device_index());
+  g.multiprocessors = multiprocessors(x);
+  Tensor y = torch::stable::new_empty(x, {g.rows, out});
+  g.x = x.data_ptr(), g.w = w.data_ptr(), g.y = y.data_ptr();
+  g.norm = norm ? norm->data_ptr() : nullptr, g.residual = residual ? residual->data_ptr() : nullptr;
+  check(phi4rv::gemv(g, stream_of(x)), "gemv");
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
   m.def("packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, bool causal) -> (Tensor, Tensor)");
+  m.def("gemv(Tensor x, Tensor w, Tensor? norm, float eps, Tensor? residual, bool swiglu) -> Tensor");
 }
 
 // On a CPU too, where every call ends at a check: so the checks are tested without a GPU.
-STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CUDA, m) { m.impl("packed_attention", TORCH_BOX(&packed_attention)); }
-STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CPU, m) { m.impl("packed_attention", TORCH_BOX(&packed_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CUDA, m) {
+  m.impl("packed_attention", TORCH_BOX(&packed_attention));
+  m.impl("gemv", TORCH_BOX(&gemv));
+}
+STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CPU, m) {
+  m.impl("packed_attention", TORCH_BOX(&packed_attention));
+  m.impl("gemv", TORCH_BOX(&gemv));
+}

@@ -23,12 +23,14 @@ RULES = """\
 ninja_required_version = 1.5
 builddir = {build}
 rule cuda
-  command = {nvcc} -std=c++17 -O3 -lineinfo -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden {archs} -MD -MF $out.d -c $in -o $out 2> $out.log || (cat $out.log >&2; false)
+  command = {nvcc} -std=c++17 -O3 -lineinfo -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden {archs} $
+    -MD -MF $out.d -c $in -o $out 2> $out.log || (cat $out.log >&2; false)
   depfile = $out.d
   deps = gcc
   description = nvcc $in
 rule bindings
-  command = {nvcc} -std=c++20 -O2 -Xcompiler -fPIC,-fvisibility=hidden {abi} -I{torch}/include -MD -MF $out.d -c $in -o $out
+  command = {nvcc} -std=c++20 -O2 -Xcompiler -fPIC,-fvisibility=hidden {abi} -I{torch}/include $
+    -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = nvcc $in

@@ -27,6 +27,7 @@ def load() -> None:
     """Registers the library's operators, ``phi4rv_cuda::…``, with their fakes and gradients."""
     torch.ops.load_library(LIBRARY)
     torch.library.register_fake("phi4rv_cuda::packed_attention", _fake_attention)
+    torch.library.register_fake("phi4rv_cuda::gemv", _fake_gemv)
     torch.library.register_autograd("phi4rv_cuda::packed_attention", _differentiate, setup_context=_save)
 
 
@@ -49,6 +50,29 @@ def packed_attention(
     load()
     out: Tensor = torch.ops.phi4rv_cuda.packed_attention(q, k, v, cu_seqlens, max_seqlen, causal)[0]
     return out
+
+
+def gemv(
+    x: Tensor,
+    w: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> Tensor:
+    """f(norm(x) wᵀ) + residual for 1 to 8 rows: one of a decoder layer's products with what stands around it.
+
+    x (M, K) and w (N, K), bfloat16 or float16, K a multiple of 32, N of 8 (16 with swiglu). norm (K,): x is
+    RMS-normalised with this weight and eps first. swiglu: f is silu(gate) · up of the row's halves, else nothing.
+    Returns (M, N) or (M, N/2), as ``residual`` is. RuntimeError that names any other argument. No gradient.
+    """
+    load()
+    y: Tensor = torch.ops.phi4rv_cuda.gemv(x, w, norm, eps, residual, swiglu)
+    return y
+
+
+def _fake_gemv(x: Tensor, w: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, swiglu: bool) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0] // 2 if swiglu else w.shape[0])
 
 
 def _fake_attention(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from phi4rv import flash_attn
+from phi4rv import cuda, flash_attn
 from phi4rv.errors import UserError
 
 # Fastest first: ``auto`` takes the first that runs on the device and has been verified there.
@@ -62,6 +62,7 @@ def _operation(name: str, file: str | None = None) -> dict[str, Implementation]:
 
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "packed_attention": {
+        "cuda": Implementation("phi4rv.cuda", "packed_attention", cuda.why_not),
         "flash_attn": Implementation("phi4rv.flash_attn", "packed_attention", flash_attn.why_not),
         **_operation("packed_attention"),
     },

@@ -1,0 +1,134 @@
+"""The CUDA kernels of csrc/: what they compile to, their checks, and on a GPU their parity with the definitions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from csrc import build
+from phi4rv import cuda, reference
+from tests.kernels.check import PLACES, Place, draw, parity
+
+pytestmark = pytest.mark.skipif(build.nvcc() is None and not cuda.LIBRARY.exists(), reason="no nvcc, no built csrc/")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+ON_GPU = PLACES[2:]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    if build.nvcc() is not None:
+        build.build()
+    cuda.load()
+
+
+@pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")
+def test_no_spills() -> None:
+    logs = [log.read_text() for log in (build.ROOT / "build" / "csrc").glob("*.cu.o.log")]
+    spilled = [int(n) for log in logs for n in re.findall(r"(\d+) bytes spill", log)]
+    assert len(spilled) > 20 and not any(spilled)
+    assert not any("wgmma.mma_async instructions are serialized" in log for log in logs)
+
+
+def test_machine_code() -> None:
+    """Head dim 72 is multiplied as 72, keys and values come by the copy engine, and gemv does not wait for x."""
+    sass = subprocess.run([CUOBJDUMP, "-sass", cuda.LIBRARY], capture_output=True, text=True, check=True).stdout
+    functions = {name: code for name, code in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s+Function :|\Z)", sass, re.S)}
+    head72 = [code for name, code in functions.items() if "forward" in name and "Li72E" in name]
+    assert len(head72) == 4  # two dtypes, causal or not
+    for code in head72:
+        assert "HGMMA.64x72x16" in code and "HGMMA.64x128x16" in code and "UTMALDG.3D" in code
+    for name, code in functions.items():
+        if "gemv" in name:
+            assert "LDG.E.NA.LTC256B.128" in code[: code.index("ACQBULK")], name
+
+
+def offsets(lengths: list[int], device: str = "cpu") -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def test_attention_checks() -> None:
+    q = torch.zeros(4, 2, 72, dtype=torch.bfloat16)
+    ends = offsets([4])
+    for wrong, message in [
+        ((q.float(), q, q, ends), "q must be bfloat16 or float16"),
+        ((q, q.half(), q, ends), "k must have the dtype of q"),
+        ((q, q[:3], q, ends), "k must have q's tokens and head_dim"),
+        ((q[..., :40], q[..., :40], q[..., :40], ends), "heads of a row must follow each other"),
+        ((q, q, q[:, :1], ends), "those of k and v, which must be equal"),
+        ((q, q, q, ends.long()), r"cu_seqlens must be \(documents \+ 1\) int32"),
+        ((q, q, q, ends), "must be on one CUDA device"),
+        ((*(torch.zeros(4, 2, 96, dtype=torch.bfloat16),) * 3, ends), "head_dim is 96, must be 64, 72, 80 or 128"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            cuda.packed_attention(*wrong, max_seqlen=4, causal=False)
+    with pytest.raises(ValueError, match="has no key_ends"):
+        cuda.packed_attention(q, q, q, ends, 4, True, ends)
+
+
+def test_gemv_checks() -> None:
+    x, w = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(16, 64, dtype=torch.bfloat16)
+    for arguments, message in [
+        ((torch.zeros(9, 64, dtype=torch.bfloat16), w), "x has 9 rows, must have 1 to 8"),
+        ((x[:, :40].contiguous(), w[:, :40].contiguous()), "k is 40, must be a multiple of 32"),
+        ((x, w[:12]), "n is 12, must be a multiple of 8"),
+        ((x, w.half()), "w must have the dtype of x"),
+        ((x, w, x[0, :32]), "norm must be"),
+        ((x, w, None, 0.0, x), r"residual must be \(2, 16\)"),
+        ((x, w), "x must be on a CUDA device"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            cuda.gemv(*arguments)
+
+
+def test_fakes() -> None:
+    q, k = (torch.zeros(5, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
+    assert cuda.packed_attention(q, k, k, offsets([5]).to("meta"), 5, True).shape == (5, 4, 128)
+    x, w = (torch.zeros(rows, 64, dtype=torch.bfloat16, device="meta") for rows in (3, 32))
+    assert (cuda.gemv(x, w).shape, cuda.gemv(x, w, swiglu=True).shape) == ((3, 32), (3, 16))
+
+
+@pytest.mark.parametrize("place", ON_GPU)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("H", "G", "D"), [(16, 16, 72), (4, 2, 64), (2, 2, 80), (8, 2, 128)])
+@pytest.mark.parametrize("lengths", [[1], [15, 16, 17, 0, 63, 64, 65], [191, 192, 193], [1] * 300, [3600, 257]])
+def test_attention(place: Place, causal: bool, H: int, G: int, D: int, lengths: list[int]) -> None:
+    row = draw(place, sum(lengths), H + 2 * G, D)
+    q, k, v = (x.detach().requires_grad_() for x in row.split([H, G, G], dim=1))  # strided views of one row
+    parity(
+        lambda q, k, v: cuda.packed_attention(q, k, v, offsets(lengths, place[0]), max(lengths), causal),
+        lambda q, k, v: reference.packed_attention(q, k, v, offsets(lengths, place[0]), max(lengths), causal),
+        (q, k, v),
+    )
+
+
+@pytest.mark.parametrize("place", ON_GPU)
+@pytest.mark.parametrize("rows", [1, 2, 7, 8])
+@pytest.mark.parametrize(("N", "K"), [(8, 32), (7680, 5120), (5120, 17920), (24, 4000)])
+def test_gemv(place: Place, rows: int, N: int, K: int) -> None:
+    x, w, residual = draw(place, rows, K), draw(place, N, K, scale=K**-0.5), draw(place, rows, N)
+    parity(
+        lambda x, w, r: cuda.gemv(x, w, residual=r),
+        lambda x, w, r: F.linear(x, w) + r,
+        (x, w, residual),
+        gradients=False,
+    )
+
+
+@pytest.mark.parametrize("place", ON_GPU)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_gemv_with_norm_and_swiglu(place: Place, rows: int) -> None:
+    x, norm, w = draw(place, rows, 5120), draw(place, 5120), draw(place, 2 * 1600, 5120, scale=5120**-0.5)
+    parity(
+        lambda x, n, w: cuda.gemv(x, w, n, 1e-5, swiglu=True),
+        lambda x, n, w: reference.swiglu(F.linear(reference.rms_norm(x, n, 1e-5)[0], w)),
+        (x, norm, w),
+        gradients=False,
+    )
