@@ -11,10 +11,12 @@ from torch import Tensor
 
 
 class Draw:
-    """Makes a case's inputs: normal random tensors on one device, floats in one dtype."""
+    """Makes a case's inputs: normal random tensors on one device, floats in one dtype: bfloat16, or float32
+    on a CPU, where kernels are interpreted."""
 
-    def __init__(self, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0):
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: str, dtype: torch.dtype | None = None, seed: int = 0):
+        self.device = device
+        self.dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:

@@ -344,4 +344,4 @@ def verdict(goal: Any, goal_ms: float | None, ms: float | None) -> str | None:
 
 
 def _draw(device: str, seed: int) -> Draw:
-    return Draw(device, torch.bfloat16 if device == "cuda" else torch.float32, seed)
+    return Draw(device, seed=seed)

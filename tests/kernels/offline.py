@@ -152,9 +152,9 @@ def report(case: Case, space: Space | None, config: Config, seen: set[str]) -> N
     """Prints what ``case`` compiles to under ``config`` and was not printed before."""
     if space:
         with space.forced(config):
-            kernels = compile_case(case, Empty("cpu"))
+            kernels = compile_case(case, Empty("cpu", torch.bfloat16))
     else:
-        kernels = compile_case(case, Empty("cpu"))
+        kernels = compile_case(case, Empty("cpu", torch.bfloat16))
     for name, compiled in kernels.items():
         if name not in seen:
             seen.add(name)

@@ -83,7 +83,7 @@ def inside(names: list[str]) -> int:
 
 def exercise(case: Case, device: str) -> None:
     """Forward, and backward where an input wants its gradient."""
-    inputs = case.inputs(Draw(device, torch.bfloat16 if device == "cuda" else torch.float32))
+    inputs = case.inputs(Draw(device))
     outputs = differentiable(case.ours(*inputs))
     wanted: list[Any] = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     if outputs and wanted:
