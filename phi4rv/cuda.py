@@ -16,7 +16,7 @@ HEAD_DIMS = (64, 72, 80, 128)
 def why_not(device: torch.device) -> str | None:
     """Why the kernels do not run on this device, or None."""
     if not LIBRARY.exists():
-        return "csrc/ is not built: `make setup` builds it where nvcc is found"
+        return "csrc/ is not built: `python csrc/build.py` builds it where nvcc is found"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return "the CUDA kernels need a Hopper GPU (sm_90)"
     return None
