@@ -7,7 +7,6 @@ namespace phi4rv {
 
 // Writes the number of tiles, a pad, and the tiles (document, block of ``rows`` rows) by falling cost: the keys that the
 // block's last row sees, ties by document and block. The order is a function of the offsets alone.
-
 cudaError_t schedule(const int* cu_seqlens, int documents, int rows, bool causal, int* out, cudaStream_t stream);
 
 }  // namespace phi4rv

@@ -8,7 +8,7 @@ takes three as well, but then the weight's gradient is a sum over the chunks: at
 32 chunks of 256 rows reads 2 GB of weight twice and reads and writes 2 GB of its gradient, over 200 GB in all. Chunks
 of the vocabulary have every labelled row, so that each row of the weight's gradient is written once, finished.
 
-Rows without a label cost nothing: labelled rows are packed by an index on the device.
+Rows without a label are never multiplied: labelled rows are packed by an index on the device.
 """
 
 from __future__ import annotations
