@@ -10,13 +10,16 @@
 
 #include "hopper.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 #include "schedule.h"
 #include "tensor_map.h"
+#include "warp.cuh"
 
 namespace phi4rv {
 namespace {
 
 using namespace hopper;
+using namespace warp;
 
 constexpr int KEYS = 128;  // keys of a step
 constexpr int WIDE = 64;   // columns of 2 bytes that one swizzled box holds
@@ -100,31 +103,6 @@ __device__ inline void produce(const Arguments& a, Shared<T, D>& s) {
   }
 }
 
-template <typename T>
-__device__ inline uint32_t pack(float low, float high);
-template <>
-__device__ inline uint32_t pack<__nv_bfloat16>(float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-template <>
-__device__ inline uint32_t pack<__half>(float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
-// The two rows of a 64-row accumulator that a thread holds a part of are spread over four neighbouring threads.
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 template <typename T, int D, bool CAUSAL>
 __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
   constexpr int STEPS = Shape<D>::STEPS;
@@ -171,15 +149,15 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
         for (int i = 0; i < KEYS / 2; i += 4) top = fmaxf(top, fmaxf(scores[i + 2 * half], scores[i + 2 * half + 1]));
         const float now = fmaxf(highest[half], quad_max(top));
         const float base = now == -INFINITY ? 0 : now;  // a row that has seen no key yet
-        shrink[half] = exp2f((highest[half] - base) * scale);
+        shrink[half] = exp2_fast((highest[half] - base) * scale);
         highest[half] = now;
         float added = 0;
 #pragma unroll
         for (int i = 0; i < KEYS / 2; i += 4) {
           float& x = scores[i + 2 * half];
           float& y = scores[i + 2 * half + 1];
-          x = exp2f(fmaf(x, scale, -base * scale));
-          y = exp2f(fmaf(y, scale, -base * scale));
+          x = exp2_fast(fmaf(x, scale, -base * scale));
+          y = exp2_fast(fmaf(y, scale, -base * scale));
           added += x + y;
         }
         sum[half] = sum[half] * shrink[half] + added;
@@ -195,7 +173,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       product_fence();
 #pragma unroll
       for (int step = 0; step < KEYS / 16; step++)
-        product(out, p[step], operand(&s.v[stage][0][step * 16][0], sizeof(s.v[stage][0])), true, T());
+        product<MN_MAJOR>(out, p[step], operand(&s.v[stage][0][step * 16][0], sizeof(s.v[stage][0])), true, T());
       product_commit();
       product_wait<0>();
       pin(out);
@@ -220,8 +198,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
 template <typename T, int D, bool CAUSAL>
 __global__ void __launch_bounds__(Shape<D>::THREADS, 1) forward(const __grid_constant__ Arguments a) {
   constexpr int GROUPS = Shape<D>::GROUPS;
-  extern __shared__ char raw[];
-  auto& s = *reinterpret_cast<Shared<T, D>*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
+  auto& s = block_shared<Shared<T, D>>();
   if (threadIdx.x == 0) {
     init(&s.q_full, 1);
     init(&s.q_empty, GROUPS);
@@ -247,21 +224,20 @@ template <typename T, int D, bool CAUSAL>
 cudaError_t launch(const AttentionForward& f, cudaStream_t stream) {
   using S = Shape<D>;
   Arguments a{};
-  cudaError_t error = tensor_map(a.q, f.q, f.type, D, f.heads, f.tokens, f.q_stride, S::ROWS);
-  if (!error) error = tensor_map(a.k, f.k, f.type, D, f.kv_heads, f.tokens, f.k_stride, KEYS);
-  if (!error) error = tensor_map(a.v, f.v, f.type, D, f.kv_heads, f.tokens, f.v_stride, KEYS);
+  const auto describe = [&](CUtensorMap& map, const void* data, int heads, int64_t stride, int rows) {
+    return tensor_map(map, data, f.type, {D, heads, f.tokens}, {D * 2, stride * 2}, {WIDE, 1, rows});
+  };
+  cudaError_t error = describe(a.q, f.q, f.heads, f.q_stride, S::ROWS);
+  if (!error) error = describe(a.k, f.k, f.kv_heads, f.k_stride, KEYS);
+  if (!error) error = describe(a.v, f.v, f.kv_heads, f.v_stride, KEYS);
   if (error) return error;
   a.out = f.out, a.lse = f.lse, a.cu_seqlens = f.cu_seqlens;
   a.count = f.schedule, a.tiles = reinterpret_cast<const int2*>(f.schedule + 2);
   a.tokens = f.tokens, a.heads = f.heads, a.heads_per_key = f.heads / f.kv_heads, a.scale = f.scale;
   error = schedule(f.cu_seqlens, f.documents, S::ROWS, CAUSAL, f.schedule, stream);
   if (error) return error;
-  const int bytes = sizeof(Shared<T, D>) + 1024;
-  error = cudaFuncSetAttribute(forward<T, D, CAUSAL>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error) return error;
   const int most = schedule_bound(f) * f.heads;
-  forward<T, D, CAUSAL><<<min(most, f.multiprocessors), S::THREADS, bytes, stream>>>(a);
-  return cudaGetLastError();
+  return launch_kernel({min(most, f.multiprocessors), S::THREADS, shared_bytes<Shared<T, D>>}, stream, forward<T, D, CAUSAL>, a);
 }
 
 template <typename T, bool CAUSAL>

@@ -23,7 +23,7 @@ RULES = """\
 ninja_required_version = 1.5
 builddir = {build}
 rule cuda
-  command = {nvcc} -std=c++17 -O3 -lineinfo -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden {archs} $
+  command = {nvcc} -std=c++20 -O3 -lineinfo -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden {archs} $
     -MD -MF $out.d -c $in -o $out 2> $out.log || (cat $out.log >&2; false)
   depfile = $out.d
   deps = gcc

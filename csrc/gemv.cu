@@ -8,62 +8,21 @@
 // Around the product: RMSNorm of x before it, SwiGLU or a residual after it, so that a decoder layer needs no other
 // kernel than these and attention.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "hopper.cuh"
 #include "kernels.h"
+#include "launch.cuh"
+#include "warp.cuh"
 
 namespace phi4rv {
 namespace {
+
+using namespace warp;
 
 constexpr int WARPS = 10;     // 5120 and 17920 columns are whole rounds of 10 warps
 constexpr int LOADS = 4;      // of 16 bytes that a lane has in flight, twice
 constexpr int TILE = 8;       // rows of w
 constexpr int ROWS = 8;       // rows of x at most
 constexpr int COLUMNS = 32;   // of w that a warp reads at once: 4 lanes of 8
-
-template <typename T>
-struct Arithmetic;
-
-template <>
-struct Arithmetic<__nv_bfloat16> {
-  static __device__ float2 unpack(uint32_t x) { return __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(x)); }
-  static __device__ uint32_t pack(float a, float b) {
-    __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
-    return reinterpret_cast<uint32_t&>(both);
-  }
-  static __device__ void multiply(float (&d)[4], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
-  }
-};
-
-template <>
-struct Arithmetic<__half> {
-  static __device__ float2 unpack(uint32_t x) { return __half22float2(reinterpret_cast<__half2&>(x)); }
-  static __device__ uint32_t pack(float a, float b) {
-    __half2 both = __floats2half2_rn(a, b);
-    return reinterpret_cast<uint32_t&>(both);
-  }
-  static __device__ void multiply(float (&d)[4], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
-  }
-};
-
-// Weights pass once: not kept in L1, evicted first from L2.
-__device__ inline uint4 load_once(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
-
-__device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ inline void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // A lane's walk over the 16-byte pieces of its block's tiles: BATCH of each half a step, warps interleaved.
 template <typename T, int HALVES>
@@ -97,14 +56,12 @@ struct Walk {
 };
 
 template <typename T>
-__device__ inline void normalise(const Gemv& g, T* to) {
-  using A = Arithmetic<T>;
-  __shared__ float sums[WARPS];
+__device__ inline void normalise(const Gemv& g, float (&sums)[WARPS], T* to) {
   for (int row = 0; row < g.rows; row++) {
     const T* x = static_cast<const T*>(g.x) + int64_t(row) * g.k;
     float sum = 0;
     for (int i = threadIdx.x * 2; i < g.k; i += WARPS * 64) {
-      const float2 v = A::unpack(*reinterpret_cast<const uint32_t*>(x + i));
+      const float2 v = unpack<T>(*reinterpret_cast<const uint32_t*>(x + i));
       sum += v.x * v.x + v.y * v.y;
     }
     for (int apart = 16; apart; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
@@ -116,9 +73,9 @@ __device__ inline void normalise(const Gemv& g, T* to) {
     const float scale = rsqrtf(sum / g.k + g.eps);
     const T* weight = static_cast<const T*>(g.norm);
     for (int i = threadIdx.x * 2; i < g.k; i += WARPS * 64) {
-      const float2 v = A::unpack(*reinterpret_cast<const uint32_t*>(x + i));
-      const float2 w = A::unpack(*reinterpret_cast<const uint32_t*>(weight + i));
-      *reinterpret_cast<uint32_t*>(to + int64_t(row) * g.k + i) = A::pack(v.x * scale * w.x, v.y * scale * w.y);
+      const float2 v = unpack<T>(*reinterpret_cast<const uint32_t*>(x + i));
+      const float2 w = unpack<T>(*reinterpret_cast<const uint32_t*>(weight + i));
+      *reinterpret_cast<uint32_t*>(to + int64_t(row) * g.k + i) = pack<T>(v.x * scale * w.x, v.y * scale * w.y);
     }
   }
   __syncthreads();
@@ -126,21 +83,26 @@ __device__ inline void normalise(const Gemv& g, T* to) {
 
 __device__ inline float silu(float x) { return x / (1 + __expf(-x)); }
 
+template <int HALVES>
+struct Shared {
+  float parts[2][WARPS][HALVES][ROWS][TILE];
+  float sums[WARPS];
+  uint4 normed[];  // x after its norm, if there is one
+};
+
 // HALVES is 2 for SwiGLU: a tile is 8 rows of the gate half of w and the same 8 of the up half.
 template <typename T, bool NORM, int HALVES>
 __global__ void __launch_bounds__(WARPS * 32, 2) gemv_kernel(const Gemv g) {
-  using A = Arithmetic<T>;
   constexpr int BATCH = Walk<T, HALVES>::BATCH;
-  extern __shared__ uint4 normed[];
-  __shared__ float parts[2][WARPS][HALVES][ROWS][TILE];
+  auto& s = hopper::block_shared<Shared<HALVES>>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
   Walk<T, HALVES> now(g, warp, lane);
   uint4 w[HALVES][BATCH], next[HALVES][BATCH];
   now.load(next);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (NORM) normalise<T>(g, reinterpret_cast<T*>(normed));
-  const T* x = (NORM ? reinterpret_cast<const T*>(normed) : static_cast<const T*>(g.x)) + int64_t(row) * g.k + lane % 4 * 8;
+  if (NORM) normalise<T>(g, s.sums, reinterpret_cast<T*>(s.normed));
+  const T* x = (NORM ? reinterpret_cast<const T*>(s.normed) : static_cast<const T*>(g.x)) + int64_t(row) * g.k + lane % 4 * 8;
 
   const int out = g.n / HALVES;
   float sum[HALVES][4] = {};
@@ -159,14 +121,14 @@ __global__ void __launch_bounds__(WARPS * 32, 2) gemv_kernel(const Gemv g) {
       if (row < g.rows) v = *reinterpret_cast<const uint4*>(x + here.at(i));
 #pragma unroll
       for (int h = 0; h < HALVES; h++) {
-        A::multiply(sum[h], v.x, v.y, w[h][i].x, w[h][i].y);
-        A::multiply(sum[h], v.z, v.w, w[h][i].z, w[h][i].w);
+        multiply(sum[h], {v.x, 0, v.y, 0}, {w[h][i].x, w[h][i].y}, T());
+        multiply(sum[h], {v.z, 0, v.w, 0}, {w[h][i].z, w[h][i].w}, T());
       }
     }
     if (!here.last_of_tile()) continue;
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
-      *reinterpret_cast<float2*>(&parts[turn][warp][h][row][lane % 4 * 2]) = make_float2(sum[h][0], sum[h][1]);
+      *reinterpret_cast<float2*>(&s.parts[turn][warp][h][row][lane % 4 * 2]) = make_float2(sum[h][0], sum[h][1]);
       sum[h][0] = sum[h][1] = 0;
     }
     __syncthreads();  // one a tile: the next tile writes the other half of ``parts``
@@ -174,7 +136,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2) gemv_kernel(const Gemv g) {
       const int m = threadIdx.x / TILE, n = threadIdx.x % TILE;
       float y[HALVES] = {};
       for (int i = 0; i < WARPS; i++)
-        for (int h = 0; h < HALVES; h++) y[h] += parts[turn][i][h][m][n];
+        for (int h = 0; h < HALVES; h++) y[h] += s.parts[turn][i][h][m][n];
       float result = HALVES == 2 ? silu(y[0]) * y[HALVES - 1] : y[0];
       const int64_t at = int64_t(m) * out + int64_t(here.tile) * TILE + n;
       if (g.residual) result += float(static_cast<const T*>(g.residual)[at]);
@@ -186,20 +148,10 @@ __global__ void __launch_bounds__(WARPS * 32, 2) gemv_kernel(const Gemv g) {
 
 template <typename T, bool NORM, int HALVES>
 cudaError_t launch(const Gemv& g, cudaStream_t stream) {
-  const int bytes = NORM ? g.rows * g.k * int(sizeof(T)) : 0;
-  auto* kernel = gemv_kernel<T, NORM, HALVES>;
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = min(2 * g.multiprocessors, g.n / HALVES / TILE);
-  config.blockDim = WARPS * 32;
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, g);
+  const int bytes = hopper::shared_bytes<Shared<HALVES>> + (NORM ? g.rows * g.k * int(sizeof(T)) : 0);
+  const int blocks = min(2 * g.multiprocessors, g.n / HALVES / TILE);
+  return launch_kernel({.blocks = blocks, .threads = WARPS * 32, .shared = bytes, .early = true}, stream,
+                gemv_kernel<T, NORM, HALVES>, g);
 }
 
 template <typename T>

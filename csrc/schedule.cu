@@ -1,5 +1,7 @@
 #include "schedule.h"
 
+#include "launch.cuh"
+
 namespace phi4rv {
 namespace {
 
@@ -38,11 +40,7 @@ __global__ void order(const int* cu_seqlens, int documents, int rows, int* count
 
 cudaError_t schedule(const int* cu_seqlens, int documents, int rows, bool causal, int* out, cudaStream_t stream) {
   auto* tiles = reinterpret_cast<int2*>(out + 2);
-  if (causal)
-    order<true><<<documents, 128, 0, stream>>>(cu_seqlens, documents, rows, out, tiles);
-  else
-    order<false><<<documents, 128, 0, stream>>>(cu_seqlens, documents, rows, out, tiles);
-  return cudaGetLastError();
+  return launch_kernel({documents, 128}, stream, causal ? order<true> : order<false>, cu_seqlens, documents, rows, out, tiles);
 }
 
 }  // namespace phi4rv

@@ -4,13 +4,17 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <initializer_list>
+
 #include "kernels.h"
 
 namespace phi4rv {
 
-// A (rows, heads, columns) tensor of 2-byte values in boxes of ``box_rows`` rows of one head and 64 columns, swizzled by
-// 128 bytes; what lies outside arrives as zeros. ``stride``: elements between rows.
+// A tensor in boxes, of 1 to 4 dimensions, the fastest first; its elements in that one are adjacent. ``strides``: bytes
+// between elements of the second dimension, the third, …, multiples of 16. A box row is at most 128 bytes if swizzled by
+// 128 bytes. What lies outside the tensor arrives as zeros and is not stored.
 cudaError_t tensor_map(
-    CUtensorMap& map, const void* data, Type type, int columns, int heads, int64_t rows, int64_t stride, int box_rows);
+    CUtensorMap& map, const void* data, Type type, std::initializer_list<int64_t> sizes,
+    std::initializer_list<int64_t> strides, std::initializer_list<int> box, bool swizzled = true);
 
 }  // namespace phi4rv
