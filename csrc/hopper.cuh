@@ -183,6 +183,12 @@ __device__ inline void pin(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
+// The same for operands in registers: they are written before this point.
+template <int N>
+__device__ inline void pin(uint32_t (&a)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+}
 
 // Describes an operand in shared memory with rows of 128 bytes, swizzled by 128 bytes (what load_box writes with such a
 // map), whose rows' blocks of 8 follow each other, at a multiple of 1024 bytes.

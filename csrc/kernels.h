@@ -39,6 +39,38 @@ constexpr int schedule_bound(const AttentionForward& f) {
 
 cudaError_t attention_forward(const AttentionForward& arguments, cudaStream_t stream);
 
+// The gradients of softmax(q k^T scale) v. As above; dq, dk and dv are contiguous and written whole. The rest is room to
+// work in: see attention_backward.h for how it is laid out.
+struct AttentionBackward {
+  const void *dout, *q, *k, *v, *out;  // out: contiguous
+  const float* lse;
+  void *dq, *dk, *dv;
+  const int* cu_seqlens;
+  int* schedule;     // 2 + 2 schedule_bound
+  float* rows;       // (heads, row_tiles, 4, 64), at a multiple of 16 bytes
+  uint32_t* bounds;  // (documents, kv_heads, head_dim + 1), zeros
+  int32_t* sums;     // (heads, tokens, head_dim), at a multiple of 16 bytes
+  int64_t dout_stride, q_stride, k_stride, v_stride;
+  int tokens, documents, max_seqlen, heads, kv_heads, head_dim;
+  int multiprocessors;
+  float scale;
+  bool causal;
+  Type type;
+};
+
+constexpr int ATTENTION_BACKWARD_KEYS = 128;  // keys that one block works on
+
+constexpr int schedule_bound(const AttentionBackward& b) {
+  const int64_t rows = ATTENTION_BACKWARD_KEYS, by_length = int64_t(b.documents) * ((b.max_seqlen + rows - 1) / rows);
+  const int64_t by_rows = b.tokens / rows + b.documents;
+  return int(by_length < by_rows ? by_length : by_rows);
+}
+
+// Places for tiles of 64 query rows of each document.
+__host__ __device__ constexpr int row_tiles(const AttentionBackward& b) { return b.tokens / 64 + b.documents; }
+
+cudaError_t attention_backward(const AttentionBackward& arguments, cudaStream_t stream);
+
 // y = f(norm(x) w^T) + residual for 1 to 8 rows. norm: RMSNorm with this weight, or null for none. f: silu(gate) up of the
 // two halves of w's rows if swiglu, else nothing. residual: null for none. k a multiple of 32, n of 8 (of 16 with swiglu).
 struct Gemv {

@@ -36,7 +36,30 @@ __global__ void order(const int* cu_seqlens, int documents, int rows, int* count
   }
 }
 
+// The same for tiles of keys of causal documents: a tile costs the rows from its first on.
+__global__ void order_keys(const int* cu_seqlens, int documents, int rows, int* count, int2* tiles) {
+  const int own = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x], own_tiles = (own + rows - 1) / rows;
+  for (int block = threadIdx.x; block < max(own_tiles, 1); block += blockDim.x) {
+    const int cost = own - block * rows;
+    int place = 0, total = 0;
+    for (int i = 0; i < documents; i++) {
+      const int length = cu_seqlens[i + 1] - cu_seqlens[i];
+      total += (length + rows - 1) / rows;
+      if (length > cost) place += (length - cost + rows - 1) / rows;
+      if (i < int(blockIdx.x) && length >= cost && (length - cost) % rows == 0) place++;
+    }
+    if (block < own_tiles) tiles[place] = make_int2(blockIdx.x, block);
+    if (blockIdx.x == 0 && block == 0) *count = total;
+  }
+}
+
 }  // namespace
+
+cudaError_t schedule_keys(const int* cu_seqlens, int documents, int rows, bool causal, int* out, cudaStream_t stream) {
+  if (!causal) return schedule(cu_seqlens, documents, rows, false, out, stream);
+  auto* tiles = reinterpret_cast<int2*>(out + 2);
+  return launch_kernel({documents, 128}, stream, order_keys, cu_seqlens, documents, rows, out, tiles);
+}
 
 cudaError_t schedule(const int* cu_seqlens, int documents, int rows, bool causal, int* out, cudaStream_t stream) {
   auto* tiles = reinterpret_cast<int2*>(out + 2);

@@ -9,4 +9,7 @@ namespace phi4rv {
 // block's last row sees, ties by document and block. The order is a function of the offsets alone.
 cudaError_t schedule(const int* cu_seqlens, int documents, int rows, bool causal, int* out, cudaStream_t stream);
 
+// The same for tiles of keys, whose cost is the queries that see the tile's first key.
+cudaError_t schedule_keys(const int* cu_seqlens, int documents, int rows, bool causal, int* out, cudaStream_t stream);
+
 }  // namespace phi4rv

@@ -1,0 +1,407 @@
+// Attention on packed rows for Hopper (sm_90a), backward: five products a score (FlashAttention-2, Dao 2023).
+//
+// A block holds 128 keys of one key head, 64 a warpgroup, and walks over the tiles of 64 query rows that see them, of
+// every query head that reads this key head: dk and dv stay in registers and are written once. Scores are transposed,
+// keys as rows, so that p and ds are operands in registers of dv += p dout and dk += ds q. ds also goes to shared memory,
+// for dq = ds k over the keys of both warpgroups. That product is made one or two tiles later, when the other warpgroup
+// has long written its part: they need not keep step, and while one takes its exponentials the other multiplies
+// (structure: FlashAttention-3, Shah et al. 2024). dq is summed over blocks as integers: see attention_backward.h.
+//
+// Registers of a thread: dk and dv D / 2 each, scores and dp 32 each, dq 32 to 40. For that, up to head dim 80 a
+// warpgroup makes dq of every other tile whole; at 128, half the columns of every tile. Shared memory carries about 1.15
+// times as many clocks as the products take (A and B of m64n64k16 are 4 KB in 32 clocks, all that there is).
+
+#include <cmath>
+#include <type_traits>
+
+#include "attention_backward.h"
+#include "hopper.cuh"
+#include "launch.cuh"
+#include "schedule.h"
+#include "tensor_map.h"
+#include "warp.cuh"
+
+namespace phi4rv {
+namespace {
+
+using namespace backward;
+using namespace hopper;
+using namespace warp;
+
+constexpr int KEYS = ATTENTION_BACKWARD_KEYS;
+constexpr int GROUPS = 2;  // consumer warpgroups, 64 keys each
+constexpr int THREADS = 128 * (GROUPS + 1);
+constexpr int WIDE = 64;   // columns of 2 bytes that one swizzled box holds
+constexpr int STAGES = 2;  // of the rings of q and dout
+constexpr float LOG2E = 1.4426950408889634f;
+
+template <int D>
+struct Shape {
+  static constexpr int BOXES = (D + WIDE - 1) / WIDE;
+  static constexpr int STEPS = (D + 15) / 16;     // of k q^T and v dout^T
+  static constexpr int WIDTH = SUM_WIDTH<D>;      // columns of dq that a warpgroup makes
+  static constexpr bool HALVES = WIDTH < D;       // of every tile; else all columns of every other tile
+  static constexpr int BUFFERS = HALVES ? 2 : 3;  // of ds
+};
+
+template <typename T, int D>
+struct alignas(1024) Shared {
+  using S = Shape<D>;
+  T k[S::BOXES][KEYS][WIDE];
+  T v[S::BOXES][KEYS][WIDE];
+  T q[STAGES][S::BOXES][ROWS][WIDE];
+  T dout[STAGES][S::BOXES][ROWS][WIDE];
+  T ds[S::BUFFERS][KEYS][ROWS];
+  alignas(128) int32_t sums[GROUPS][ROWS][S::WIDTH];
+  alignas(128) float rows[STAGES][2][ROWS];  // LSE, DELTA
+  float inverse_units[GROUPS][S::WIDTH];
+  uint64_t k_full, v_full, kv_empty;
+  uint64_t q_full[STAGES], q_empty[STAGES], dout_full[STAGES], dout_empty[STAGES];
+  uint64_t ds_full[S::BUFFERS], ds_empty[S::BUFFERS];
+};
+
+struct Arguments {
+  CUtensorMap dout, q, k, v;
+  void *dk, *dv;
+  float* rows;
+  const uint32_t* bounds;
+  int32_t* sums;
+  const int* cu_seqlens;
+  const int2* tiles;  // (document, block of KEYS), highest cost first
+  const int* count;   // tiles
+  int tokens, places, kv_heads, heads_per_key;
+  float scale;
+};
+
+// The keys from ``first`` of one key head, in the document [begin, end), and the query rows from ``query`` that see them.
+struct Work {
+  int document, head, first, begin, end, query;
+  int blocks, tiles;  // of query rows: of a query head, of all that read this key head
+};
+
+// A tile of query rows of one query head, and its place in what prepare has written.
+struct Tile {
+  int head, first, place;
+};
+
+// Costs fall slowly along the list: walked to and fro, it gives every block about the same sum.
+template <bool CAUSAL>
+__device__ inline bool next_work(const Arguments& a, int& round, Work& w) {
+  const int at = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  if (at >= *a.count * a.kv_heads) return false;
+  const int2 tile = a.tiles[at / a.kv_heads];
+  w.document = tile.x, w.head = at % a.kv_heads;
+  w.begin = a.cu_seqlens[tile.x], w.end = a.cu_seqlens[tile.x + 1];
+  w.first = w.begin + tile.y * KEYS;
+  w.query = CAUSAL ? w.first : w.begin;
+  w.blocks = (w.end - w.query + ROWS - 1) / ROWS;
+  w.tiles = w.blocks * a.heads_per_key;
+  round++;
+  return true;
+}
+
+__device__ inline Tile tile_at(const Arguments& a, const Work& w, int i) {
+  const int first = w.query + i % w.blocks * ROWS;
+  return {w.head * a.heads_per_key + i / w.blocks, first, first_place(w.begin, w.document) + (first - w.begin) / ROWS};
+}
+
+__device__ inline float* rows_of(const Arguments& a, const Tile& t, Row value) {
+  return a.rows + ((int64_t(t.head) * a.places + t.place) * ROW_VALUES + value) * ROWS;
+}
+
+template <typename T, int BOXES, int HEIGHT>
+__device__ inline void load_tile(T (&to)[BOXES][HEIGHT][WIDE], const CUtensorMap* map, uint64_t* full, int head, int row) {
+#pragma unroll
+  for (int box = 0; box < BOXES; box++) load_box(to[box], map, full, box * WIDE, head, row);
+}
+
+template <typename T, int D, bool CAUSAL>
+__device__ inline void produce(const Arguments& a, Shared<T, D>& s) {
+  int count = 0;  // tiles so far
+  Work w;
+  for (int round = 0; next_work<CAUSAL>(a, round, w);) {
+    wait(&s.kv_empty, round & 1);
+    arrive_expecting(&s.k_full, sizeof(s.k));
+    load_tile(s.k, &a.k, &s.k_full, w.head, w.first);
+    for (int i = 0; i < w.tiles; i++, count++) {
+      const int stage = count % STAGES, empty = (count / STAGES & 1) ^ 1;
+      const Tile t = tile_at(a, w, i);
+      wait(&s.q_empty[stage], empty);
+      arrive_expecting(&s.q_full[stage], sizeof(s.q[0]) + sizeof(s.rows[0]));
+      load_tile(s.q[stage], &a.q, &s.q_full[stage], t.head, t.first);
+      load_bytes(s.rows[stage], rows_of(a, t, LSE), sizeof(s.rows[0]), &s.q_full[stage]);
+      if (i == 0) {
+        arrive_expecting(&s.v_full, sizeof(s.v));
+        load_tile(s.v, &a.v, &s.v_full, w.head, w.first);
+      }
+      wait(&s.dout_empty[stage], empty);
+      arrive_expecting(&s.dout_full[stage], sizeof(s.dout[0]));
+      load_tile(s.dout[stage], &a.dout, &s.dout_full[stage], t.head, t.first);
+    }
+  }
+}
+
+template <typename T, int D, bool CAUSAL>
+__device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
+  using S = Shape<D>;
+  constexpr int WIDTH = S::WIDTH;
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+  const bool leader = thread == 0;
+  const int row = thread / 32 * 16 + lane / 4;  // of the warpgroup's 64 keys, or of dq's query rows; and row + 8
+  const int column = lane % 4 * 2;              // and + 1, + 8, + 9, ...
+  // Where this lane stores a row of 16 bytes of ds: see store_matrices.
+  const int ds_row = group * 64 + thread / 32 * 16 + lane % 16, ds_block = lane / 16;
+  const float scale = a.scale * LOG2E;
+  int count = 0;  // tiles so far, other works' too
+  Work w;
+  for (int round = 0; next_work<CAUSAL>(a, round, w);) {
+    if (thread < WIDTH) {
+      const uint32_t* bounds = a.bounds + (int64_t(w.document) * a.kv_heads + w.head) * (D + 1);
+      s.inverse_units[group][thread] = 0x1p30f / column_bound<D>(bounds, (S::HALVES ? group * WIDTH : 0) + thread);
+    }
+    float dk[D / 2], dv[D / 2];
+
+    const auto multiply_dq = [&](float (&dq)[WIDTH / 2], int i) {
+      const auto& ds = s.ds[(count + i) % S::BUFFERS];
+#pragma unroll
+      for (int step = 0; step < KEYS / 16; step++)
+        product<MN_MAJOR, MN_MAJOR>(
+            dq, operand(&ds[step * 16][0]), operand(&s.k[S::HALVES ? group : 0][step * 16][0], sizeof(s.k[0])), step > 0, T());
+    };
+    const auto wait_ds = [&](int i) { wait(&s.ds_full[(count + i) % S::BUFFERS], (count + i) / S::BUFFERS & 1); };
+
+    // Rounds dq of tile i and adds it to the sums.
+    const auto add_dq = [&](float (&dq)[WIDTH / 2], int i) {
+      const Tile t = tile_at(a, w, i);
+      const float* inverses = rows_of(a, t, INVERSE);
+      const float inverse[2] = {inverses[row], inverses[row + 8]};
+      if (leader) arrive(&s.ds_empty[(count + i) % S::BUFFERS]);
+      if (leader) store_wait_read<0>();
+      sync_threads(1 + group, 128);
+      bool outside[2] = {false, false};
+#pragma unroll
+      for (int block = 0; block < WIDTH / 8; block++) {
+        const float2 unit = *reinterpret_cast<const float2*>(&s.inverse_units[group][block * 8 + column]);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const float x = dq[4 * block + 2 * half] * inverse[half] * unit.x;
+          const float y = dq[4 * block + 2 * half + 1] * inverse[half] * unit.y;
+          outside[half] |= !(fabsf(x) < 0x1p31f) | !(fabsf(y) < 0x1p31f);
+          const int at = exchanged<WIDTH>(block, t.first + row + 8 * half) * 8 + column;
+          *reinterpret_cast<int2*>(&s.sums[group][row + 8 * half][at]) = make_int2(__float2int_rn(x), __float2int_rn(y));
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        if (outside[half]) rows_of(a, t, NORM)[row + 8 * half] = NAN;
+      fence_async();
+      sync_threads(1 + group, 128);
+      if (leader) {
+        const int64_t half = S::HALVES ? t.head * 2 + group : t.head;
+        add_integers(a.sums + (half * a.tokens + t.first) * WIDTH, s.sums[group][0], min(ROWS, w.end - t.first) * WIDTH * 4);
+        store_commit();
+      }
+    };
+
+    // Tile i, and, if it is this warpgroup's turn, dq of an earlier one.
+    const auto visit = [&](int i, auto turn) {
+      constexpr bool TURN = decltype(turn)::value;
+      const int stage = (count + i) % STAGES, full = (count + i) / STAGES & 1;
+      const int buffer = (count + i) % S::BUFFERS, empty = ((count + i) / S::BUFFERS & 1) ^ 1;
+      const int earlier = S::HALVES ? i - 1 : i - 2 + group;
+      float scores[ROWS / 2], dp[ROWS / 2], dq[WIDTH / 2];
+      wait(&s.q_full[stage], full);
+      pin(scores), pin(dp);
+      product_fence();
+#pragma unroll
+      for (int step = 0; step < S::STEPS; step++)
+        product(scores, operand(&s.k[step / 4][group * 64][step % 4 * 16]), operand(&s.q[stage][step / 4][0][step % 4 * 16]),
+                step > 0, T());
+      product_commit();
+      if (i == 0) wait(&s.v_full, (round & 1) ^ 1);
+      wait(&s.dout_full[stage], full);
+#pragma unroll
+      for (int step = 0; step < S::STEPS; step++)
+        product(dp, operand(&s.v[step / 4][group * 64][step % 4 * 16]), operand(&s.dout[stage][step / 4][0][step % 4 * 16]),
+                step > 0, T());
+      product_commit();
+      product_wait<1>();
+      pin(scores);
+
+      const int first = w.query + i % w.blocks * ROWS, key = w.first + group * 64 + row;
+      if (key - row + 64 > w.end || (CAUSAL && key - row + 63 > first)) {
+#pragma unroll
+        for (int j = 0; j < ROWS / 2; j++) {
+          const int at = key + j % 4 / 2 * 8, seen_from = at >= w.end ? ROWS : CAUSAL ? at - first : 0;
+          if (j / 4 * 8 + column + j % 2 < seen_from) scores[j] = -INFINITY;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < ROWS / 2; j += 4) {
+        const float2 lse = *reinterpret_cast<const float2*>(&s.rows[stage][LSE][j * 2 + column]);
+#pragma unroll
+        for (int half = 0; half < 4; half += 2) {
+          scores[j + half] = exp2_fast(fmaf(scores[j + half], scale, -lse.x));
+          scores[j + half + 1] = exp2_fast(fmaf(scores[j + half + 1], scale, -lse.y));
+        }
+      }
+      uint32_t p[ROWS / 16][4], ds[ROWS / 16][4];
+#pragma unroll
+      for (int j = 0; j < ROWS / 4; j++) p[j / 4][j % 4] = pack<T>(scores[2 * j], scores[2 * j + 1]);
+
+      product_wait<0>();
+      pin(dp);
+#pragma unroll
+      for (int j = 0; j < ROWS / 2; j += 4) {
+        const float2 delta = *reinterpret_cast<const float2*>(&s.rows[stage][DELTA][j * 2 + column]);
+#pragma unroll
+        for (int half = 0; half < 4; half += 2)
+          ds[j / 8][j / 2 % 4 + half / 2] = pack<T>(
+              scores[j + half] * (dp[j + half] - delta.x), scores[j + half + 1] * (dp[j + half + 1] - delta.y));
+      }
+      wait(&s.ds_empty[buffer], empty);
+#pragma unroll
+      for (int step = 0; step < ROWS / 16; step++)
+        store_matrices(&s.ds[buffer][ds_row][((step * 2 + ds_block) ^ ds_row % 8) * 8], ds[step]);
+      fence_async();
+      __syncwarp();
+      if (lane == 0) arrive(&s.ds_full[buffer]);
+
+      // The first turn has nothing earlier: it multiplies what lies there and drops it.
+      if (TURN && i > 0) wait_ds(earlier);
+      pin(dv), pin(dk), pin(p), pin(ds);
+      if constexpr (TURN) pin(dq);
+      product_fence();
+#pragma unroll
+      for (int step = 0; step < ROWS / 16; step++)
+        product<MN_MAJOR>(dv, p[step], operand(&s.dout[stage][0][step * 16][0], sizeof(s.dout[stage][0])), i + step > 0, T());
+      product_commit();
+      if constexpr (TURN) multiply_dq(dq, earlier + S::BUFFERS);
+      product_commit();
+#pragma unroll
+      for (int step = 0; step < ROWS / 16; step++)
+        product<MN_MAJOR>(dk, ds[step], operand(&s.q[stage][0][step * 16][0], sizeof(s.q[stage][0])), i + step > 0, T());
+      product_commit();
+      product_wait<1>();
+      pin(dv);
+      if (leader) arrive(&s.dout_empty[stage]);
+      if constexpr (TURN) {
+        pin(dq);
+        if (i > 0) add_dq(dq, earlier);
+      }
+      product_wait<0>();
+      pin(dk);
+      if (leader) arrive(&s.q_empty[stage]);
+    };
+
+    wait(&s.k_full, (round & 1) ^ 1);
+    if constexpr (S::HALVES) {
+      for (int i = 0; i < w.tiles; i++) visit(i, std::true_type());
+    } else {
+      for (int i = 0; i < w.tiles; i += 2) {
+        visit(i, std::true_type());
+        if (i + 1 < w.tiles) visit(i + 1, std::false_type());
+      }
+    }
+    const int last = S::HALVES ? w.tiles - 1 : (w.tiles - 1) / 2 * 2 + group;
+    if (last < w.tiles) {
+      float dq[WIDTH / 2];
+      wait_ds(last);
+      pin(dq);
+      product_fence();
+      multiply_dq(dq, last);
+      product_commit();
+      product_wait<0>();
+      pin(dq);
+      add_dq(dq, last);
+    }
+    if (leader) arrive(&s.kv_empty);
+    count += w.tiles;
+
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int key = w.first + group * 64 + row + 8 * half;
+      if (key >= w.end) continue;
+      const int64_t at = (int64_t(key) * a.kv_heads + w.head) * D + column;
+#pragma unroll
+      for (int j = 0; j < D / 8; j++) {
+        const int i = 4 * j + 2 * half;
+        *reinterpret_cast<uint32_t*>(static_cast<T*>(a.dk) + at + 8 * j) = pack<T>(dk[i] * a.scale, dk[i + 1] * a.scale);
+        *reinterpret_cast<uint32_t*>(static_cast<T*>(a.dv) + at + 8 * j) = pack<T>(dv[i], dv[i + 1]);
+      }
+    }
+  }
+  if (leader) store_wait<0>();
+}
+
+template <typename T, int D, bool CAUSAL>
+__global__ void __launch_bounds__(THREADS, 1) products(const __grid_constant__ Arguments a) {
+  auto& s = block_shared<Shared<T, D>>();
+  if (threadIdx.x == 0) {
+    init(&s.k_full, 1), init(&s.v_full, 1), init(&s.kv_empty, GROUPS);
+    for (int i = 0; i < STAGES; i++) {
+      init(&s.q_full[i], 1), init(&s.dout_full[i], 1);
+      init(&s.q_empty[i], GROUPS), init(&s.dout_empty[i], GROUPS);
+    }
+    for (int i = 0; i < Shape<D>::BUFFERS; i++) init(&s.ds_full[i], GROUPS * 4), init(&s.ds_empty[i], Shape<D>::HALVES ? 2 : 1);
+    fence_init();
+    prefetch(&a.q), prefetch(&a.k), prefetch(&a.v), prefetch(&a.dout);
+  }
+  __syncthreads();
+  const int group = threadIdx.x / 128;
+  if (group == GROUPS) {
+    give_registers<24>();
+    if (threadIdx.x % 128 == 0) produce<T, D, CAUSAL>(a, s);
+  } else {
+    take_registers<240>();
+    consume<T, D, CAUSAL>(a, s, group);
+  }
+}
+
+template <typename T, int D, bool CAUSAL>
+cudaError_t launch(const AttentionBackward& b, cudaStream_t stream) {
+  Arguments a{};
+  const auto describe = [&](CUtensorMap& map, const void* data, int heads, int64_t stride, int rows) {
+    return tensor_map(map, data, b.type, {D, heads, b.tokens}, {D * 2, stride * 2}, {WIDE, 1, rows});
+  };
+  cudaError_t error = describe(a.dout, b.dout, b.heads, b.dout_stride, ROWS);
+  if (!error) error = describe(a.q, b.q, b.heads, b.q_stride, ROWS);
+  if (!error) error = describe(a.k, b.k, b.kv_heads, b.k_stride, KEYS);
+  if (!error) error = describe(a.v, b.v, b.kv_heads, b.v_stride, KEYS);
+  if (error) return error;
+  a.dk = b.dk, a.dv = b.dv, a.rows = b.rows, a.bounds = b.bounds, a.sums = b.sums, a.cu_seqlens = b.cu_seqlens;
+  a.count = b.schedule, a.tiles = reinterpret_cast<const int2*>(b.schedule + 2);
+  a.tokens = b.tokens, a.places = row_tiles(b), a.kv_heads = b.kv_heads, a.heads_per_key = b.heads / b.kv_heads;
+  a.scale = b.scale;
+  error = schedule_keys(b.cu_seqlens, b.documents, KEYS, CAUSAL, b.schedule, stream);
+  if (!error) error = prepare(b, stream);
+  const int most = schedule_bound(b) * b.kv_heads;
+  if (!error)
+    error = launch_kernel(
+        {min(most, b.multiprocessors), THREADS, shared_bytes<Shared<T, D>>}, stream, products<T, D, CAUSAL>, a);
+  return error ? error : finish(b, stream);
+}
+
+template <typename T, bool CAUSAL>
+cudaError_t launch(const AttentionBackward& b, cudaStream_t stream) {
+  switch (b.head_dim) {
+    case 64: return launch<T, 64, CAUSAL>(b, stream);
+    case 72: return launch<T, 72, CAUSAL>(b, stream);
+    case 80: return launch<T, 80, CAUSAL>(b, stream);
+    case 128: return launch<T, 128, CAUSAL>(b, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+template <typename T>
+cudaError_t launch(const AttentionBackward& b, cudaStream_t stream) {
+  return b.causal ? launch<T, true>(b, stream) : launch<T, false>(b, stream);
+}
+
+}  // namespace
+
+cudaError_t attention_backward(const AttentionBackward& b, cudaStream_t stream) {
+  return b.type == Type::bfloat16 ? launch<__nv_bfloat16>(b, stream) : launch<__half>(b, stream);
+}
+
+}  // namespace phi4rv
