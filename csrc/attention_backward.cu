@@ -16,7 +16,6 @@
 
 #include "attention_backward.h"
 #include "hopper.cuh"
-#include "launch.cuh"
 #include "schedule.h"
 #include "tensor_map.h"
 #include "warp.cuh"
@@ -144,7 +143,7 @@ __device__ inline void produce(const Arguments& a, Shared<T, D>& s) {
 template <typename T, int D, bool CAUSAL>
 __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
   using S = Shape<D>;
-  constexpr int WIDTH = S::WIDTH;
+  constexpr int WIDTH = S::WIDTH, DQ = WIDTH / 2;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const bool leader = thread == 0;
   const int row = thread / 32 * 16 + lane / 4;  // of the warpgroup's 64 keys, or of dq's query rows; and row + 8
@@ -161,7 +160,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
     }
     float dk[D / 2], dv[D / 2];
 
-    const auto multiply_dq = [&](float (&dq)[WIDTH / 2], int i) {
+    const auto multiply_dq = [&](float (&dq)[DQ], int i) {
       const auto& ds = s.ds[(count + i) % S::BUFFERS];
 #pragma unroll
       for (int step = 0; step < KEYS / 16; step++)
@@ -171,7 +170,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
     const auto wait_ds = [&](int i) { wait(&s.ds_full[(count + i) % S::BUFFERS], (count + i) / S::BUFFERS & 1); };
 
     // Rounds dq of tile i and adds it to the sums.
-    const auto add_dq = [&](float (&dq)[WIDTH / 2], int i) {
+    const auto add_dq = [&](float (&dq)[DQ], int i) {
       const Tile t = tile_at(a, w, i);
       const float* inverses = rows_of(a, t, INVERSE);
       const float inverse[2] = {inverses[row], inverses[row + 8]};
@@ -209,7 +208,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       const int stage = (count + i) % STAGES, full = (count + i) / STAGES & 1;
       const int buffer = (count + i) % S::BUFFERS, empty = ((count + i) / S::BUFFERS & 1) ^ 1;
       const int earlier = S::HALVES ? i - 1 : i - 2 + group;
-      float scores[ROWS / 2], dp[ROWS / 2], dq[WIDTH / 2];
+      float scores[ROWS / 2], dp[ROWS / 2], dq[DQ];
       wait(&s.q_full[stage], full);
       pin(scores), pin(dp);
       product_fence();
@@ -220,6 +219,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       product_commit();
       if (i == 0) wait(&s.v_full, (round & 1) ^ 1);
       wait(&s.dout_full[stage], full);
+      product_fence();
 #pragma unroll
       for (int step = 0; step < S::STEPS; step++)
         product(dp, operand(&s.v[step / 4][group * 64][step % 4 * 16]), operand(&s.dout[stage][step / 4][0][step % 4 * 16]),
@@ -305,7 +305,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
     }
     const int last = S::HALVES ? w.tiles - 1 : (w.tiles - 1) / 2 * 2 + group;
     if (last < w.tiles) {
-      float dq[WIDTH / 2];
+      float dq[DQ];
       wait_ds(last);
       pin(dq);
       product_fence();

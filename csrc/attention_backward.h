@@ -18,6 +18,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace phi4rv::backward {
 

@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "attention_backward.h"
-#include "launch.cuh"
 #include "warp.cuh"
 
 namespace phi4rv::backward {

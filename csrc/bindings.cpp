@@ -105,6 +105,57 @@ std::tuple<Tensor, Tensor> packed_attention(
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+    const Tensor& cu_seqlens, int64_t max_seqlen, bool causal) {
+  phi4rv::AttentionBackward b{};
+  b.type = short_float(q, "packed_attention_backward: q");
+  check_heads(q, q, "packed_attention_backward: q");
+  check_heads(k, q, "packed_attention_backward: k");
+  check_heads(v, q, "packed_attention_backward: v");
+  check_heads(dout, q, "packed_attention_backward: dout");
+  check_heads(out, q, "packed_attention_backward: out");
+  b.tokens = q.size(0), b.heads = q.size(1), b.head_dim = q.size(2), b.kv_heads = k.size(1);
+  STD_TORCH_CHECK(b.head_dim == 64 || b.head_dim == 72 || b.head_dim == 80 || b.head_dim == 128,
+                  "packed_attention_backward: head_dim is ", b.head_dim, ", must be 64, 72, 80 or 128");
+  STD_TORCH_CHECK(b.kv_heads > 0 && b.heads % b.kv_heads == 0 && v.size(1) == b.kv_heads,
+                  "packed_attention_backward: q's heads must be a multiple of those of k and v, which must be equal");
+  STD_TORCH_CHECK(dout.size(1) == b.heads && out.size(1) == b.heads && out.is_contiguous(),
+                  "packed_attention_backward: dout and out must have q's heads, and out be contiguous");
+  STD_TORCH_CHECK(lse.dim() == 2 && lse.size(0) == b.heads && lse.size(1) == b.tokens && lse.is_contiguous() &&
+                      lse.scalar_type() == ScalarType::Float,
+                  "packed_attention_backward: lse must be (heads, tokens) float32, contiguous");
+  STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0 && cu_seqlens.is_contiguous() &&
+                      cu_seqlens.scalar_type() == ScalarType::Int,
+                  "packed_attention_backward: cu_seqlens must be (documents + 1) int32");
+  bool together = on_device(q);
+  for (const Tensor* x : {&dout, &k, &v, &out, &lse, &cu_seqlens})
+    together = together && on_device(*x) && x->get_device_index() == q.get_device_index();
+  STD_TORCH_CHECK(together, "packed_attention_backward: all tensors must be on one CUDA device");
+  b.documents = cu_seqlens.size(0) - 1;
+  b.dout_stride = dout.stride(0), b.q_stride = q.stride(0), b.k_stride = k.stride(0), b.v_stride = v.stride(0);
+  b.max_seqlen = max_seqlen, b.causal = causal;
+  b.scale = 1.0f / std::sqrt(float(b.head_dim));
+  const DeviceGuard guard(q);
+  b.multiprocessors = multiprocessors(q);
+  Tensor dq = torch::stable::new_empty(q, {b.tokens, b.heads, b.head_dim});
+  Tensor dk = torch::stable::new_empty(q, {b.tokens, b.kv_heads, b.head_dim});
+  Tensor dv = torch::stable::new_empty(q, {b.tokens, b.kv_heads, b.head_dim});
+  if (b.tokens == 0 || b.documents == 0) return {dq, dk, dv};
+  Tensor schedule = torch::stable::new_empty(q, {2 + 2 * schedule_bound(b)}, ScalarType::Int);
+  Tensor rows = torch::stable::new_empty(q, {b.heads, row_tiles(b), 4, 64}, ScalarType::Float);
+  Tensor bounds = torch::stable::new_zeros(q, {b.documents, b.kv_heads, b.head_dim + 1}, ScalarType::Int);
+  Tensor sums = torch::stable::new_empty(q, {b.heads, b.tokens, b.head_dim}, ScalarType::Int);
+  b.dout = dout.data_ptr(), b.q = q.data_ptr(), b.k = k.data_ptr(), b.v = v.data_ptr(), b.out = out.data_ptr();
+  b.lse = static_cast<const float*>(lse.data_ptr());
+  b.dq = dq.data_ptr(), b.dk = dk.data_ptr(), b.dv = dv.data_ptr();
+  b.cu_seqlens = static_cast<const int*>(cu_seqlens.data_ptr()), b.schedule = static_cast<int*>(schedule.data_ptr());
+  b.rows = static_cast<float*>(rows.data_ptr()), b.bounds = static_cast<uint32_t*>(bounds.data_ptr());
+  b.sums = static_cast<int32_t*>(sums.data_ptr());
+  check(phi4rv::attention_backward(b, stream_of(q)), "packed_attention_backward");
+  return {dq, dk, dv};
+}
+
 void check_matrix(const Tensor& t, const Tensor& like, int64_t rows, int64_t columns, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous(), name, " must be (", rows,
                   ", ", columns, "), adjacent");
@@ -147,12 +198,16 @@ Tensor gemv(
 
 STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
   m.def("packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, bool causal) -> (Tensor, Tensor)");
+  m.def(
+      "packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
+      "int max_seqlen, bool causal) -> (Tensor, Tensor, Tensor)");
   m.def("gemv(Tensor x, Tensor w, Tensor? norm, float eps, Tensor? residual, bool swiglu) -> Tensor");
 }
 
 // On a CPU too, where every call ends at a check unless the library is the emulated one.
-#define IMPLEMENTATIONS(m)                                  \
-  m.impl("packed_attention", TORCH_BOX(&packed_attention)); \
+#define IMPLEMENTATIONS(m)                                                    \
+  m.impl("packed_attention", TORCH_BOX(&packed_attention));                   \
+  m.impl("packed_attention_backward", TORCH_BOX(&packed_attention_backward)); \
   m.impl("gemv", TORCH_BOX(&gemv));
 
 STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CPU, m) { IMPLEMENTATIONS(m) }

@@ -319,6 +319,8 @@ void product_wait() {
 }
 template <int N>
 void pin(float (&)[N]) {}
+template <int N>
+void pin(uint32_t (&)[N][4]) {}
 
 inline uint64_t operand(const void* p, uint32_t outer = 16) {
   const uint64_t address = (shared_address(p) & 0x3FFFF) >> 4;
