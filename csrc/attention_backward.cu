@@ -80,7 +80,16 @@ struct Work {
 
 // A tile of query rows of one query head, and its place in what prepare has written.
 struct Tile {
-  int head, first, place;
+  int head, block, first, place;
+};
+
+// A place in a ring of N buffers, and how often it has been gone through, even or odd.
+template <int N>
+struct Ring {
+  int at = 0, odd = 0;
+  __device__ void next() {
+    if (++at == N) at = 0, odd ^= 1;
+  }
 };
 
 // Costs fall slowly along the list: walked to and fro, it gives every block about the same sum.
@@ -99,9 +108,13 @@ __device__ inline bool next_work(const Arguments& a, int& round, Work& w) {
   return true;
 }
 
-__device__ inline Tile tile_at(const Arguments& a, const Work& w, int i) {
-  const int first = w.query + i % w.blocks * ROWS;
-  return {w.head * a.heads_per_key + i / w.blocks, first, first_place(w.begin, w.document) + (first - w.begin) / ROWS};
+// The tiles of a work: the blocks of a query head, then those of the next.
+__device__ inline Tile first_tile(const Arguments& a, const Work& w) {
+  return {w.head * a.heads_per_key, 0, w.query, first_place(w.begin, w.document) + (w.query - w.begin) / ROWS};
+}
+__device__ inline void next_tile(const Work& w, Tile& t) {
+  t.block++, t.first += ROWS, t.place++;
+  if (t.block == w.blocks) t.head++, t.block = 0, t.first -= w.blocks * ROWS, t.place -= w.blocks;
 }
 
 __device__ inline float* rows_of(const Arguments& a, const Tile& t, Row value) {
@@ -114,28 +127,38 @@ __device__ inline void load_tile(T (&to)[BOXES][HEIGHT][WIDE], const CUtensorMap
   for (int box = 0; box < BOXES; box++) load_box(to[box], map, full, box * WIDE, head, row);
 }
 
+// The operand that lies ``bytes`` behind this one.
+__device__ inline uint64_t behind(uint64_t operand, uint32_t bytes) {
+  return (operand & 0xFFFFFFFF00000000) | (uint32_t(operand) + (bytes >> 4));
+}
+// Step ``step`` of 16 along K of an operand whose adjacent elements run along K, in boxes of this height.
+__device__ inline uint64_t along_k(uint64_t operand, int step, int height) {
+  return behind(operand, step / 4 * height * WIDE * 2 + step % 4 * 32);
+}
+// Of one whose rows are K's.
+__device__ inline uint64_t across_k(uint64_t operand, int step) { return behind(operand, step * 16 * WIDE * 2); }
+
 template <typename T, int D, bool CAUSAL>
 __device__ inline void produce(const Arguments& a, Shared<T, D>& s) {
-  int count = 0;  // tiles so far
+  Ring<STAGES> stage;
   Work w;
   for (int round = 0; next_work<CAUSAL>(a, round, w);) {
     wait(&s.kv_empty, round & 1);
     arrive_expecting(&s.k_full, sizeof(s.k));
     load_tile(s.k, &a.k, &s.k_full, w.head, w.first);
-    for (int i = 0; i < w.tiles; i++, count++) {
-      const int stage = count % STAGES, empty = (count / STAGES & 1) ^ 1;
-      const Tile t = tile_at(a, w, i);
-      wait(&s.q_empty[stage], empty);
-      arrive_expecting(&s.q_full[stage], sizeof(s.q[0]) + sizeof(s.rows[0]));
-      load_tile(s.q[stage], &a.q, &s.q_full[stage], t.head, t.first);
-      load_bytes(s.rows[stage], rows_of(a, t, LSE), sizeof(s.rows[0]), &s.q_full[stage]);
+    Tile t = first_tile(a, w);
+    for (int i = 0; i < w.tiles; i++, next_tile(w, t), stage.next()) {
+      wait(&s.q_empty[stage.at], stage.odd ^ 1);
+      arrive_expecting(&s.q_full[stage.at], sizeof(s.q[0]) + sizeof(s.rows[0]));
+      load_tile(s.q[stage.at], &a.q, &s.q_full[stage.at], t.head, t.first);
+      load_bytes(s.rows[stage.at], rows_of(a, t, LSE), sizeof(s.rows[0]), &s.q_full[stage.at]);
       if (i == 0) {
         arrive_expecting(&s.v_full, sizeof(s.v));
         load_tile(s.v, &a.v, &s.v_full, w.head, w.first);
       }
-      wait(&s.dout_empty[stage], empty);
-      arrive_expecting(&s.dout_full[stage], sizeof(s.dout[0]));
-      load_tile(s.dout[stage], &a.dout, &s.dout_full[stage], t.head, t.first);
+      wait(&s.dout_empty[stage.at], stage.odd ^ 1);
+      arrive_expecting(&s.dout_full[stage.at], sizeof(s.dout[0]));
+      load_tile(s.dout[stage.at], &a.dout, &s.dout_full[stage.at], t.head, t.first);
     }
   }
 }
@@ -151,7 +174,13 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
   // Where this lane stores a row of 16 bytes of ds: see store_matrices.
   const int ds_row = group * 64 + thread / 32 * 16 + lane % 16, ds_block = lane / 16;
   const float scale = a.scale * LOG2E;
-  int count = 0;  // tiles so far, other works' too
+  const uint64_t k_rows = operand(&s.k[0][group * 64][0]), v_rows = operand(&s.v[0][group * 64][0]);
+  const uint64_t k_columns = operand(&s.k[S::HALVES ? group : 0][0][0], sizeof(s.k[0]));
+  Ring<STAGES> stage;
+  Ring<S::BUFFERS> buffer;
+  // A tile whose dq this warpgroup has yet to make, and where its ds is.
+  Tile owed_tile{};
+  Ring<S::BUFFERS> owed;
   Work w;
   for (int round = 0; next_work<CAUSAL>(a, round, w);) {
     if (thread < WIDTH) {
@@ -159,22 +188,21 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       s.inverse_units[group][thread] = 0x1p30f / column_bound<D>(bounds, (S::HALVES ? group * WIDTH : 0) + thread);
     }
     float dk[D / 2], dv[D / 2];
+    Tile t = first_tile(a, w);
 
-    const auto multiply_dq = [&](float (&dq)[DQ], int i) {
-      const auto& ds = s.ds[(count + i) % S::BUFFERS];
+    const auto multiply_dq = [&](float (&dq)[DQ]) {
+      const uint64_t ds = operand(&s.ds[owed.at][0][0]);
 #pragma unroll
       for (int step = 0; step < KEYS / 16; step++)
-        product<MN_MAJOR, MN_MAJOR>(
-            dq, operand(&ds[step * 16][0]), operand(&s.k[S::HALVES ? group : 0][step * 16][0], sizeof(s.k[0])), step > 0, T());
+        product<MN_MAJOR, MN_MAJOR>(dq, across_k(ds, step), across_k(k_columns, step), step > 0, T());
+      product_commit();
     };
-    const auto wait_ds = [&](int i) { wait(&s.ds_full[(count + i) % S::BUFFERS], (count + i) / S::BUFFERS & 1); };
 
-    // Rounds dq of tile i and adds it to the sums.
-    const auto add_dq = [&](float (&dq)[DQ], int i) {
-      const Tile t = tile_at(a, w, i);
-      const float* inverses = rows_of(a, t, INVERSE);
+    // Rounds the dq that was owed and adds it to the sums.
+    const auto add_dq = [&](float (&dq)[DQ]) {
+      const float* inverses = rows_of(a, owed_tile, INVERSE);
       const float inverse[2] = {inverses[row], inverses[row + 8]};
-      if (leader) arrive(&s.ds_empty[(count + i) % S::BUFFERS]);
+      if (leader) arrive(&s.ds_empty[owed.at]);
       if (leader) store_wait_read<0>();
       sync_threads(1 + group, 128);
       bool outside[2] = {false, false};
@@ -185,60 +213,60 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
         for (int half = 0; half < 2; half++) {
           const float x = dq[4 * block + 2 * half] * inverse[half] * unit.x;
           const float y = dq[4 * block + 2 * half + 1] * inverse[half] * unit.y;
-          outside[half] |= !(fabsf(x) < 0x1p31f) | !(fabsf(y) < 0x1p31f);
-          const int at = exchanged<WIDTH>(block, t.first + row + 8 * half) * 8 + column;
+          outside[half] = outside[half] || !(fabsf(x) < 0x1p31f) || !(fabsf(y) < 0x1p31f);
+          const int at = exchanged<WIDTH>(block, owed_tile.first + row + 8 * half) * 8 + column;
           *reinterpret_cast<int2*>(&s.sums[group][row + 8 * half][at]) = make_int2(__float2int_rn(x), __float2int_rn(y));
         }
       }
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        if (outside[half]) rows_of(a, t, NORM)[row + 8 * half] = NAN;
+        if (outside[half]) rows_of(a, owed_tile, NORM)[row + 8 * half] = NAN;
       fence_async();
       sync_threads(1 + group, 128);
       if (leader) {
-        const int64_t half = S::HALVES ? t.head * 2 + group : t.head;
-        add_integers(a.sums + (half * a.tokens + t.first) * WIDTH, s.sums[group][0], min(ROWS, w.end - t.first) * WIDTH * 4);
+        const int64_t half = S::HALVES ? owed_tile.head * 2 + group : owed_tile.head;
+        add_integers(
+            a.sums + (half * a.tokens + owed_tile.first) * WIDTH, s.sums[group][0],
+            min(ROWS, w.end - owed_tile.first) * WIDTH * 4);
         store_commit();
       }
     };
 
-    // Tile i, and, if it is this warpgroup's turn, dq of an earlier one.
+    // Tile i, and, if it is this warpgroup's turn, the dq that is owed.
     const auto visit = [&](int i, auto turn) {
       constexpr bool TURN = decltype(turn)::value;
-      const int stage = (count + i) % STAGES, full = (count + i) / STAGES & 1;
-      const int buffer = (count + i) % S::BUFFERS, empty = ((count + i) / S::BUFFERS & 1) ^ 1;
-      const int earlier = S::HALVES ? i - 1 : i - 2 + group;
       float scores[ROWS / 2], dp[ROWS / 2], dq[DQ];
-      wait(&s.q_full[stage], full);
-      pin(scores), pin(dp);
+      const uint64_t q = operand(&s.q[stage.at][0][0][0], sizeof(s.q[0][0]));
+      const uint64_t dout = operand(&s.dout[stage.at][0][0][0], sizeof(s.dout[0][0]));
+      wait(&s.q_full[stage.at], stage.odd);
+      pin(scores);
       product_fence();
 #pragma unroll
       for (int step = 0; step < S::STEPS; step++)
-        product(scores, operand(&s.k[step / 4][group * 64][step % 4 * 16]), operand(&s.q[stage][step / 4][0][step % 4 * 16]),
-                step > 0, T());
+        product(scores, along_k(k_rows, step, KEYS), along_k(q, step, ROWS), step > 0, T());
       product_commit();
       if (i == 0) wait(&s.v_full, (round & 1) ^ 1);
-      wait(&s.dout_full[stage], full);
+      wait(&s.dout_full[stage.at], stage.odd);
+      pin(dp);
       product_fence();
 #pragma unroll
       for (int step = 0; step < S::STEPS; step++)
-        product(dp, operand(&s.v[step / 4][group * 64][step % 4 * 16]), operand(&s.dout[stage][step / 4][0][step % 4 * 16]),
-                step > 0, T());
+        product(dp, along_k(v_rows, step, KEYS), along_k(dout, step, ROWS), step > 0, T());
       product_commit();
       product_wait<1>();
       pin(scores);
 
-      const int first = w.query + i % w.blocks * ROWS, key = w.first + group * 64 + row;
-      if (key - row + 64 > w.end || (CAUSAL && key - row + 63 > first)) {
+      const int key = w.first + group * 64 + row;
+      if (key - row + 64 > w.end || (CAUSAL && key - row + 63 > t.first)) {
 #pragma unroll
         for (int j = 0; j < ROWS / 2; j++) {
-          const int at = key + j % 4 / 2 * 8, seen_from = at >= w.end ? ROWS : CAUSAL ? at - first : 0;
+          const int at = key + j % 4 / 2 * 8, seen_from = at >= w.end ? ROWS : CAUSAL ? at - t.first : 0;
           if (j / 4 * 8 + column + j % 2 < seen_from) scores[j] = -INFINITY;
         }
       }
 #pragma unroll
       for (int j = 0; j < ROWS / 2; j += 4) {
-        const float2 lse = *reinterpret_cast<const float2*>(&s.rows[stage][LSE][j * 2 + column]);
+        const float2 lse = *reinterpret_cast<const float2*>(&s.rows[stage.at][LSE][j * 2 + column]);
 #pragma unroll
         for (int half = 0; half < 4; half += 2) {
           scores[j + half] = exp2_fast(fmaf(scores[j + half], scale, -lse.x));
@@ -248,50 +276,53 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       uint32_t p[ROWS / 16][4], ds[ROWS / 16][4];
 #pragma unroll
       for (int j = 0; j < ROWS / 4; j++) p[j / 4][j % 4] = pack<T>(scores[2 * j], scores[2 * j + 1]);
+      pin(dv), pin(p);
+      product_fence();
+#pragma unroll
+      for (int step = 0; step < ROWS / 16; step++)
+        product<MN_MAJOR>(dv, p[step], across_k(dout, step), i + step > 0, T());
+      product_commit();
 
-      product_wait<0>();
+      product_wait<1>();
       pin(dp);
 #pragma unroll
       for (int j = 0; j < ROWS / 2; j += 4) {
-        const float2 delta = *reinterpret_cast<const float2*>(&s.rows[stage][DELTA][j * 2 + column]);
+        const float2 delta = *reinterpret_cast<const float2*>(&s.rows[stage.at][DELTA][j * 2 + column]);
 #pragma unroll
         for (int half = 0; half < 4; half += 2)
           ds[j / 8][j / 2 % 4 + half / 2] = pack<T>(
               scores[j + half] * (dp[j + half] - delta.x), scores[j + half + 1] * (dp[j + half + 1] - delta.y));
       }
-      wait(&s.ds_empty[buffer], empty);
+      wait(&s.ds_empty[buffer.at], buffer.odd ^ 1);
 #pragma unroll
       for (int step = 0; step < ROWS / 16; step++)
-        store_matrices(&s.ds[buffer][ds_row][((step * 2 + ds_block) ^ ds_row % 8) * 8], ds[step]);
+        store_matrices(&s.ds[buffer.at][ds_row][((step * 2 + ds_block) ^ ds_row % 8) * 8], ds[step]);
       fence_async();
       __syncwarp();
-      if (lane == 0) arrive(&s.ds_full[buffer]);
+      if (lane == 0) arrive(&s.ds_full[buffer.at]);
 
-      // The first turn has nothing earlier: it multiplies what lies there and drops it.
-      if (TURN && i > 0) wait_ds(earlier);
-      pin(dv), pin(dk), pin(p), pin(ds);
+      // At first nothing is owed: what lies there is multiplied and dropped.
+      if (TURN && i > 0) wait(&s.ds_full[owed.at], owed.odd);
+      pin(dk), pin(ds);
       if constexpr (TURN) pin(dq);
       product_fence();
+      if constexpr (TURN) multiply_dq(dq);
 #pragma unroll
       for (int step = 0; step < ROWS / 16; step++)
-        product<MN_MAJOR>(dv, p[step], operand(&s.dout[stage][0][step * 16][0], sizeof(s.dout[stage][0])), i + step > 0, T());
-      product_commit();
-      if constexpr (TURN) multiply_dq(dq, earlier + S::BUFFERS);
-      product_commit();
-#pragma unroll
-      for (int step = 0; step < ROWS / 16; step++)
-        product<MN_MAJOR>(dk, ds[step], operand(&s.q[stage][0][step * 16][0], sizeof(s.q[stage][0])), i + step > 0, T());
+        product<MN_MAJOR>(dk, ds[step], across_k(q, step), i + step > 0, T());
       product_commit();
       product_wait<1>();
-      pin(dv);
-      if (leader) arrive(&s.dout_empty[stage]);
+      pin(dv), pin(p);
+      if (leader) arrive(&s.dout_empty[stage.at]);
       if constexpr (TURN) {
         pin(dq);
-        if (i > 0) add_dq(dq, earlier);
+        if (i > 0) add_dq(dq);
       }
       product_wait<0>();
-      pin(dk);
-      if (leader) arrive(&s.q_empty[stage]);
+      pin(dk), pin(ds);
+      if (leader) arrive(&s.q_empty[stage.at]);
+      if (S::HALVES || TURN == (group == 0)) owed_tile = t, owed = buffer;
+      next_tile(w, t), stage.next(), buffer.next();
     };
 
     wait(&s.k_full, (round & 1) ^ 1);
@@ -303,20 +334,17 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
         if (i + 1 < w.tiles) visit(i + 1, std::false_type());
       }
     }
-    const int last = S::HALVES ? w.tiles - 1 : (w.tiles - 1) / 2 * 2 + group;
-    if (last < w.tiles) {
+    if (S::HALVES || group == 0 || w.tiles % 2 == 0) {
       float dq[DQ];
-      wait_ds(last);
+      wait(&s.ds_full[owed.at], owed.odd);
       pin(dq);
       product_fence();
-      multiply_dq(dq, last);
-      product_commit();
+      multiply_dq(dq);
       product_wait<0>();
       pin(dq);
-      add_dq(dq, last);
+      add_dq(dq);
     }
     if (leader) arrive(&s.kv_empty);
-    count += w.tiles;
 
 #pragma unroll
     for (int half = 0; half < 2; half++) {
