@@ -41,6 +41,7 @@ struct Shape {
   static constexpr int WIDTH = SUM_WIDTH<D>;      // columns of dq that a warpgroup makes
   static constexpr bool HALVES = WIDTH < D;       // of every tile; else all columns of every other tile
   static constexpr int BUFFERS = HALVES ? 2 : 3;  // of ds
+  static constexpr bool HELD = !HALVES;           // keys and values as operands in registers
 };
 
 template <typename T, int D>
@@ -54,7 +55,7 @@ struct alignas(1024) Shared {
   alignas(128) int32_t sums[GROUPS][ROWS][S::WIDTH];
   alignas(128) float rows[STAGES][2][ROWS];  // LSE, DELTA
   float inverse_units[GROUPS][S::WIDTH];
-  uint64_t k_full, v_full, kv_empty;
+  uint64_t kv_full, kv_empty;
   uint64_t q_full[STAGES], q_empty[STAGES], dout_full[STAGES], dout_empty[STAGES];
   uint64_t ds_full[S::BUFFERS], ds_empty[S::BUFFERS];
 };
@@ -138,24 +139,48 @@ __device__ inline uint64_t along_k(uint64_t operand, int step, int height) {
 // Of one whose rows are K's.
 __device__ inline uint64_t across_k(uint64_t operand, int step) { return behind(operand, step * 16 * WIDE * 2); }
 
+// A warpgroup's 64 keys or values: as an operand in shared memory, and, if HELD, in registers.
+template <typename T, int D>
+struct Keys {
+  using S = Shape<D>;
+  uint64_t rows;
+  uint32_t held[S::HELD ? S::STEPS : 1][4];
+
+  __device__ void load(T (&from)[S::BOXES][KEYS][WIDE], int row, int block) {
+    if constexpr (S::HELD) {
+#pragma unroll
+      for (int step = 0; step < S::STEPS; step++)
+        load_matrices(held[step], &from[step / 4][row][((step % 4 * 2 + block) ^ row % 8) * 8]);
+    }
+  }
+  // d = the keys times the transpose of 64 rows.
+  __device__ void multiply(float (&d)[ROWS / 2], uint64_t other) const {
+#pragma unroll
+    for (int step = 0; step < S::STEPS; step++) {
+      if constexpr (S::HELD)
+        product<K_MAJOR>(d, held[step], along_k(other, step, ROWS), step > 0, T());
+      else
+        product(d, along_k(rows, step, KEYS), along_k(other, step, ROWS), step > 0, T());
+    }
+    product_commit();
+  }
+};
+
 template <typename T, int D, bool CAUSAL>
 __device__ inline void produce(const Arguments& a, Shared<T, D>& s) {
   Ring<STAGES> stage;
   Work w;
   for (int round = 0; next_work<CAUSAL>(a, round, w);) {
     wait(&s.kv_empty, round & 1);
-    arrive_expecting(&s.k_full, sizeof(s.k));
-    load_tile(s.k, &a.k, &s.k_full, w.head, w.first);
+    arrive_expecting(&s.kv_full, sizeof(s.k) + sizeof(s.v));
+    load_tile(s.k, &a.k, &s.kv_full, w.head, w.first);
+    load_tile(s.v, &a.v, &s.kv_full, w.head, w.first);
     Tile t = first_tile(a, w);
     for (int i = 0; i < w.tiles; i++, next_tile(w, t), stage.next()) {
       wait(&s.q_empty[stage.at], stage.odd ^ 1);
       arrive_expecting(&s.q_full[stage.at], sizeof(s.q[0]) + sizeof(s.rows[0]));
       load_tile(s.q[stage.at], &a.q, &s.q_full[stage.at], t.head, t.first);
       load_bytes(s.rows[stage.at], rows_of(a, t, LSE), sizeof(s.rows[0]), &s.q_full[stage.at]);
-      if (i == 0) {
-        arrive_expecting(&s.v_full, sizeof(s.v));
-        load_tile(s.v, &a.v, &s.v_full, w.head, w.first);
-      }
       wait(&s.dout_empty[stage.at], stage.odd ^ 1);
       arrive_expecting(&s.dout_full[stage.at], sizeof(s.dout[0]));
       load_tile(s.dout[stage.at], &a.dout, &s.dout_full[stage.at], t.head, t.first);
@@ -171,10 +196,10 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
   const bool leader = thread == 0;
   const int row = thread / 32 * 16 + lane / 4;  // of the warpgroup's 64 keys, or of dq's query rows; and row + 8
   const int column = lane % 4 * 2;              // and + 1, + 8, + 9, ...
-  // Where this lane stores a row of 16 bytes of ds: see store_matrices.
-  const int ds_row = group * 64 + thread / 32 * 16 + lane % 16, ds_block = lane / 16;
+  // The row and the block of 16 bytes that this lane brings to load_matrices and store_matrices: of keys.
+  const int key_row = group * 64 + thread / 32 * 16 + lane % 16, key_block = lane / 16;
   const float scale = a.scale * LOG2E;
-  const uint64_t k_rows = operand(&s.k[0][group * 64][0]), v_rows = operand(&s.v[0][group * 64][0]);
+  Keys<T, D> k{operand(&s.k[0][group * 64][0])}, v{operand(&s.v[0][group * 64][0])};
   const uint64_t k_columns = operand(&s.k[S::HALVES ? group : 0][0][0], sizeof(s.k[0]));
   Ring<STAGES> stage;
   Ring<S::BUFFERS> buffer;
@@ -188,6 +213,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       s.inverse_units[group][thread] = 0x1p30f / column_bound<D>(bounds, (S::HALVES ? group * WIDTH : 0) + thread);
     }
     float dk[D / 2], dv[D / 2];
+    w.tiles = __shfl_sync(~0u, w.tiles, 0), w.blocks = __shfl_sync(~0u, w.blocks, 0);
     Tile t = first_tile(a, w);
 
     const auto multiply_dq = [&](float (&dq)[DQ]) {
@@ -198,10 +224,12 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       product_commit();
     };
 
+    const auto load_inverse = [&] {
+      const float* inverses = rows_of(a, owed_tile, INVERSE) + row;
+      return make_float2(inverses[0], inverses[8]);
+    };
     // Rounds the dq that was owed and adds it to the sums.
-    const auto add_dq = [&](float (&dq)[DQ]) {
-      const float* inverses = rows_of(a, owed_tile, INVERSE);
-      const float inverse[2] = {inverses[row], inverses[row + 8]};
+    const auto add_dq = [&](float (&dq)[DQ], float2 inverse) {
       if (leader) arrive(&s.ds_empty[owed.at]);
       if (leader) store_wait_read<0>();
       sync_threads(1 + group, 128);
@@ -211,8 +239,8 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
         const float2 unit = *reinterpret_cast<const float2*>(&s.inverse_units[group][block * 8 + column]);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const float x = dq[4 * block + 2 * half] * inverse[half] * unit.x;
-          const float y = dq[4 * block + 2 * half + 1] * inverse[half] * unit.y;
+          const float x = dq[4 * block + 2 * half] * (half ? inverse.y : inverse.x) * unit.x;
+          const float y = dq[4 * block + 2 * half + 1] * (half ? inverse.y : inverse.x) * unit.y;
           outside[half] = outside[half] || !(fabsf(x) < 0x1p31f) || !(fabsf(y) < 0x1p31f);
           const int at = exchanged<WIDTH>(block, owed_tile.first + row + 8 * half) * 8 + column;
           *reinterpret_cast<int2*>(&s.sums[group][row + 8 * half][at]) = make_int2(__float2int_rn(x), __float2int_rn(y));
@@ -241,18 +269,11 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       wait(&s.q_full[stage.at], stage.odd);
       pin(scores);
       product_fence();
-#pragma unroll
-      for (int step = 0; step < S::STEPS; step++)
-        product(scores, along_k(k_rows, step, KEYS), along_k(q, step, ROWS), step > 0, T());
-      product_commit();
-      if (i == 0) wait(&s.v_full, (round & 1) ^ 1);
+      k.multiply(scores, q);
       wait(&s.dout_full[stage.at], stage.odd);
       pin(dp);
       product_fence();
-#pragma unroll
-      for (int step = 0; step < S::STEPS; step++)
-        product(dp, along_k(v_rows, step, KEYS), along_k(dout, step, ROWS), step > 0, T());
-      product_commit();
+      v.multiply(dp, dout);
       product_wait<1>();
       pin(scores);
 
@@ -296,12 +317,14 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       wait(&s.ds_empty[buffer.at], buffer.odd ^ 1);
 #pragma unroll
       for (int step = 0; step < ROWS / 16; step++)
-        store_matrices(&s.ds[buffer.at][ds_row][((step * 2 + ds_block) ^ ds_row % 8) * 8], ds[step]);
+        store_matrices(&s.ds[buffer.at][key_row][((step * 2 + key_block) ^ key_row % 8) * 8], ds[step]);
       fence_async();
       __syncwarp();
       if (lane == 0) arrive(&s.ds_full[buffer.at]);
 
       // At first nothing is owed: what lies there is multiplied and dropped.
+      float2 inverse;
+      if constexpr (TURN) inverse = load_inverse();
       if (TURN && i > 0) wait(&s.ds_full[owed.at], owed.odd);
       pin(dk), pin(ds);
       if constexpr (TURN) pin(dq);
@@ -316,7 +339,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       if (leader) arrive(&s.dout_empty[stage.at]);
       if constexpr (TURN) {
         pin(dq);
-        if (i > 0) add_dq(dq);
+        if (i > 0) add_dq(dq, inverse);
       }
       product_wait<0>();
       pin(dk), pin(ds);
@@ -325,7 +348,9 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       next_tile(w, t), stage.next(), buffer.next();
     };
 
-    wait(&s.k_full, (round & 1) ^ 1);
+    wait(&s.kv_full, (round & 1) ^ 1);
+    k.load(s.k, key_row, key_block);
+    v.load(s.v, key_row, key_block);
     if constexpr (S::HALVES) {
       for (int i = 0; i < w.tiles; i++) visit(i, std::true_type());
     } else {
@@ -336,13 +361,14 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
     }
     if (S::HALVES || group == 0 || w.tiles % 2 == 0) {
       float dq[DQ];
+      const float2 inverse = load_inverse();
       wait(&s.ds_full[owed.at], owed.odd);
       pin(dq);
       product_fence();
       multiply_dq(dq);
       product_wait<0>();
       pin(dq);
-      add_dq(dq);
+      add_dq(dq, inverse);
     }
     if (leader) arrive(&s.kv_empty);
 
@@ -366,7 +392,7 @@ template <typename T, int D, bool CAUSAL>
 __global__ void __launch_bounds__(THREADS, 1) products(const __grid_constant__ Arguments a) {
   auto& s = block_shared<Shared<T, D>>();
   if (threadIdx.x == 0) {
-    init(&s.k_full, 1), init(&s.v_full, 1), init(&s.kv_empty, GROUPS);
+    init(&s.kv_full, 1), init(&s.kv_empty, GROUPS);
     for (int i = 0; i < STAGES; i++) {
       init(&s.q_full[i], 1), init(&s.dout_full[i], 1);
       init(&s.q_empty[i], GROUPS), init(&s.dout_empty[i], GROUPS);
@@ -376,7 +402,7 @@ __global__ void __launch_bounds__(THREADS, 1) products(const __grid_constant__ A
     prefetch(&a.q), prefetch(&a.k), prefetch(&a.v), prefetch(&a.dout);
   }
   __syncthreads();
-  const int group = threadIdx.x / 128;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // so that the compiler knows it for one of the warp
   if (group == GROUPS) {
     give_registers<24>();
     if (threadIdx.x % 128 == 0) produce<T, D, CAUSAL>(a, s);
