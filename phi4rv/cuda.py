@@ -36,9 +36,14 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile calls it once and does not look inside
 def load() -> None:
     """Registers the library's operators, ``phi4rv_cuda::…``, with their fakes and gradients."""
+    _load()
+
+
+@functools.cache
+def _load() -> None:
     torch.ops.load_library(library())
     torch.library.register_fake("phi4rv_cuda::packed_attention", _fake_attention)
     torch.library.register_fake("phi4rv_cuda::packed_attention_backward", _fake_attention_backward)
@@ -82,8 +87,9 @@ def packed_attention_backward(
 
     dout (T, H, D) of q's dtype is read in place if its heads are adjacent, else copied. The same input gives the same
     bits. dq is summed as integers of a unit that is 2⁻³⁰ of ‖doutᵢ‖ · maxⱼ ‖vⱼ‖ · maxⱼ |kⱼd| / sqrt(D) over the keys of
-    the document: values or a channel's keys that nobody attends to cost bits of dq past 2⁵ times the others in a
-    document of 16384 rows, past 2¹⁰ in one of 200. A row of dq is NaN where that, or a score, is not finite.
+    the document: its roundings stay under bfloat16's own until values, or a channel's keys, that nobody attends to are
+    2⁷ times the others in a document of 16384 rows, 2¹³ in one of 200. A row of dq is NaN where that or a score is not
+    finite.
     RuntimeError that names any other argument.
     """
     load()
