@@ -2,14 +2,15 @@
 //
 // A block holds 128 keys of one key head, 64 a warpgroup, and walks over the tiles of 64 query rows that see them, of
 // every query head that reads this key head: dk and dv stay in registers and are written once. Scores are transposed,
-// keys as rows, so that p and ds are operands in registers of dv += p dout and dk += ds q. ds also goes to shared memory,
-// for dq = ds k over the keys of both warpgroups. That product is made one or two tiles later, when the other warpgroup
-// has long written its part: they need not keep step, and while one takes its exponentials the other multiplies
+// keys as rows, so that p and ds are operands in registers of dv += p dout and dk += ds q. ds also goes to shared
+// memory, for dq = ds k over the keys of both warpgroups. That product is made one or two tiles later, when the other
+// warpgroup has long written its part: they need not keep step, and while one takes its exponentials the other multiplies
 // (structure: FlashAttention-3, Shah et al. 2024). dq is summed over blocks as integers: see attention_backward.h.
 //
 // Registers of a thread: dk and dv D / 2 each, scores and dp 32 each, dq 32 to 40. For that, up to head dim 80 a
-// warpgroup makes dq of every other tile whole; at 128, half the columns of every tile. Shared memory carries about 1.15
-// times as many clocks as the products take (A and B of m64n64k16 are 4 KB in 32 clocks, all that there is).
+// warpgroup makes dq of every other tile whole; at 128, half the columns of every tile. The limit is shared memory, whose
+// 32 clocks of 128 bytes are what m64n64k16 takes to read a and b: up to 80, where registers are left to hold the keys
+// and values, 64 x 128 scores take it 1510 clocks at 72 (their products take 1500), and at 128 2940 (2560).
 
 #include <cmath>
 #include <type_traits>
@@ -73,7 +74,8 @@ struct Arguments {
   float scale;
 };
 
-// The keys from ``first`` of one key head, in the document [begin, end), and the query rows from ``query`` that see them.
+// The keys from ``first`` of one key head, in the document [begin, end), and the query rows from ``query`` that see
+// them.
 struct Work {
   int document, head, first, begin, end, query;
   int blocks, tiles;  // of query rows: of a query head, of all that read this key head
@@ -123,7 +125,8 @@ __device__ inline float* rows_of(const Arguments& a, const Tile& t, Row value) {
 }
 
 template <typename T, int BOXES, int HEIGHT>
-__device__ inline void load_tile(T (&to)[BOXES][HEIGHT][WIDE], const CUtensorMap* map, uint64_t* full, int head, int row) {
+__device__ inline void load_tile(
+    T (&to)[BOXES][HEIGHT][WIDE], const CUtensorMap* map, uint64_t* full, int head, int row) {
 #pragma unroll
   for (int box = 0; box < BOXES; box++) load_box(to[box], map, full, box * WIDE, head, row);
 }
@@ -243,7 +246,8 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
           const float y = dq[4 * block + 2 * half + 1] * (half ? inverse.y : inverse.x) * unit.y;
           outside[half] = outside[half] || !(fabsf(x) < 0x1p31f) || !(fabsf(y) < 0x1p31f);
           const int at = exchanged<WIDTH>(block, owed_tile.first + row + 8 * half) * 8 + column;
-          *reinterpret_cast<int2*>(&s.sums[group][row + 8 * half][at]) = make_int2(__float2int_rn(x), __float2int_rn(y));
+          auto* to = reinterpret_cast<int2*>(&s.sums[group][row + 8 * half][at]);
+          *to = make_int2(__float2int_rn(x), __float2int_rn(y));
         }
       }
 #pragma unroll
@@ -377,11 +381,12 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       const int key = w.first + group * 64 + row + 8 * half;
       if (key >= w.end) continue;
       const int64_t at = (int64_t(key) * a.kv_heads + w.head) * D + column;
+      T *dk_row = static_cast<T*>(a.dk) + at, *dv_row = static_cast<T*>(a.dv) + at;
 #pragma unroll
       for (int j = 0; j < D / 8; j++) {
         const int i = 4 * j + 2 * half;
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(a.dk) + at + 8 * j) = pack<T>(dk[i] * a.scale, dk[i + 1] * a.scale);
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(a.dv) + at + 8 * j) = pack<T>(dv[i], dv[i + 1]);
+        *reinterpret_cast<uint32_t*>(dk_row + 8 * j) = pack<T>(dk[i] * a.scale, dk[i + 1] * a.scale);
+        *reinterpret_cast<uint32_t*>(dv_row + 8 * j) = pack<T>(dv[i], dv[i + 1]);
       }
     }
   }
@@ -397,7 +402,8 @@ __global__ void __launch_bounds__(THREADS, 1) products(const __grid_constant__ A
       init(&s.q_full[i], 1), init(&s.dout_full[i], 1);
       init(&s.q_empty[i], GROUPS), init(&s.dout_empty[i], GROUPS);
     }
-    for (int i = 0; i < Shape<D>::BUFFERS; i++) init(&s.ds_full[i], GROUPS * 4), init(&s.ds_empty[i], Shape<D>::HALVES ? 2 : 1);
+    for (int i = 0; i < Shape<D>::BUFFERS; i++)
+      init(&s.ds_full[i], GROUPS * 4), init(&s.ds_empty[i], Shape<D>::HALVES ? GROUPS : 1);
     fence_init();
     prefetch(&a.q), prefetch(&a.k), prefetch(&a.v), prefetch(&a.dout);
   }
@@ -414,6 +420,7 @@ __global__ void __launch_bounds__(THREADS, 1) products(const __grid_constant__ A
 
 template <typename T, int D, bool CAUSAL>
 cudaError_t launch(const AttentionBackward& b, cudaStream_t stream) {
+  static_assert(shared_bytes<Shared<T, D>> <= 227 * 1024);
   Arguments a{};
   const auto describe = [&](CUtensorMap& map, const void* data, int heads, int64_t stride, int rows) {
     return tensor_map(map, data, b.type, {D, heads, b.tokens}, {D * 2, stride * 2}, {WIDE, 1, rows});

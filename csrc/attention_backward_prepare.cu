@@ -41,7 +41,8 @@ __device__ inline bool find_tile(const AttentionBackward& b, Tile& t) {
 
 template <typename T>
 __device__ inline void load(float (&x)[8], const void* tensor, int64_t at, bool wanted) {
-  const uint4 bits = wanted ? *reinterpret_cast<const uint4*>(static_cast<const T*>(tensor) + at) : make_uint4(0, 0, 0, 0);
+  uint4 bits = make_uint4(0, 0, 0, 0);
+  if (wanted) bits = *reinterpret_cast<const uint4*>(static_cast<const T*>(tensor) + at);
   const uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {

@@ -93,8 +93,9 @@ def packed_attention_backward(
     RuntimeError that names any other argument.
     """
     load()
-    D = q.shape[2]
-    if dout.dim() == 3 and (dout.stride(2) != 1 or dout.stride(1) != D or dout.stride(0) % 8 or dout.storage_offset() % 8):
+    H, D = q.shape[1:]
+    adjacent = dout.stride()[1:] == (D, 1) and dout.stride(0) >= H * D
+    if not adjacent or dout.stride(0) % 8 or dout.storage_offset() % 8:
         dout = dout.contiguous()
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.phi4rv_cuda.packed_attention_backward(
         dout, q, k, v, out, lse, cu_seqlens, max_seqlen, causal

@@ -122,11 +122,14 @@ def test_layouts_of_the_gradient(place: Place, D: int) -> None:
 
 @pytest.mark.parametrize("place", CUDA_PLACE)
 def test_one_gradient_for_all_rows(place: Place) -> None:
-    """The gradient of a sum is an expanded scalar."""
+    """The gradient of a sum is an expanded scalar, that of a sum of rows a row."""
     q, k, v = draw(place, [70], 2, 1, 64)
     out = cuda.packed_attention(q, k, v, offsets([70], place), 70, True)
     ours = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
-    equal(ours, torch.autograd.grad(out, (q, k, v), torch.ones_like(out)))
+    equal(ours, torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True))
+    row = torch.randn(2, 64).to(out)
+    ours = torch.autograd.grad((out.sum(0) * row).sum(), (q, k, v), retain_graph=True)
+    equal(ours, torch.autograd.grad(out, (q, k, v), row.expand_as(out).contiguous()))
 
 
 @pytest.mark.parametrize("place", CUDA_PLACE)
@@ -148,7 +151,7 @@ def test_rows_far_apart(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("D", [72, 128])
 @pytest.mark.parametrize("huge", ["value", "key"])
 def test_what_nobody_attends_to(place: Place, causal: bool, D: int, huge: str) -> None:
-    """A row of values, or a key's channel, 2^10 times the others: it loosens the bound of dq and has no weight in it."""
+    """A row of values, or a channel of keys, 2^10 times the others, that loosens dq's bound and has no weight in dq."""
     lengths = [200, 40]
     q, k, v = (x.detach().clone() for x in draw(place, lengths, 2, 1, D))
     q[..., :8] = q[..., :8].abs() + 1
@@ -156,6 +159,22 @@ def test_what_nobody_attends_to(place: Place, causal: bool, D: int, huge: str) -
     k[3, :, :8] = -1024 if huge == "key" else -16  # whose scores are under -20 for all rows of its document
     v[3] *= 1024 if huge == "value" else 1
     both(tuple(x.requires_grad_() for x in (q, k, v)), lengths, causal)
+
+
+@pytest.mark.parametrize("place", CUDA_PLACES)
+@pytest.mark.parametrize("D", [72, 128])
+def test_the_bound_is_reached(place: Place, D: int) -> None:
+    """Half of the keys and values are the others' negatives and dout is a value: dq is as large as it can be."""
+    lengths = [200, 2]
+    sign = torch.ones(202, 1, 1)
+    sign[::2] = -1
+    u, c = torch.randint(-8, 9, (2, D)) / 4
+    dout, v, k = u.expand(202, 2, D), sign * u, sign * c
+    dout, v, k = (x.to(place[1]).to(place[0]) for x in (dout.contiguous(), v.contiguous(), k.contiguous()))
+    q, rest = torch.zeros_like(dout), (offsets(lengths, place), 200, False)
+    dq = backward(dout, q, k, v, *torch.ops.phi4rv_cuda.packed_attention(q, k, v, *rest), *rest)[0]
+    expected = (c * u.square().sum() / D**0.5).expand_as(dq).to(dq)
+    torch.testing.assert_close(dq, expected, rtol=2**-7, atol=0.0)
 
 
 @pytest.mark.parametrize("place", CUDA_PLACES)
@@ -253,7 +272,9 @@ def test_same_bits_whenever_asynchronous_work_is_done() -> None:
     results = set()
     for seed in range(3):
         environment = {**os.environ, "PHI4RV_EMULATOR_SEED": str(seed), "OMP_NUM_THREADS": "1"}
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=build.ROOT)
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=build.ROOT
+        )
         assert not run.returncode, run.stderr
         results.add(run.stdout)
     assert len(results) == 1
