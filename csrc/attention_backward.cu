@@ -1,16 +1,18 @@
 // Attention on packed rows for Hopper (sm_90a), backward: five products a score (FlashAttention-2, Dao 2023).
 //
-// A block holds 128 keys of one key head, 64 a warpgroup, and walks over the tiles of 64 query rows that see them, of
-// every query head that reads this key head: dk and dv stay in registers and are written once. Scores are transposed,
-// keys as rows, so that p and ds are operands in registers of dv += p dout and dk += ds q. ds also goes to shared
-// memory, for dq = ds k over the keys of both warpgroups. That product is made one or two tiles later, when the other
-// warpgroup has long written its part: they need not keep step, and while one takes its exponentials the other multiplies
-// (structure: FlashAttention-3, Shah et al. 2024). dq is summed over blocks as integers: see attention_backward.h.
+// A block holds 128 keys of one key head, 64 a warpgroup, and walks over the tiles of 64 query rows that see them,
+// of every query head that reads this key head: dk and dv stay in registers and are written once. Scores are
+// transposed, keys as rows, so that p and ds are operands in registers of dv += p dout and dk += ds q. ds also goes
+// to shared memory, for dq = ds k over the keys of both warpgroups. That product is made one or two tiles later,
+// when the other warpgroup has long written its part: they need not keep step, and while one takes its exponentials
+// the other multiplies (structure: FlashAttention-3, Shah et al. 2024). dq is summed over blocks as integers, whose
+// order does not matter: see attention_backward.h.
 //
 // Registers of a thread: dk and dv D / 2 each, scores and dp 32 each, dq 32 to 40. For that, up to head dim 80 a
-// warpgroup makes dq of every other tile whole; at 128, half the columns of every tile. The limit is shared memory, whose
-// 32 clocks of 128 bytes are what m64n64k16 takes to read a and b: up to 80, where registers are left to hold the keys
-// and values, 64 x 128 scores take it 1510 clocks at 72 (their products take 1500), and at 128 2940 (2560).
+// warpgroup makes dq of every other tile whole; at 128, half the columns of every tile. The limit is shared memory:
+// the 32 clocks of m64n64k16 are just enough to read its a and b, 4 KB. So up to 80, where registers are left, they
+// hold the keys and values. 64 x 128 scores then take shared memory about 1700 clocks at 72 (their products take
+// 1500), and at 128, without, 3100 (2560).
 
 #include <cmath>
 #include <type_traits>

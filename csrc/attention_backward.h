@@ -3,17 +3,18 @@
 // dq is the only sum across blocks. Its parts are rounded to integers, whose sums are the same in whatever order the
 // copy engine adds them: deterministic, and no block waits for another. Before scale,
 //   |dq_id| = |sum_j p_ij (dp_ij - delta_i) k_jd| <= |dout_i| max_j |v_j| max_j |k_jd|
-// over the document's keys, since the values dp_ij lie in [-r, r], r = |dout_i| max_j |v_j|, and the mean distance of
-// such from their mean delta_i is r at most. That bound is 2^30: a bit is left for rounding, and only the final sum must
+// over the document's keys: the values dp_ij lie in [-r, r], r = |dout_i| max_j |v_j|, and the mean distance of such
+// from their mean delta_i is r at most. That bound is 2^30: a bit is left for rounding, and only the final sum must
 // fit, for partial ones may wrap around.
 //
 // Precision: n key tiles are rounded to half a unit each. For random q, k, v and dout the root mean square of dq is
 // 2^-8 of its bound in a document of 200 rows and 2^-12 at 16384, so that these roundings are 2^-22 and 2^-16 of dq
-// (computed in float64), while bfloat16's own is 2^-9. Values, or keys in their channel, that are larger than the rest and
-// that nobody attends to loosen the bound by as much: up to a factor of 2^13 in a document of 200 rows, 2^9 at 3600, 2^7
-// at 16384 the roundings stay under bfloat16's. Past that dq loses bits, but always the same ones.
-// What is not finite, dq_i included, gives NaN. (Infinities of one document also reach dk and dv of the one before, whose
-// last tile of rows holds them with weight zero.)
+// (computed in float64), while bfloat16's own is 2^-9. Values, or keys in their channel, that are larger than the
+// rest and that nobody attends to loosen the bound by as much: up to a factor of 2^13 in a document of 200 rows, 2^9
+// at 3600, 2^7 at 16384 the roundings stay under bfloat16's. Past that dq loses bits, but always the same ones.
+//
+// What is not finite, dq_i included, gives NaN. Infinities of one document also reach dk and dv of the one before,
+// whose last tile of rows holds them with weight zero.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -39,8 +39,8 @@ constexpr int schedule_bound(const AttentionForward& f) {
 
 cudaError_t attention_forward(const AttentionForward& arguments, cudaStream_t stream);
 
-// The gradients of softmax(q k^T scale) v. As above; dq, dk and dv are contiguous and written whole. The rest is room to
-// work in: see attention_backward.h for how it is laid out.
+// The gradients of softmax(q k^T scale) v. As above; dq, dk and dv are contiguous and written whole. The rest is room
+// to work in: see attention_backward.h for how it is laid out.
 struct AttentionBackward {
   const void *dout, *q, *k, *v, *out;  // out: contiguous
   const float* lse;
