@@ -7,7 +7,7 @@
 // head, times the new tokens, are the 16 rows of an m16n8k16 product, or twice 16.
 //
 // Each warp keeps a ring of steps of 16 keys and values to itself, filled by 16-byte copies: any page size, no barrier
-// in the loop. Two blocks of four warps have 128 to 192 KB in flight on a multiprocessor; the memory needs about 32.
+// in the loop. Two blocks of four warps have 64 to 128 KB in flight on a multiprocessor; the memory needs about 32.
 // Warps, then parts, are merged in a fixed order, parts by a second kernel that starts with the last of the first: it
 // needs no counters that somebody would have to set to zero, or that two streams could share.
 
@@ -80,14 +80,15 @@ __device__ inline Place find(const Arguments& a, Found found) {
   const int lane = threadIdx.x % 32;
   int steps = 0;
   for (int b = lane; b < a.documents; b += 32) steps += steps_of(a, b);
-  for (int apart = 16; apart; apart /= 2) steps += __shfl_xor_sync(~0u, steps, apart);
+  for (int apart = 1; apart < 32 && apart < a.documents; apart *= 2) steps += __shfl_xor_sync(~0u, steps, apart);
+  steps = __shfl_sync(~0u, steps, 0);
   // Rounding up adds less than one part a document.
   const int spare = a.slots - a.documents, size = max(WARPS, (steps + spare - 1) / spare);
   int before = 0;
   for (int base = 0; base < a.documents; base += 32) {
     const int b = base + lane, parts = b < a.documents ? (steps_of(a, b) + size - 1) / size : 0;
     int end = parts;
-    for (int apart = 1; apart < 32; apart *= 2) {
+    for (int apart = 1; apart < 32 && apart < a.documents; apart *= 2) {
       const int other = __shfl_up_sync(~0u, end, apart);
       if (lane >= apart) end += other;
     }
@@ -321,16 +322,16 @@ template <typename T, typename Stored, int D, int TILES>
 __global__ void __launch_bounds__(THREADS, DECODE_RESIDENT) part(const Arguments a) {
   using S = Shape<T, Stored, D, TILES>;
   auto& s = hopper::block_shared<Shared<S>>();
-  // The cache's new rows and the lengths come from the kernel in front.
+  const int unit = blockIdx.x % a.units, slot = blockIdx.x / a.units;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = unit / a.tiles, first_row = unit % a.tiles * S::ROWS;
+  // The kernel in front may have written the lengths, the pages and the cache's last rows.
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int units = a.units, unit = blockIdx.x % units, slot = blockIdx.x / units;
   const Place place = find(a, [&](int, int end) { return slot < end; });
   if (place.document < 0) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = unit / a.tiles, first_row = unit % a.tiles * S::ROWS;
-  const int length = int(at(a.lengths, place.document));
-  const int64_t steps = (length + KEYS - 1) / KEYS;
-  const int first = int(steps * (slot - place.first) / place.parts), last = int(steps * (slot - place.first + 1) / place.parts);
+  const int length = int(at(a.lengths, place.document)), steps = (length + KEYS - 1) / KEYS;
+  const int index = slot - place.first, fewest = steps / place.parts, more = steps % place.parts;
+  const int first = index * fewest + min(index, more), last = first + fewest + (index < more);
 
   const auto source = Source::of<D, Stored>(a, place.document, group, min(last * KEYS, length), lane);
   int64_t page[S::STAGES];
@@ -407,25 +408,25 @@ __global__ void __launch_bounds__(THREADS, DECODE_RESIDENT) part(const Arguments
 
 // ---- merging
 
+struct Sums {
+  float4 out[WARPS][32];
+  float2 level[WARPS];
+};
+
 // One block a row of the output; warps share its parts, lanes its columns.
 template <typename T>
 __global__ void __launch_bounds__(THREADS) merge(const Arguments a) {
-  struct Sums {
-    float4 out[WARPS][32];
-    float2 level[WARPS];
-  };
   auto& s = hopper::block_shared<Sums>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = a.head_dim;
   const int document = blockIdx.x / (a.tokens * a.heads), token = blockIdx.x / a.heads % a.tokens, head = blockIdx.x % a.heads;
-  // Each block of the kernel in front began after what came before it had ended: the lengths are there.
+  // Every block of the kernel in front waited for what came before it, and then let this one start: the lengths are there.
   const Place place = find(a, [&](int b, int) { return b == document; });
   wait_for_previous_kernel();
   let_next_kernel_start();
   if (place.parts == 1) return;  // it wrote the result
-  const int shared = a.shared, units = a.units, rows = a.rows;
-  const int group = head / shared, row = token * shared + head % shared;
+  const int group = head / a.shared, row = token * a.shared + head % a.shared;
   const auto at = [&](int part) {
-    return (int64_t(place.first + part) * units + group * a.tiles + row / rows) * rows + row % rows;
+    return (int64_t(place.first + part) * a.units + group * a.tiles + row / a.rows) * a.rows + row % a.rows;
   };
   const auto* levels = reinterpret_cast<const float2*>(a.levels);
   const auto* partial = reinterpret_cast<const float4*>(a.partial);
@@ -473,13 +474,15 @@ cudaError_t launch(const DecodeAttention& a, cudaStream_t stream) {
   using S = Shape<T, Stored, D, TILES>;
   static_assert(DECODE_RESIDENT * (hopper::shared_bytes<Shared<S>> + 1024) <= 228 * 1024);  // 1024: the system's own
   const Arguments all{a, a.heads / a.kv_heads, decode_rows(a), decode_tiles(a), decode_units(a), decode_slots(a)};
-  if (const int blocks = decode_blocks(a)) {  // none where the cache has no rows
+  const int blocks = decode_blocks(a);
+  if (blocks) {  // none where the cache has no rows
     const cudaError_t error =
         launch_kernel({.blocks = blocks, .threads = THREADS, .shared = hopper::shared_bytes<Shared<S>>, .early = true}, stream,
                       part<T, Stored, D, TILES>, all);
     if (error) return error;
   }
-  return launch_kernel({.blocks = a.documents * a.tokens * a.heads, .threads = THREADS, .shared = 8 * 1024, .early = true},
+  return launch_kernel({.blocks = a.documents * a.tokens * a.heads, .threads = THREADS, .shared = hopper::shared_bytes<Sums>,
+                        .early = blocks > 0},
                        stream, merge<T>, all);
 }
 
