@@ -160,13 +160,15 @@ void check_cache(const Tensor& x, const Tensor& q, const Tensor& like, const cha
   for (int i = 0; i < x.dim(); i++) {
     STD_TORCH_CHECK(x.size(i) == like.size(i), name, " must have the shape of k");
     const int64_t bytes = x.stride(i) * x.element_size();
-    STD_TORCH_CHECK(i == x.dim() - 1 || x.size(i) == 1 || bytes % 16 == 0, name, ": heads and rows must lie multiples of 16 bytes apart");
+    STD_TORCH_CHECK(i == x.dim() - 1 || x.size(i) == 1 || bytes % 16 == 0, name,
+                    ": heads and rows must lie multiples of 16 bytes apart");
   }
 }
 
 std::tuple<const float*, int> scale_of(const std::optional<Tensor>& x, const Tensor& q, int heads, const char* name) {
   if (!x) return {nullptr, 0};
-  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && (x->dim() == 0 || (x->dim() == 1 && x->size(0) == heads)), name,
+  const bool fits = x->dim() == 0 || (x->dim() == 1 && x->size(0) == heads);
+  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && fits, name,
                   " must be float32, a scalar or one for each of ", heads, " key heads");
   STD_TORCH_CHECK(x->get_device_index() == q.get_device_index(), name, " must be on the device of q");
   return {static_cast<const float*>(x->data_ptr()), x->dim() ? x->stride(0) : 0};
@@ -193,10 +195,12 @@ Tensor decode(
   a.kv_heads = k.size(-2);
   STD_TORCH_CHECK(a.kv_heads > 0 && a.heads % a.kv_heads == 0,
                   "decode_attention: q has ", a.heads, " heads, must be a multiple of k's ", a.kv_heads);
-  STD_TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == a.documents, "decode_attention: lengths must be (documents)");
+  STD_TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == a.documents,
+                  "decode_attention: lengths must be (documents)");
   a.lengths = integers(lengths, q, "decode_attention: lengths");
   if (starts) {
-    STD_TORCH_CHECK(starts->dim() == 1 && starts->size(0) == a.documents, "decode_attention: starts must be (documents)");
+    STD_TORCH_CHECK(starts->dim() == 1 && starts->size(0) == a.documents,
+                    "decode_attention: starts must be (documents)");
     a.starts = integers(*starts, q, "decode_attention: starts");
   }
   if (pages) {
@@ -246,13 +250,15 @@ STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor lengths, Tensor? k_scale, Tensor? v_scale) "
       "-> Tensor");
   m.def(
-      "paged_decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor lengths, Tensor? k_scale, "
-      "Tensor? v_scale) -> Tensor");
+      "paged_decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor lengths, "
+      "Tensor? k_scale, Tensor? v_scale) -> Tensor");
 }
 
 // On a CPU too, where every call ends at a check unless the library is the emulated one.
 #define IMPLEMENTATIONS(m)                                  \
   m.impl("packed_attention", TORCH_BOX(&packed_attention)); \
+  m.impl("decode_attention", TORCH_BOX(&decode_attention)); \
+  m.impl("paged_decode_attention", TORCH_BOX(&paged_decode_attention)); \
   m.impl("gemv", TORCH_BOX(&gemv));
 
 STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CPU, m) { IMPLEMENTATIONS(m) }

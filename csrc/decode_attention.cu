@@ -33,6 +33,8 @@ template <int PITCH>
 struct Step {
   uint4 k[KEYS][PITCH], v[KEYS][PITCH];
 };
+template <typename S>
+using Rows = uint4[KEYS][S::PITCH];
 
 template <typename T, typename Stored, int D, int TILES>
 struct Shape {
@@ -61,11 +63,13 @@ struct Arguments : DecodeAttention {
   int rows, tiles, units, slots;
 };
 
-__device__ inline int64_t at(const Integers& x, int64_t i) {
-  return x.wide ? static_cast<const int64_t*>(x.data)[i * x.stride] : static_cast<const int*>(x.data)[i * x.stride];
+__device__ inline int64_t at(const Integers& x, int64_t first, int i) {
+  const int64_t place = first + i * x.stride;
+  return x.wide ? static_cast<const int64_t*>(x.data)[place] : static_cast<const int*>(x.data)[place];
 }
+__device__ inline int length_of(const Arguments& a, int document) { return int(at(a.lengths, 0, document)); }
 __device__ inline int steps_of(const Arguments& a, int document) {
-  return (int(at(a.lengths, document)) + KEYS - 1) / KEYS;
+  return (length_of(a, document) + KEYS - 1) / KEYS;
 }
 
 // A document's parts among those of all documents. document: -1 if there is no such part.
@@ -110,23 +114,25 @@ __device__ inline Place find(const Arguments& a, Found found) {
 struct Source {
   const char* base;
   int64_t page_stride, row_stride;  // bytes
-  Integers table;                   // this document's pages
-  int page_size, end, lane;         // page_size 0: no pages
+  Integers pages;
+  int64_t first_page;        // of the document, in ``pages``
+  int page_size, end, lane;  // page_size 0: no pages
 
-  template <int D, typename Stored>
+  template <typename Stored>
   __device__ static Source of(const Arguments& a, int document, int head, int end, int lane) {
+    constexpr int64_t SIZE = sizeof(Stored);
     const bool value = lane >= KEYS;
-    Source s{static_cast<const char*>(value ? a.v : a.k), value ? a.v_page : a.k_page, value ? a.v_row : a.k_row,
-             a.pages, a.page_size, end, lane % KEYS};
-    s.page_stride *= sizeof(Stored), s.row_stride *= sizeof(Stored);
-    s.base += head * (value ? a.v_head : a.k_head) * int64_t(sizeof(Stored));
-    if (!s.page_size) s.base += at(a.starts, document) * s.row_stride;
-    if (s.page_size) s.table.data = static_cast<const char*>(s.table.data) + document * a.pages_document * (s.table.wide ? 8 : 4);
+    Source s{static_cast<const char*>(value ? a.v : a.k) + head * (value ? a.v_head : a.k_head) * SIZE,
+             (value ? a.v_page : a.k_page) * SIZE, (value ? a.v_row : a.k_row) * SIZE,
+             a.pages, document * a.pages_document, a.page_size, end, lane % KEYS};
+    if (!s.page_size) s.base += at(a.starts, 0, document) * s.row_stride;
     return s;
   }
   // Past the part's end its last row, which is there.
   __device__ int key(int step) const { return min(step * KEYS + lane, end - 1); }
-  __device__ int64_t page(int step) const { return page_size ? at(table, unsigned(key(step)) / unsigned(page_size)) : 0; }
+  __device__ int64_t page(int step) const {
+    return page_size ? at(pages, first_page, unsigned(key(step)) / unsigned(page_size)) : 0;
+  }
   __device__ const char* row(int step, int64_t page) const {
     const int within = page_size ? unsigned(key(step)) % unsigned(page_size) : key(step);
     return base + page * page_stride + within * row_stride;
@@ -146,7 +152,8 @@ __device__ inline void fetch(Step<PITCH>& to, const Source& source, int step, in
 
 // ---- a step
 
-// This lane's row of the four 8 x 8 matrices that are 16 rows by 2 pieces of 16 bytes; at an odd end the last piece twice.
+// This lane's row of the four 8 x 8 matrices that are 16 rows by 2 pieces of 16 bytes; at an odd end the last piece
+// twice.
 template <int PIECES, int PITCH>
 __device__ inline const void* matrix_row(const uint4 (&rows)[16][PITCH], int piece, int lane) {
   return &rows[lane % 16][min(piece + lane / 16, PIECES - 1)];
@@ -164,7 +171,8 @@ struct State {
 
 // scores: [tile][keys 0 to 7, 8 to 15] as multiply leaves them.
 template <typename S, int TILES>
-__device__ inline void score(float (&scores)[TILES][2][4], const uint4 (&k)[KEYS][S::PITCH], const uint4 (&q)[S::ROWS][S::Q_PITCH], int lane) {
+__device__ inline void score(
+    float (&scores)[TILES][2][4], const Rows<S>& k, const uint4 (&q)[S::ROWS][S::Q_PITCH], int lane) {
   using T = typename S::Number;
   constexpr int Q_PIECES = S::FLOAT8 ? 2 * S::PIECES : S::PIECES;
 #pragma unroll
@@ -193,7 +201,8 @@ __device__ inline void score(float (&scores)[TILES][2][4], const uint4 (&k)[KEYS
 
 // out += p v. With float8, out[2c + i] is columns 16 c + i, + 2, + 4, …, else out[c] columns 8 c, + 1, + 2, ….
 template <typename S, int D, int TILES>
-__device__ inline void add_values(float (&out)[TILES][D / 8][4], const uint32_t (&p)[TILES][4], const uint4 (&v)[KEYS][S::PITCH], int lane) {
+__device__ inline void add_values(
+    float (&out)[TILES][D / 8][4], const uint32_t (&p)[TILES][4], const Rows<S>& v, int lane) {
   using T = typename S::Number;
 #pragma unroll
   for (int piece = 0; piece < S::PIECES; piece += 2) {
@@ -204,9 +213,10 @@ __device__ inline void add_values(float (&out)[TILES][D / 8][4], const uint32_t 
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++)
         if constexpr (S::FLOAT8) {
-          const uint32_t low = transpose(x[2 * half]), high = transpose(x[2 * half + 1]);
-          multiply(out[tile][2 * (piece + half)], p[tile], {float8_to_half(low), float8_to_half(high)}, T());
-          multiply(out[tile][2 * (piece + half) + 1], p[tile], {float8_to_half(low >> 16), float8_to_half(high >> 16)}, T());
+          const uint32_t a = transpose(x[2 * half]), b = transpose(x[2 * half + 1]);
+          const int column = 2 * (piece + half);
+          multiply(out[tile][column], p[tile], {float8_to_half(a), float8_to_half(b)}, T());
+          multiply(out[tile][column + 1], p[tile], {float8_to_half(a >> 16), float8_to_half(b >> 16)}, T());
         } else {
           multiply(out[tile][piece + half], p[tile], {x[2 * half], x[2 * half + 1]}, T());
         }
@@ -216,8 +226,8 @@ __device__ inline void add_values(float (&out)[TILES][D / 8][4], const uint32_t 
 // seen: keys, counted from the step's first, that this lane's rows may see.
 template <typename S, int D, int TILES>
 __device__ inline void attend(
-    State<S, D>& state, const Step<S::PITCH>& step, const uint4 (&q)[S::ROWS][S::Q_PITCH], const float (&factor)[TILES][2],
-    const int (&seen)[TILES][2], bool masked, int lane) {
+    State<S, D>& state, const Step<S::PITCH>& step, const uint4 (&q)[S::ROWS][S::Q_PITCH],
+    const float (&factor)[TILES][2], const int (&seen)[TILES][2], bool masked, int lane) {
   float scores[TILES][2][4] = {};
   score<S>(scores, step.k, q, lane);
   uint32_t p[TILES][4];
@@ -255,13 +265,14 @@ __device__ inline void attend(
 
 // ---- a part
 
-// The block's rows of q, zeros past the last, in the products' numbers. float8: in float16, which a power of two for each
-// row brings into its range, and in the order in which a lane finds four adjacent columns of a key.
+// The block's rows of q, zeros past the last, in the products' numbers. float8: in float16, which a power of two for
+// each row brings into its range, and in the order in which a lane finds four adjacent columns of a key.
 template <typename S, typename T, int D>
-__device__ inline void store_query(Shared<S>& s, const Arguments& a, int document, int group, int first_row, float scale) {
+__device__ inline void store_query(
+    Shared<S>& s, const Arguments& a, int document, int group, int first_row, float scale) {
   constexpr int SHARE = THREADS / S::ROWS;  // threads a row
   const int r = threadIdx.x / SHARE, member = threadIdx.x % SHARE, row = first_row + r;
-  const int shared = a.shared, token = row / shared, head = group * shared + row % shared;
+  const int token = row / a.shared, head = group * a.shared + row % a.shared;
   const T* from = static_cast<const T*>(a.q) + document * a.q_document + token * a.q_token + head * a.q_head;
   float x[D / SHARE];
 #pragma unroll
@@ -303,7 +314,8 @@ __device__ inline void leave(Shared<S>& s, const State<S, D>& state, int warp, i
       if (lane % 4 == 0) s.level[warp][row] = {state.top[tile][h], sum};
 #pragma unroll
       for (int i = 0; i < D / 4; i++) {
-        const int column = S::FLOAT8 ? i / 4 * 16 + lane % 4 * 4 + i % 2 * 2 + i % 4 / 2 : i / 2 * 8 + lane % 4 * 2 + i % 2;
+        const int column = S::FLOAT8 ? i / 4 * 16 + lane % 4 * 4 + i % 2 * 2 + i % 4 / 2
+                                     : i / 2 * 8 + lane % 4 * 2 + i % 2;
         out[row][column] = state.out[tile][i / 2][2 * h + i % 2];
       }
     }
@@ -315,7 +327,8 @@ __device__ inline void add(float4& sum, const float4& x, float weight) {
 }
 template <typename T>
 __device__ inline void store(void* to, int64_t at, const float4& x, float factor) {
-  *reinterpret_cast<uint2*>(static_cast<T*>(to) + at) = {pack<T>(x.x * factor, x.y * factor), pack<T>(x.z * factor, x.w * factor)};
+  const uint2 both = {pack<T>(x.x * factor, x.y * factor), pack<T>(x.z * factor, x.w * factor)};
+  *reinterpret_cast<uint2*>(static_cast<T*>(to) + at) = both;
 }
 
 template <typename T, typename Stored, int D, int TILES>
@@ -323,23 +336,25 @@ __global__ void __launch_bounds__(THREADS, DECODE_RESIDENT) part(const Arguments
   using S = Shape<T, Stored, D, TILES>;
   auto& s = hopper::block_shared<Shared<S>>();
   const int unit = blockIdx.x % a.units, slot = blockIdx.x / a.units;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = unit / a.tiles, first_row = unit % a.tiles * S::ROWS;
+  const int group = unit / a.tiles, first_row = unit % a.tiles * S::ROWS;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // The kernel in front may have written the lengths, the pages and the cache's last rows.
   wait_for_previous_kernel();
   let_next_kernel_start();
   const Place place = find(a, [&](int, int end) { return slot < end; });
   if (place.document < 0) return;
-  const int length = int(at(a.lengths, place.document)), steps = (length + KEYS - 1) / KEYS;
+  const int length = length_of(a, place.document), steps = (length + KEYS - 1) / KEYS;
   const int index = slot - place.first, fewest = steps / place.parts, more = steps % place.parts;
   const int first = index * fewest + min(index, more), last = first + fewest + (index < more);
 
-  const auto source = Source::of<D, Stored>(a, place.document, group, min(last * KEYS, length), lane);
+  const auto source = Source::of<Stored>(a, place.document, group, min(last * KEYS, length), lane);
   int64_t page[S::STAGES];
 #pragma unroll
   for (int i = 0; i < S::STAGES; i++) page[i] = source.page(first + warp + i * WARPS);
 #pragma unroll
   for (int i = 0; i < S::STAGES - 1; i++) {
-    if (first + warp + i * WARPS < last) fetch<S::PIECES>(s.ring[warp][i], source, first + warp + i * WARPS, page[i], lane);
+    const int step = first + warp + i * WARPS;
+    if (step < last) fetch<S::PIECES>(s.ring[warp][i], source, step, page[i], lane);
     copy_commit();
   }
   int64_t next_page = page[S::STAGES - 1];
@@ -354,7 +369,7 @@ __global__ void __launch_bounds__(THREADS, DECODE_RESIDENT) part(const Arguments
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int row = tile * 16 + 8 * h + lane / 4, token = (first_row + row) / (a.shared);
+      const int row = tile * 16 + 8 * h + lane / 4, token = (first_row + row) / a.shared;
       factor[tile][h] = s.factor[row];
       seen[tile][h] = length - a.tokens + 1 + min(token, a.tokens - 1);
       state.top[tile][h] = -INFINITY, state.sum[tile][h] = 0;
@@ -381,7 +396,7 @@ __global__ void __launch_bounds__(THREADS, DECODE_RESIDENT) part(const Arguments
   __syncthreads();
 
   const float v_scale = a.v_scale ? a.v_scale[group * a.v_scale_head] : 1;
-  const int shared = a.shared, rows = min(S::ROWS, a.tokens * shared - first_row);
+  const int rows = min(S::ROWS, a.tokens * a.shared - first_row);
   for (int i = threadIdx.x; i < rows * D / 4; i += THREADS) {
     const int row = i / (D / 4), column = i % (D / 4) * 4;
     float top = -INFINITY, sum = 0;
@@ -393,7 +408,7 @@ __global__ void __launch_bounds__(THREADS, DECODE_RESIDENT) part(const Arguments
       add(out, reinterpret_cast<const float4&>(results<S, D>(s, w)[row][column]), weight);
     }
     if (place.parts == 1) {
-      const int token = (first_row + row) / shared, head = group * shared + (first_row + row) % shared;
+      const int token = (first_row + row) / a.shared, head = group * a.shared + (first_row + row) % a.shared;
       const int64_t to = ((int64_t(place.document) * a.tokens + token) * a.heads + head) * D + column;
       store<T>(a.out, to, out, sum > 0 ? v_scale / sum : 0);
     } else {
@@ -418,8 +433,9 @@ template <typename T>
 __global__ void __launch_bounds__(THREADS) merge(const Arguments a) {
   auto& s = hopper::block_shared<Sums>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = a.head_dim;
-  const int document = blockIdx.x / (a.tokens * a.heads), token = blockIdx.x / a.heads % a.tokens, head = blockIdx.x % a.heads;
-  // Every block of the kernel in front waited for what came before it, and then let this one start: the lengths are there.
+  const int head = blockIdx.x % a.heads, token = blockIdx.x / a.heads % a.tokens;
+  const int document = blockIdx.x / a.heads / a.tokens;
+  // Each block of the kernel in front waited for what came before it and then let this one start: the lengths are there.
   const Place place = find(a, [&](int b, int) { return b == document; });
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -474,16 +490,13 @@ cudaError_t launch(const DecodeAttention& a, cudaStream_t stream) {
   using S = Shape<T, Stored, D, TILES>;
   static_assert(DECODE_RESIDENT * (hopper::shared_bytes<Shared<S>> + 1024) <= 228 * 1024);  // 1024: the system's own
   const Arguments all{a, a.heads / a.kv_heads, decode_rows(a), decode_tiles(a), decode_units(a), decode_slots(a)};
-  const int blocks = decode_blocks(a);
-  if (blocks) {  // none where the cache has no rows
-    const cudaError_t error =
-        launch_kernel({.blocks = blocks, .threads = THREADS, .shared = hopper::shared_bytes<Shared<S>>, .early = true}, stream,
-                      part<T, Stored, D, TILES>, all);
+  const Launch parts{decode_blocks(a), THREADS, hopper::shared_bytes<Shared<S>>, 1, true};
+  if (parts.blocks) {  // none where the cache has no rows
+    const cudaError_t error = launch_kernel(parts, stream, part<T, Stored, D, TILES>, all);
     if (error) return error;
   }
-  return launch_kernel({.blocks = a.documents * a.tokens * a.heads, .threads = THREADS, .shared = hopper::shared_bytes<Sums>,
-                        .early = blocks > 0},
-                       stream, merge<T>, all);
+  const Launch rows{a.documents * a.tokens * a.heads, THREADS, hopper::shared_bytes<Sums>, 1, parts.blocks > 0};
+  return launch_kernel(rows, stream, merge<T>, all);
 }
 
 template <typename T, typename Stored, int D>

@@ -63,8 +63,8 @@ struct Integers {
 };
 
 // New tokens against a cache: softmax(q k^T scale) v, where token m of ``tokens`` sees its document's first
-// length - tokens + m + 1 rows; zeros for a document of length 0. Strides in elements; those of k and v and their pointers
-// in multiples of 16 bytes. head_dim 64, 72 (not float8), 80 or 128. stored: as type, or float8.
+// length - tokens + m + 1 rows; zeros for a document of length 0. Strides in elements; those of k and v and their
+// pointers in multiples of 16 bytes. head_dim 64, 72 (not float8), 80 or 128. stored: as type, or float8.
 struct DecodeAttention {
   const void* q;     // (documents, tokens, heads, head_dim), channels adjacent
   const void *k, *v; // (rows, kv_heads, head_dim), or with pages (pages, page_size, kv_heads, head_dim)
