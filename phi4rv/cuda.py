@@ -42,8 +42,9 @@ def load() -> None:
     torch.ops.load_library(library())
     torch.library.register_fake("phi4rv_cuda::packed_attention", _fake_attention)
     torch.library.register_fake("phi4rv_cuda::gemv", _fake_gemv)
-    torch.library.register_fake("phi4rv_cuda::decode_attention", _fake_decode)
-    torch.library.register_fake("phi4rv_cuda::paged_decode_attention", _fake_decode)
+    for decode in ("phi4rv_cuda::decode_attention", "phi4rv_cuda::paged_decode_attention"):
+        torch.library.register_fake(decode, _fake_decode)
+        torch.library.register_autograd(decode, _no_gradient)
     torch.library.register_autograd("phi4rv_cuda::packed_attention", _differentiate, setup_context=_save)
 
 
@@ -127,6 +128,10 @@ def paged_decode_attention(
 
 def _fake_decode(q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape)
+
+
+def _no_gradient(ctx: Any, dout: Tensor) -> None:
+    raise RuntimeError("decode_attention has no autograd formula: it is for inference")
 
 
 def _fake_gemv(x: Tensor, w: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, swiglu: bool) -> Tensor:
