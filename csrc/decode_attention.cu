@@ -128,7 +128,7 @@ struct Source {
     if (!s.page_size) s.base += at(a.starts, 0, document) * s.row_stride;
     return s;
   }
-  // Past the part's end its last row, which is there.
+  // Past the part's end its last row again: it is there, and not seen.
   __device__ int key(int step) const { return min(step * KEYS + lane, end - 1); }
   __device__ int64_t page(int step) const {
     return page_size ? at(pages, first_page, unsigned(key(step)) / unsigned(page_size)) : 0;
@@ -144,9 +144,9 @@ __device__ inline void fetch(Step<PITCH>& to, const Source& source, int step, in
   const auto mine = reinterpret_cast<unsigned long long>(source.row(step, page));
 #pragma unroll
   for (int i = 0; i < PIECES; i++) {
-    const int row = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES, key = row % KEYS;
+    const int row = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES;
     const auto from = reinterpret_cast<const char*>(__shfl_sync(~0u, mine, row));
-    copy_async(row < KEYS ? &to.k[key][piece] : &to.v[key][piece], from + piece * 16, step * KEYS + key < source.end);
+    copy_async(row < KEYS ? &to.k[row][piece] : &to.v[row - KEYS][piece], from + piece * 16);
   }
 }
 
@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(THREADS) merge(const Arguments a) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = a.head_dim;
   const int head = blockIdx.x % a.heads, token = blockIdx.x / a.heads % a.tokens;
   const int document = blockIdx.x / a.heads / a.tokens;
-  // Each block of the kernel in front waited for what came before it and then let this one start: the lengths are there.
+  // Each block of the kernel in front waited for what came before it, then let this one start: the lengths are there.
   const Place place = find(a, [&](int b, int) { return b == document; });
   wait_for_previous_kernel();
   let_next_kernel_start();

@@ -130,15 +130,20 @@ def test_paged(kernels: Kernels, place: Place, fp8: bool, size: int) -> None:
         held_paged(kernels, paged(place, [5, 131], 2, 2, D, size, M=5, fp8=fp8))
 
 
-@pytest.mark.parametrize(
-    ("kernels", "place"), [pytest.param(cuda, *p.values, id=p.id, marks=p.marks) for p in CUDA_PLACE]
-)
+@_everywhere([], CUDA_PLACE)
 @pytest.mark.parametrize("fp8", [False, True])
 def test_long_documents(kernels: Kernels, place: Place, fp8: bool) -> None:
     """Few parts, through which a ring of stages goes many times; and more parts than a round of the merge takes."""
     held(kernels, packed(place, [1500], 6, 6, 64, fp8=fp8))
     held_paged(kernels, paged(place, [1300], 6, 6, 64, 48, M=2, fp8=fp8))
-    held(kernels, packed(place, [0] * 20 + [2900] + [0] * 19, 2, 1, 64, fp8=fp8))
+    held(kernels, packed(place, [0] * 40 + [6000] + [0] * 39, 2, 1, 64, fp8=fp8))
+
+
+@_everywhere([], CUDA_PLACE)
+def test_parts_that_round_up(kernels: Kernels, place: Place) -> None:
+    """Documents a little longer than a part share the blocks there are."""
+    for lengths in ([130] * 5, [65] * 11, [129, 1, 1, 1, 193]):
+        held(kernels, packed(place, lengths, 2, 1, 64))
 
 
 @ON_GPU
