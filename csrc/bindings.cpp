@@ -144,10 +144,11 @@ Tensor gemv(
 }
 
 phi4rv::Integers integers(const Tensor& x, const Tensor& q, const char* name) {
-  const bool wide = x.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || x.scalar_type() == ScalarType::Int, name, " must be int32 or int64");
+  const int words = x.element_size() / 4;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int || x.scalar_type() == ScalarType::Long, name,
+                  " must be int32 or int64");
   STD_TORCH_CHECK(x.get_device_index() == q.get_device_index(), name, " must be on the device of q");
-  return {x.data_ptr(), x.stride(x.dim() - 1), wide};
+  return {static_cast<const int*>(x.data_ptr()), x.stride(-1) * words};
 }
 
 // k or v, whose last two dimensions are (heads, head_dim): rows anywhere, whole copies of 16 bytes.
@@ -207,7 +208,7 @@ Tensor decode(
     STD_TORCH_CHECK(pages->dim() == 2 && pages->size(0) == a.documents,
                     "decode_attention: page_table must be (documents, most pages)");
     STD_TORCH_CHECK(k.size(1) > 0, "decode_attention: k has pages of no rows");
-    a.pages = integers(*pages, q, "decode_attention: page_table"), a.pages_document = pages->stride(0);
+    a.pages = integers(*pages, q, "decode_attention: page_table"), a.pages_document = pages->stride(0) * (pages->element_size() / 4);
     a.page_size = k.size(1), a.k_page = k.stride(0), a.v_page = v.stride(0);
   }
   a.most_keys = pages ? pages->size(1) * k.size(1) : k.size(0);

@@ -63,13 +63,9 @@ struct Arguments : DecodeAttention {
   int rows, tiles, units, slots;
 };
 
-__device__ inline int64_t at(const Integers& x, int64_t first, int i) {
-  const int64_t place = first + i * x.stride;
-  return x.wide ? static_cast<const int64_t*>(x.data)[place] : static_cast<const int*>(x.data)[place];
-}
-__device__ inline int length_of(const Arguments& a, int document) { return int(at(a.lengths, 0, document)); }
+__device__ inline int at(const Integers& x, int i) { return x.data[i * x.stride]; }
 __device__ inline int steps_of(const Arguments& a, int document) {
-  return (length_of(a, document) + KEYS - 1) / KEYS;
+  return (at(a.lengths, document) + KEYS - 1) / KEYS;
 }
 
 // A document's parts among those of all documents. document: -1 if there is no such part.
@@ -114,8 +110,7 @@ __device__ inline Place find(const Arguments& a, Found found) {
 struct Source {
   const char* base;
   int64_t page_stride, row_stride;  // bytes
-  Integers pages;
-  int64_t first_page;        // of the document, in ``pages``
+  Integers pages;            // of this document
   int page_size, end, lane;  // page_size 0: no pages
 
   template <typename Stored>
@@ -124,23 +119,21 @@ struct Source {
     const bool value = lane >= KEYS;
     Source s{static_cast<const char*>(value ? a.v : a.k) + head * (value ? a.v_head : a.k_head) * SIZE,
              (value ? a.v_page : a.k_page) * SIZE, (value ? a.v_row : a.k_row) * SIZE,
-             a.pages, document * a.pages_document, a.page_size, end, lane % KEYS};
-    if (!s.page_size) s.base += at(a.starts, 0, document) * s.row_stride;
+             {a.pages.data + document * a.pages_document, a.pages.stride}, a.page_size, end, lane % KEYS};
+    if (!s.page_size) s.base += at(a.starts, document) * s.row_stride;
     return s;
   }
   // Past the part's end its last row again: it is there, and not seen.
   __device__ int key(int step) const { return min(step * KEYS + lane, end - 1); }
-  __device__ int64_t page(int step) const {
-    return page_size ? at(pages, first_page, unsigned(key(step)) / unsigned(page_size)) : 0;
-  }
-  __device__ const char* row(int step, int64_t page) const {
+  __device__ int page(int step) const { return page_size ? at(pages, unsigned(key(step)) / unsigned(page_size)) : 0; }
+  __device__ const char* row(int step, int page) const {
     const int within = page_size ? unsigned(key(step)) % unsigned(page_size) : key(step);
     return base + page * page_stride + within * row_stride;
   }
 };
 
 template <int PIECES, int PITCH>
-__device__ inline void fetch(Step<PITCH>& to, const Source& source, int step, int64_t page, int lane) {
+__device__ inline void fetch(Step<PITCH>& to, const Source& source, int step, int page, int lane) {
   const auto mine = reinterpret_cast<unsigned long long>(source.row(step, page));
 #pragma unroll
   for (int i = 0; i < PIECES; i++) {
@@ -175,11 +168,12 @@ __device__ inline void score(
     float (&scores)[TILES][2][4], const Rows<S>& k, const uint4 (&q)[S::ROWS][S::Q_PITCH], int lane) {
   using T = typename S::Number;
   constexpr int Q_PIECES = S::FLOAT8 ? 2 * S::PIECES : S::PIECES;
+  const int k_lane = lane % 8 + lane / 8 % 2 * 16 + lane / 16 * 8;  // a key's two pieces side by side in x
 #pragma unroll
   for (int piece = 0; piece < S::PIECES; piece += 2) {
     const bool whole = piece + 1 < S::PIECES;
     uint32_t x[4], rows[4];
-    load_matrices(x, matrix_row<S::PIECES>(k, piece, lane));
+    load_matrices(x, matrix_row<S::PIECES>(k, piece, k_lane));
     // float8: a piece is 16 columns, whose places in q's row store_query has changed to suit.
 #pragma unroll
     for (int half = 0; half < (S::FLOAT8 && whole ? 2 : 1); half++)
@@ -190,10 +184,10 @@ __device__ inline void score(
 #pragma unroll
         for (int n = 0; n < 2; n++)
           if constexpr (S::FLOAT8) {
-            const uint32_t four = x[2 * half + n];
+            const uint32_t four = x[2 * n + half];
             multiply(scores[tile][n], rows, {float8_to_half(four), float8_to_half(four >> 16)}, T());
           } else {
-            multiply(scores[tile][n], rows, {x[n], whole ? x[2 + n] : 0}, T());
+            multiply(scores[tile][n], rows, {x[2 * n], whole ? x[2 * n + 1] : 0}, T());
           }
       }
   }
@@ -343,12 +337,12 @@ __global__ void __launch_bounds__(THREADS, DECODE_RESIDENT) part(const Arguments
   let_next_kernel_start();
   const Place place = find(a, [&](int, int end) { return slot < end; });
   if (place.document < 0) return;
-  const int length = length_of(a, place.document), steps = (length + KEYS - 1) / KEYS;
+  const int length = at(a.lengths, place.document), steps = (length + KEYS - 1) / KEYS;
   const int index = slot - place.first, fewest = steps / place.parts, more = steps % place.parts;
   const int first = index * fewest + min(index, more), last = first + fewest + (index < more);
 
   const auto source = Source::of<Stored>(a, place.document, group, min(last * KEYS, length), lane);
-  int64_t page[S::STAGES];
+  int page[S::STAGES];
 #pragma unroll
   for (int i = 0; i < S::STAGES; i++) page[i] = source.page(first + warp + i * WARPS);
 #pragma unroll
@@ -357,7 +351,7 @@ __global__ void __launch_bounds__(THREADS, DECODE_RESIDENT) part(const Arguments
     if (step < last) fetch<S::PIECES>(s.ring[warp][i], source, step, page[i], lane);
     copy_commit();
   }
-  int64_t next_page = page[S::STAGES - 1];
+  int next_page = page[S::STAGES - 1];
 
   const float k_scale = a.k_scale ? a.k_scale[group * a.k_scale_head] : 1;
   store_query<S, T, D>(s, a, place.document, group, first_row, a.scale * LOG2E * k_scale);

@@ -55,11 +55,10 @@ struct Gemv {
 
 cudaError_t gemv(const Gemv& arguments, cudaStream_t stream);
 
-// A vector of int64 (wide) or int32.
+// A vector of int32, or of int64 that fit: their low halves.
 struct Integers {
-  const void* data;
+  const int* data;
   int64_t stride;
-  bool wide;
 };
 
 // New tokens against a cache: softmax(q k^T scale) v, where token m of ``tokens`` sees its document's first
@@ -73,7 +72,7 @@ struct DecodeAttention {
   float* partial;    // (decode_blocks, decode_rows, head_dim), at a multiple of 16 bytes
   float* levels;     // (decode_blocks, decode_rows, 2): highest exponent and sum
   Integers lengths, starts, pages;  // (documents) twice; pages: (documents, most pages)
-  int64_t pages_document;           // stride of pages between documents
+  int64_t pages_document;           // from a document's pages to the next one's
   int64_t q_document, q_token, q_head;
   int64_t k_page, k_row, k_head, v_page, v_row, v_head;
   int k_scale_head, v_scale_head;
