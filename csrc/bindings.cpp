@@ -221,7 +221,7 @@ Tensor decode(
   a.multiprocessors = multiprocessors(q), a.scale = 1.0f / std::sqrt(float(a.head_dim));
   Tensor out = torch::stable::new_empty(q, {a.documents, a.tokens, a.heads, a.head_dim});
   if (out.numel() == 0) return out;
-  const int64_t rows = int64_t(phi4rv::decode_blocks(a)) * phi4rv::decode_rows(a);
+  const int64_t rows = int64_t(phi4rv::decode_blocks(a)) * phi4rv::decode_kept(a);
   Tensor partial = torch::stable::new_empty(q, {rows, a.head_dim}, ScalarType::Float);
   Tensor levels = torch::stable::new_empty(q, {rows, 2}, ScalarType::Float);
   a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr(), a.out = out.data_ptr();

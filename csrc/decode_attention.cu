@@ -29,6 +29,7 @@ constexpr int THREADS = WARPS * 32;
 constexpr int KEYS = DECODE_KEYS;
 constexpr float LOG2E = 1.4426950408889634f;
 
+// The rows of one ring entry: 16 keys, and their values.
 template <int PITCH>
 struct Step {
   uint4 k[KEYS][PITCH], v[KEYS][PITCH];
@@ -45,12 +46,14 @@ struct Shape {
   // Odd, so that the eight rows of a matrix lie in different banks.
   static constexpr int PITCH = PIECES | 1, Q_PITCH = D / 8 | 1;
   static constexpr int STAGES = std::min(6, 26 * 1024 / int(sizeof(Step<PITCH>)));
+  // A warp's result: rows side by side for the 2 (4) floats that a lane writes at once.
+  static constexpr int OUT_PITCH = D + (FLOAT8 ? 16 : 8);
   static_assert(D * sizeof(Stored) % 16 == 0);
 };
 
 template <typename S>
 struct Shared {
-  Step<S::PITCH> ring[WARPS][S::STAGES];  // in the end each warp's result: ROWS x D floats
+  Step<S::PITCH> ring[WARPS][S::STAGES];  // in the end each warp's result
   uint4 q[S::ROWS][S::Q_PITCH];
   float factor[S::ROWS];  // from a row's products to the exponents of 2
   float2 level[WARPS][S::ROWS];
@@ -60,7 +63,7 @@ struct Shared {
 
 struct Arguments : DecodeAttention {
   int shared;  // query heads of a key head
-  int rows, tiles, units, slots;
+  int rows, kept, tiles, units, slots;
 };
 
 __device__ inline int at(const Integers& x, int i) { return x.data[i * x.stride]; }
@@ -289,16 +292,16 @@ __device__ inline void store_query(
   if (member == 0) s.factor[r] = unit * scale;
 }
 
-// out [row][column] of a warp, where its ring was.
-template <typename S, int D>
-__device__ inline auto results(Shared<S>& s, int warp) {
-  static_assert(sizeof(s.ring[0]) >= S::ROWS * D * sizeof(float));
-  return reinterpret_cast<float (*)[D]>(s.ring[warp]);
+// [row][column] of a warp, where its ring was.
+template <typename S>
+__device__ inline auto result(Shared<S>& s, int warp) {
+  static_assert(sizeof(s.ring[0]) >= S::ROWS * S::OUT_PITCH * sizeof(float));
+  return reinterpret_cast<float (*)[S::OUT_PITCH]>(s.ring[warp]);
 }
 
 template <typename S, int D>
-__device__ inline void leave(Shared<S>& s, const State<S, D>& state, int warp, int lane) {
-  auto* out = results<S, D>(s, warp);
+__device__ inline void leave(Shared<S>& s, const State<S, D>& state, int rows, int warp, int lane) {
+  auto* out = result(s, warp);
 #pragma unroll
   for (int tile = 0; tile < S::ROWS / 16; tile++)
 #pragma unroll
@@ -306,11 +309,15 @@ __device__ inline void leave(Shared<S>& s, const State<S, D>& state, int warp, i
       const int row = tile * 16 + 8 * h + lane / 4;
       const float sum = quad_sum(state.sum[tile][h]);
       if (lane % 4 == 0) s.level[warp][row] = {state.top[tile][h], sum};
+      if (row >= rows) continue;
 #pragma unroll
-      for (int i = 0; i < D / 4; i++) {
-        const int column = S::FLOAT8 ? i / 4 * 16 + lane % 4 * 4 + i % 2 * 2 + i % 4 / 2
-                                     : i / 2 * 8 + lane % 4 * 2 + i % 2;
-        out[row][column] = state.out[tile][i / 2][2 * h + i % 2];
+      for (int i = 0; i < D / 8; i++) {
+        const auto& x = state.out[tile];
+        if constexpr (!S::FLOAT8)
+          reinterpret_cast<float2&>(out[row][i * 8 + lane % 4 * 2]) = {x[i][2 * h], x[i][2 * h + 1]};
+        else if (i % 2 == 0)
+          reinterpret_cast<float4&>(out[row][i * 8 + lane % 4 * 4]) =
+              float4{x[i][2 * h], x[i + 1][2 * h], x[i][2 * h + 1], x[i + 1][2 * h + 1]};
       }
     }
 }
@@ -386,11 +393,11 @@ __global__ void __launch_bounds__(THREADS, DECODE_RESIDENT) part(const Arguments
     if (++stage == S::STAGES) stage = 0;
   }
   __syncwarp();
-  leave(s, state, warp, lane);
+  const int rows = min(S::ROWS, a.tokens * a.shared - first_row);
+  leave(s, state, rows, warp, lane);
   __syncthreads();
 
   const float v_scale = a.v_scale ? a.v_scale[group * a.v_scale_head] : 1;
-  const int rows = min(S::ROWS, a.tokens * a.shared - first_row);
   for (int i = threadIdx.x; i < rows * D / 4; i += THREADS) {
     const int row = i / (D / 4), column = i % (D / 4) * 4;
     float top = -INFINITY, sum = 0;
@@ -399,14 +406,14 @@ __global__ void __launch_bounds__(THREADS, DECODE_RESIDENT) part(const Arguments
     for (int w = 0; w < WARPS; w++) {
       const float weight = exp2_fast(s.level[w][row].x - finite(top));
       sum += s.level[w][row].y * weight;
-      add(out, reinterpret_cast<const float4&>(results<S, D>(s, w)[row][column]), weight);
+      add(out, reinterpret_cast<const float4&>(result(s, w)[row][column]), weight);
     }
     if (place.parts == 1) {
       const int token = (first_row + row) / a.shared, head = group * a.shared + (first_row + row) % a.shared;
       const int64_t to = ((int64_t(place.document) * a.tokens + token) * a.heads + head) * D + column;
       store<T>(a.out, to, out, sum > 0 ? v_scale / sum : 0);
     } else {
-      const int64_t to = int64_t(blockIdx.x) * S::ROWS + row;
+      const int64_t to = int64_t(blockIdx.x) * a.kept + row;
       float4 scaled{};
       add(scaled, out, v_scale);
       reinterpret_cast<float4*>(a.partial)[(to * D + column) / 4] = scaled;
@@ -436,7 +443,7 @@ __global__ void __launch_bounds__(THREADS) merge(const Arguments a) {
   if (place.parts == 1) return;  // it wrote the result
   const int group = head / a.shared, row = token * a.shared + head % a.shared;
   const auto at = [&](int part) {
-    return (int64_t(place.first + part) * a.units + group * a.tiles + row / a.rows) * a.rows + row % a.rows;
+    return (int64_t(place.first + part) * a.units + group * a.tiles + row / a.rows) * a.kept + row % a.rows;
   };
   const auto* levels = reinterpret_cast<const float2*>(a.levels);
   const auto* partial = reinterpret_cast<const float4*>(a.partial);
@@ -483,7 +490,8 @@ template <typename T, typename Stored, int D, int TILES>
 cudaError_t launch(const DecodeAttention& a, cudaStream_t stream) {
   using S = Shape<T, Stored, D, TILES>;
   static_assert(DECODE_RESIDENT * (hopper::shared_bytes<Shared<S>> + 1024) <= 228 * 1024);  // 1024: the system's own
-  const Arguments all{a, a.heads / a.kv_heads, decode_rows(a), decode_tiles(a), decode_units(a), decode_slots(a)};
+  const int shared = a.heads / a.kv_heads;
+  const Arguments all{a, shared, decode_rows(a), decode_kept(a), decode_tiles(a), decode_units(a), decode_slots(a)};
   const Launch parts{decode_blocks(a), THREADS, hopper::shared_bytes<Shared<S>>, 1, true};
   if (parts.blocks) {  // none where the cache has no rows
     const cudaError_t error = launch_kernel(parts, stream, part<T, Stored, D, TILES>, all);

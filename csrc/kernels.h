@@ -69,15 +69,15 @@ struct DecodeAttention {
   const void *k, *v; // (rows, kv_heads, head_dim), or with pages (pages, page_size, kv_heads, head_dim)
   void* out;         // as q, contiguous
   const float *k_scale, *v_scale;  // null, one (stride 0) or one for each of kv_heads
-  float* partial;    // (decode_blocks, decode_rows, head_dim), at a multiple of 16 bytes
-  float* levels;     // (decode_blocks, decode_rows, 2): highest exponent and sum
+  float* partial;    // (decode_blocks, decode_kept, head_dim), at a multiple of 16 bytes
+  float* levels;     // (decode_blocks, decode_kept, 2): highest exponent and sum
   Integers lengths, starts, pages;  // (documents) twice; pages: (documents, most pages)
   int64_t pages_document;           // from a document's pages to the next one's
   int64_t q_document, q_token, q_head;
   int64_t k_page, k_row, k_head, v_page, v_row, v_head;
   int k_scale_head, v_scale_head;
   int page_size;  // 0: no pages
-  int most_keys;  // of a document, as far as shapes tell
+  int64_t most_keys;  // of a document, as far as shapes tell
   int documents, tokens, heads, kv_heads, head_dim;
   int multiprocessors;
   float scale;
@@ -94,6 +94,11 @@ constexpr int decode_rows(const DecodeAttention& a) {
 }
 constexpr int decode_tiles(const DecodeAttention& a) {
   return (a.tokens * (a.heads / a.kv_heads) + decode_rows(a) - 1) / decode_rows(a);
+}
+// Those of a block's rows that are there.
+constexpr int decode_kept(const DecodeAttention& a) {
+  const int rows = a.tokens * (a.heads / a.kv_heads);
+  return rows < decode_rows(a) ? rows : decode_rows(a);
 }
 constexpr int decode_units(const DecodeAttention& a) { return a.kv_heads * decode_tiles(a); }
 constexpr int decode_slots(const DecodeAttention& a) {
