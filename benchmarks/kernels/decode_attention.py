@@ -30,7 +30,11 @@ def cases(tiny: bool) -> list[Case]:
         rows = [
             *(_contiguous(B, N, 1, fp8) for fp8 in (False, True) for B, N in batches),
             *(_contiguous(B, N, 8, fp8) for fp8 in (False, True) for B, N in batches[1::2]),
-            *(_paged(B, N, size, fp8) for size, fp8 in ((64, False), (256, False), (64, True)) for B, N in batches[1::2]),
+            *(
+                _paged(B, N, size, fp8)
+                for size, fp8 in ((64, False), (256, False), (64, True))
+                for B, N in batches[1::2]
+            ),
         ]
     return [*rows, *(on_cuda(row, *_csrc(row)) for row in rows)]
 
