@@ -113,8 +113,8 @@ __device__ inline Place find(const Arguments& a, Found found) {
 struct Source {
   const char* base;
   int64_t page_stride, row_stride;  // bytes
-  Integers pages;            // of this document
-  int page_size, end, lane;  // page_size 0: no pages
+  Integers pages;                   // of this document
+  int page_size, end, lane;         // page_size 0: no pages
 
   template <typename Stored>
   __device__ static Source of(const Arguments& a, int document, int head, int end, int lane) {
@@ -339,7 +339,8 @@ __global__ void __launch_bounds__(THREADS, DECODE_RESIDENT) part(const Arguments
   const int unit = blockIdx.x % a.units, slot = blockIdx.x / a.units;
   const int group = unit / a.tiles, first_row = unit % a.tiles * S::ROWS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // The kernel in front may have written the lengths, the pages and the cache's last rows.
+  // The kernel in front may have written the lengths, the pages and the cache's last rows: nothing is read before it
+  // ends. So three loads that depend on each other, lengths, pages, rows, come before the first product.
   wait_for_previous_kernel();
   let_next_kernel_start();
   const Place place = find(a, [&](int, int end) { return slot < end; });

@@ -146,6 +146,16 @@ def test_parts_that_round_up(kernels: Kernels, place: Place) -> None:
         held(kernels, packed(place, lengths, 2, 1, 64))
 
 
+@_everywhere([], CUDA_PLACE)
+def test_pages_change_no_bit(kernels: Kernels, place: Place) -> None:
+    q, k, v, table, lengths, *_ = paged(place, [300, 0, 77], 4, 2, 64, 16, M=2)
+    rows = [table[b, : -(-n // 16)].long() for b, n in enumerate(lengths.tolist())]
+    starts = 16 * torch.tensor([0, len(rows[0]), len(rows[0])], device=place[0])
+    together = [x[torch.cat(rows)].flatten(0, 1) for x in (k, v)]
+    once = kernels.paged_decode_attention(q, k, v, table, lengths)
+    assert torch.equal(kernels.decode_attention(q, *together, starts, lengths), once)
+
+
 @ON_GPU
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("M", [1, 8])
