@@ -36,14 +36,14 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it once and does not look inside
-def load() -> None:
-    """Registers the library's operators, ``phi4rv_cuda::…``, with their fakes and gradients."""
-    _load()
-
-
 @functools.cache
-def _load() -> None:
+def load() -> None:
+    """Registers the library's operators, ``phi4rv_cuda::…``, with their fakes and gradients.
+
+    A caller that torch.compile traces must have been preceded by a call: tracing cannot load a library.
+    """
+    if torch.compiler.is_compiling():
+        return
     torch.ops.load_library(library())
     torch.library.register_fake("phi4rv_cuda::packed_attention", _fake_attention)
     torch.library.register_fake("phi4rv_cuda::packed_attention_backward", _fake_attention_backward)
