@@ -23,12 +23,29 @@ void check(cudaError_t error, const char* name) {
   STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
 }
 
+#ifdef PHI4RV_EMULATED
+
+struct DeviceGuard {
+  explicit DeviceGuard(const Tensor&) {}
+};
+bool on_device(const Tensor& x) { return x.is_cpu(); }
+cudaStream_t stream_of(const Tensor&) { return nullptr; }
+
+#else
+
+struct DeviceGuard : torch::stable::accelerator::DeviceGuard {
+  explicit DeviceGuard(const Tensor& x) : torch::stable::accelerator::DeviceGuard(x.get_device_index()) {}
+};
+bool on_device(const Tensor& x) { return x.is_cuda(); }
+
 // The stream that PyTorch works on; a launch on stream 0 would run beside what it depends on.
 cudaStream_t stream_of(const Tensor& x) {
   void* stream = nullptr;
   aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream);
   return static_cast<cudaStream_t>(stream);
 }
+
+#endif
 
 int multiprocessors(const Tensor& x) {
   int count = 0;
@@ -67,7 +84,7 @@ std::tuple<Tensor, Tensor> packed_attention(
   STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0 && cu_seqlens.is_contiguous() &&
                       cu_seqlens.scalar_type() == ScalarType::Int,
                   "packed_attention: cu_seqlens must be (documents + 1) int32");
-  STD_TORCH_CHECK(q.is_cuda() && k.get_device_index() == q.get_device_index() &&
+  STD_TORCH_CHECK(on_device(q) && k.get_device_index() == q.get_device_index() &&
                       v.get_device_index() == q.get_device_index() &&
                       cu_seqlens.get_device_index() == q.get_device_index(),
                   "packed_attention: q, k, v and cu_seqlens must be on one CUDA device");
@@ -75,7 +92,7 @@ std::tuple<Tensor, Tensor> packed_attention(
   f.q_stride = q.stride(0), f.k_stride = k.stride(0), f.v_stride = v.stride(0);
   f.max_seqlen = max_seqlen, f.causal = causal;
   f.scale = 1.0f / std::sqrt(float(f.head_dim));
-  const auto guard = torch::stable::accelerator::DeviceGuard(q.get_device_index());
+  const DeviceGuard guard(q);
   f.multiprocessors = multiprocessors(q);
   Tensor out = torch::stable::new_empty(q, {f.tokens, f.heads, f.head_dim});
   Tensor lse = torch::stable::new_empty(q, {f.heads, f.tokens}, ScalarType::Float);
@@ -117,8 +134,8 @@ Tensor gemv(
     STD_TORCH_CHECK(g.rows * g.k <= 80 * 1024, "gemv: norm with ", g.rows, " rows of ", g.k, ", must be at most 81920 values");
   }
   if (residual) check_matrix(*residual, x, g.rows, out, "gemv: residual");
-  STD_TORCH_CHECK(x.is_cuda(), "gemv: x must be on a CUDA device");
-  const auto guard = torch::stable::accelerator::DeviceGuard(x.get_device_index());
+  STD_TORCH_CHECK(on_device(x), "gemv: x must be on a CUDA device");
+  const DeviceGuard guard(x);
   g.multiprocessors = multiprocessors(x);
   Tensor y = torch::stable::new_empty(x, {g.rows, out});
   g.x = x.data_ptr(), g.w = w.data_ptr(), g.y = y.data_ptr();
@@ -216,8 +233,8 @@ Tensor project(
     STD_TORCH_CHECK(row->get_device_index() == x.get_device_index() && index->get_device_index() == x.get_device_index(),
                     name, ": row and index must be on the device of x");
   }
-  STD_TORCH_CHECK(x.is_cuda(), name, ": x must be on a CUDA device");
-  const auto guard = torch::stable::accelerator::DeviceGuard(x.get_device_index());
+  STD_TORCH_CHECK(on_device(x), name, ": x must be on a CUDA device");
+  const DeviceGuard guard(x);
   const Tensor out = row ? copy_others(*row, *index) : torch::stable::new_empty(x, {x.size(0), columns});
   if (x.size(0) == 0) return out;
   const Tensor h = torch::stable::new_empty(x, {x.size(0), first.w.size(0)});
@@ -253,18 +270,15 @@ STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
       "quantized_projector(Tensor x, Tensor w0, Tensor s0, Tensor b0, Tensor w1, Tensor s1, Tensor b1) -> Tensor");
 }
 
-// On a CPU too, where every call ends at a check: so the checks are tested without a GPU.
-STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CUDA, m) {
-  m.impl("packed_attention", TORCH_BOX(&packed_attention));
-  m.impl("gemv", TORCH_BOX(&gemv));
-  m.impl("projector", TORCH_BOX(&projector));
-  m.impl("project_into", TORCH_BOX(&project_into));
+// On a CPU too, where every call ends at a check unless the library is the emulated one.
+#define IMPLEMENTATIONS(m)                                  \
+  m.impl("packed_attention", TORCH_BOX(&packed_attention)); \
+  m.impl("gemv", TORCH_BOX(&gemv));                         \
+  m.impl("projector", TORCH_BOX(&projector));               \
+  m.impl("project_into", TORCH_BOX(&project_into));         \
   m.impl("quantized_projector", TORCH_BOX(&quantized_projector));
-}
-STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CPU, m) {
-  m.impl("packed_attention", TORCH_BOX(&packed_attention));
-  m.impl("gemv", TORCH_BOX(&gemv));
-  m.impl("projector", TORCH_BOX(&projector));
-  m.impl("project_into", TORCH_BOX(&project_into));
-  m.impl("quantized_projector", TORCH_BOX(&quantized_projector));
-}
+
+STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CPU, m) { IMPLEMENTATIONS(m) }
+#ifndef PHI4RV_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CUDA, m) { IMPLEMENTATIONS(m) }
+#endif
