@@ -40,7 +40,12 @@ def why_not(device: torch.device) -> str | None:
 
 @functools.cache
 def load() -> None:
-    """Registers the library's operators, ``phi4rv_cuda::…``, with their fakes and gradients."""
+    """Registers the library's operators, ``phi4rv_cuda::…``, with their fakes and gradients.
+
+    A caller that torch.compile traces must have been preceded by a call: tracing cannot load a library.
+    """
+    if torch.compiler.is_compiling():
+        return
     torch.ops.load_library(library())
     torch.library.register_fake("phi4rv_cuda::packed_attention", _fake_attention)
     torch.library.register_fake("phi4rv_cuda::gemv", _fake_gemv)
