@@ -133,8 +133,6 @@ class Operations:
             reason = kinds[kind].why_not(torch.device(device))
             if reason:
                 raise UserError(f"{origin}: {name} cannot run as {kind} on {device}: {reason}")
-            if kind == "cuda":
-                cuda.load()
             self.chosen[name] = kind
             setattr(self, name, kinds[kind].load())
 
