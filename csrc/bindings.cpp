@@ -156,7 +156,7 @@ void check_rows(const Tensor& x, const std::string& name) {
   STD_TORCH_CHECK(x.dim() == 2, name, " has ", x.dim(), " dimensions, must have 2");
   STD_TORCH_CHECK(x.stride(1) == 1 && x.stride(0) % 8 == 0, name,
                   ": columns must be adjacent, rows must start at multiples of 8 elements");
-  STD_TORCH_CHECK(x.size(0) < INT32_MAX, name, " has ", x.size(0), " rows, must have fewer than 2^31");
+  STD_TORCH_CHECK(x.size(0) < 1 << 30, name, " has ", x.size(0), " rows, must have fewer than 2^30");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, " must start at a multiple of 16 bytes");
 }
 

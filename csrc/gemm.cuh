@@ -1,7 +1,7 @@
 // out = F(a b^T + bias) for Hopper: a (m, k) and b (n, k), sums in float32, rows of out in order or sent elsewhere by an
 // index. F is what happens to one element before it is written.
 //
-// Shape. Two warpgroups of 64 x 256 fill the registers with sums (128 of a thread's 240). Blocks come in pairs, one above
+// Shape. Two warpgroups of 64 x 256 fill the registers with sums (128 of a thread's 232). Blocks come in pairs, one above
 // the other: both need the same 256 rows of b, each loads half of them and sends it to both. So a step of 64 columns, 1024
 // clocks of products, costs a block 16 KB of a and 16 KB of b from L2: 32 bytes a clock (48 without pairs, 80 with tiles
 // of 64 x 256). From shared memory the products read 80 of its 128 bytes a clock.
@@ -135,10 +135,9 @@ struct Consumer {
   __device__ Consumer(const Arguments& a, Shared<T, Out>& s, int thread)
       : a(a), s(s), group(thread / 128), warp(thread / 32), lane(thread % 32) {}
 
+  // In both blocks: each writes half of what the other multiplies.
   __device__ void release(int stage) {
-    if (threadIdx.x % 128 == 0)
-#pragma unroll
-      for (int rank = 0; rank < PAIR; rank++) arrive_at(&s.empty[stage], rank);
+    if (threadIdx.x % 128 < PAIR) arrive_at(&s.empty[stage], threadIdx.x % 128);
   }
 
   __device__ void issue(float (&d)[COLUMNS / 2], bool add) {
@@ -180,7 +179,7 @@ struct Consumer {
   }
 
   // Scales, bias, rounding: after this the sums are free.
-  __device__ void round(const Tile& tile) {
+  __device__ void take(const Tile& tile) {
     const Out* bias = &s.bias[ring.stage][lane % 4 * 2];
     const float* scales = &s.b_scales[ring.stage][lane % 4 * 2];
 #pragma unroll
@@ -251,7 +250,7 @@ struct Consumer {
       product_wait<0>();
       pin(sums);
       if (!more) return;
-      round(tile);
+      take(tile);
     }
   }
 };
@@ -265,6 +264,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant_
     prefetch(&a.a), prefetch(&a.b);
   }
   cluster_sync();
+  let_next_kernel_start();  // up to the same wait
+  wait_for_previous_kernel();
   if (threadIdx.x / 128 == GROUPS) {
     give_registers<40>();
     if (threadIdx.x == 128 * GROUPS) produce(a, s);
@@ -289,7 +290,8 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   a.m = g.m, a.n = g.n, a.k = g.k;
   const int pairs = (g.m + PAIR * ROWS - 1) / (PAIR * ROWS) * ((g.n + S::COLUMNS - 1) / S::COLUMNS);
   const int blocks = PAIR * min(pairs, max(g.multiprocessors / PAIR, 1));
-  return launch_kernel({blocks, THREADS, shared_bytes<Shared<T, Out>>, PAIR}, stream, gemm_kernel<T, Out, F>, a);
+  const Launch l{.blocks = blocks, .threads = THREADS, .shared = shared_bytes<Shared<T, Out>>, .cluster = PAIR, .early = true};
+  return launch_kernel(l, stream, gemm_kernel<T, Out, F>, a);
 }
 
 }  // namespace phi4rv::gemm_core
