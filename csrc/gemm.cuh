@@ -6,11 +6,12 @@
 // clocks of products, costs a block 16 KB of a and 16 KB of b from L2: 32 bytes a clock (48 without pairs, 80 with tiles
 // of 64 x 256). From shared memory the products read 80 of its 128 bytes a clock.
 //
-// Hiding the epilogue. With k = 1152 a tile has only 18 steps; 128 erf a thread would add half as much time again.
-// Finished sums are rounded to half as many registers, as PyTorch rounds them before GELU, and the next tile's products
-// start; behind each of its steps a sixteenth of the finished tile is worked on and written. Two tiles of 64 x 256 in turn
-// (CUTLASS's ping-pong kernel) hide it too, at 2.5 times the traffic. A warp writes its own 16 rows through its own shared
-// memory, in whole lines of 128 bytes: rows sent elsewhere are not slower, and no warp waits for another.
+// Hiding the epilogue. With k = 1152 a tile has only 18 steps; finishing it, 2400 instructions of each of 8 warps, would add
+// a quarter to its time or more. Finished sums are rounded to half as many registers, as PyTorch rounds them before GELU,
+// and the next tile's products start; behind each of its steps a sixteenth of the finished tile is worked on and written.
+// Two tiles of 64 x 256 in turn (CUTLASS's ping-pong kernel) hide it too, at 2.5 times the traffic. A warp writes its own
+// 16 rows through its own shared memory, in whole lines of 128 bytes: rows sent elsewhere are not slower, and no warp waits
+// for another.
 //
 // 8-bit floats: the tensor core keeps about 14 bits of a sum, so it sums 128 terms at a time and float32 registers do the
 // rest (DeepSeek-V3, 2024). Those take the room of half the columns: tiles of 128 x 128, 48 bytes a clock from L2.

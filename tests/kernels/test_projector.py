@@ -322,6 +322,22 @@ def test_cuda_tiles(csrc: None, place: Place, P: int, sizes: tuple[int, int, int
     parity(lambda *a: cuda.project_into(*a, index), lambda *a: reference.project_into(*a, index), (row, *args))
 
 
+@cuda_places(CUDA_PLACES)
+def test_cuda_gelu(csrc: None, place: Place) -> None:
+    """Each value, in the tail too, to the rounding of its dtype: through identity weights."""
+    x = torch.linspace(-13, 13, 64 * 200, dtype=place[1], device=place[0]).view(200, 64)
+    x[0, :4] = torch.tensor([torch.nan, 0, 60000, -60000])
+    identity, zero = torch.eye(64, dtype=place[1], device=place[0]), torch.zeros(64, dtype=place[1], device=place[0])
+    wide = x.double()
+    exact = torch.where(wide < 0, wide * torch.special.erfc(-wide / 2**0.5) / 2, torch.nn.functional.gelu(wide))
+    out = cuda.projector(x.nan_to_num(), identity, zero, identity, zero)
+    unit = torch.finfo(place[1])
+    torch.testing.assert_close(
+        out.double(), exact.nan_to_num(), rtol=0.51 * unit.eps, atol=unit.smallest_normal * unit.eps
+    )
+    assert cuda.projector(x, identity, zero, identity, zero)[0].isnan().all()
+
+
 @cuda_places(CUDA_PLACE)
 def test_cuda_views(csrc: None, place: Place) -> None:
     """Columns of a wider x; every second row; what lies beside them is NaN."""
