@@ -176,7 +176,8 @@ void check_layer(const Layer& l, const Tensor& x, int64_t k, const std::string& 
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(l.w.data_ptr()) % 16 == 0, w, " must start at a multiple of 16 bytes");
   const int multiple = l.scales ? 16 : 8;
   STD_TORCH_CHECK(k > 0 && k % multiple == 0, w, " has ", k, " columns, must have a positive multiple of ", multiple);
-  STD_TORCH_CHECK(l.w.size(0) > 0 && l.w.size(0) % 8 == 0, w, " has ", l.w.size(0), " rows, must have a positive multiple of 8");
+  STD_TORCH_CHECK(
+      l.w.size(0) > 0 && l.w.size(0) % 8 == 0, w, " has ", l.w.size(0), " rows, must have a positive multiple of 8");
   check_vector(l.bias, x, l.w.size(0), x.scalar_type(), name + ": b" + which);
   if (l.scales) check_vector(*l.scales, x, l.w.size(0), ScalarType::Float, name + ": the scales of w" + which);
 }
@@ -185,7 +186,8 @@ void check_layer(const Layer& l, const Tensor& x, int64_t k, const std::string& 
 void linear(const Tensor& x, const Layer& l, bool gelu, const Tensor* index, const Tensor& out) {
   phi4rv::Gemm g{};
   g.m = x.size(0), g.n = l.w.size(0), g.k = x.size(1);
-  g.a = x.data_ptr(), g.a_stride = x.stride(0), g.b = l.w.data_ptr(), g.bias = l.bias.data_ptr(), g.out = out.data_ptr();
+  g.a = x.data_ptr(), g.a_stride = x.stride(0), g.b = l.w.data_ptr();
+  g.bias = l.bias.data_ptr(), g.out = out.data_ptr();
   g.index = index ? static_cast<const int64_t*>(index->data_ptr()) : nullptr;
   g.gelu = gelu, g.multiprocessors = multiprocessors(x);
   g.type = g.out_type = x.scalar_type() == ScalarType::BFloat16 ? phi4rv::Type::bfloat16 : phi4rv::Type::float16;
@@ -230,8 +232,9 @@ Tensor project(
     STD_TORCH_CHECK(index->dim() == 1 && index->size(0) == x.size(0) && index->is_contiguous() &&
                         index->scalar_type() == ScalarType::Long,
                     name, ": index must be (", x.size(0), ") int64, adjacent");
-    STD_TORCH_CHECK(row->get_device_index() == x.get_device_index() && index->get_device_index() == x.get_device_index(),
-                    name, ": row and index must be on the device of x");
+    const int device = x.get_device_index();
+    STD_TORCH_CHECK(row->get_device_index() == device && index->get_device_index() == device, name,
+                    ": row and index must be on the device of x");
   }
   STD_TORCH_CHECK(on_device(x), name, ": x must be on a CUDA device");
   const DeviceGuard guard(x);

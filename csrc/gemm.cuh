@@ -1,23 +1,23 @@
-// out = F(a b^T + bias) for Hopper: a (m, k) and b (n, k), sums in float32, rows of out in order or sent elsewhere by an
-// index. F is what happens to one element before it is written.
+// out = F(a b^T + bias) for Hopper: a (m, k) and b (n, k), sums in float32, rows of out in order or sent elsewhere by
+// an index. F is what happens to one element before it is written.
 //
-// Shape. Two warpgroups of 64 x 256 fill the registers with sums (128 of a thread's 232). Blocks come in pairs, one above
-// the other: both need the same 256 rows of b, each loads half of them and sends it to both. So a step of 64 columns, 1024
-// clocks of products, costs a block 16 KB of a and 16 KB of b from L2: 32 bytes a clock (48 without pairs, 80 with tiles
-// of 64 x 256). From shared memory the products read 80 of its 128 bytes a clock.
+// Shape. Two warpgroups of 64 x 256 fill the registers with sums (128 of a thread's 232). Blocks come in pairs, one
+// above the other: both need the same 256 rows of b, each loads half of them and sends it to both. So a step of 64
+// columns, 1024 clocks of products, costs a block 16 KB of a and 16 KB of b from L2: 32 bytes a clock (48 without
+// pairs, 80 with tiles of 64 x 256). From shared memory the products read 80 of its 128 bytes a clock.
 //
-// Hiding the epilogue. With k = 1152 a tile has only 18 steps; finishing it, 2400 instructions of each of 8 warps, would add
-// a quarter to its time or more. Finished sums are rounded to half as many registers, as PyTorch rounds them before GELU,
-// and the next tile's products start; behind each of its steps a sixteenth of the finished tile is worked on and written.
-// Two tiles of 64 x 256 in turn (CUTLASS's ping-pong kernel) hide it too, at 2.5 times the traffic. A warp writes its own
-// 16 rows through its own shared memory, in whole lines of 128 bytes: rows sent elsewhere are not slower, and no warp waits
-// for another.
+// Hiding the epilogue. With k = 1152 a tile has only 18 steps; finishing it, 2400 instructions of each of 8 warps,
+// would add a quarter to its time or more. Finished sums are rounded to half as many registers, as PyTorch rounds them
+// before GELU, and the next tile's products start; behind each of its steps a sixteenth of the finished tile is worked
+// on and written. Two tiles of 64 x 256 in turn (CUTLASS's ping-pong kernel) hide it too, at 2.5 times the traffic. A
+// warp writes its own 16 rows through its own shared memory, in whole lines of 128 bytes: rows sent elsewhere are not
+// slower, and no warp waits for another.
 //
-// 8-bit floats: the tensor core keeps about 14 bits of a sum, so it sums 128 terms at a time and float32 registers do the
-// rest (DeepSeek-V3, 2024). Those take the room of half the columns: tiles of 128 x 128, 48 bytes a clock from L2.
+// 8-bit floats: the tensor core keeps about 14 bits of a sum, so it sums 128 terms at a time and float32 registers do
+// the rest (DeepSeek-V3, 2024). Those take the room of half the columns: tiles of 128 x 128, 48 bytes a clock from L2.
 //
-// Pairs of tiles are visited column by column in bands of 8 rows: what is in flight shares its operands in L2. The order
-// is fixed and nothing is atomic: the same input gives the same bits.
+// Pairs of tiles are visited column by column in bands of 8 rows: what is in flight shares its operands in L2. The
+// order is fixed and nothing is atomic: the same input gives the same bits.
 #pragma once
 
 #include "hopper.cuh"
@@ -31,13 +31,13 @@ namespace phi4rv::gemm_core {
 using namespace hopper;
 using namespace warp;
 
-constexpr int GROUPS = 2;         // consumer warpgroups
-constexpr int ROWS = 64 * GROUPS; // of a block's tile
-constexpr int PAIR = 2;           // blocks of a cluster
+constexpr int GROUPS = 2;          // consumer warpgroups
+constexpr int ROWS = 64 * GROUPS;  // of a block's tile
+constexpr int PAIR = 2;            // blocks of a cluster
 constexpr int THREADS = 128 * (GROUPS + 1);
-constexpr int BAND = 8;           // rows of pairs that are visited together
-constexpr int PIECE = 16;         // columns of a finished tile that are worked on behind a step
-constexpr int WIDE = 64;          // columns that a warp writes at once
+constexpr int BAND = 8;            // rows of pairs that are visited together
+constexpr int PIECE = 16;          // columns of a finished tile that are worked on behind a step
+constexpr int WIDE = 64;           // columns that a warp writes at once
 
 // By T, the type of a and b. A step is 128 bytes of each of their rows: four products.
 template <typename T>
@@ -53,8 +53,8 @@ struct alignas(1024) Shared {
   using S = Shape<T>;
   T a[S::STAGES][ROWS][S::STEP];
   T b[S::STAGES][S::COLUMNS][S::STEP];
-  Out staged[4 * GROUPS][16][WIDE];     // each warp's finished rows on their way out
-  float b_scales[S::STAGES][S::COLUMNS]; // these two with the last step of a tile
+  Out staged[4 * GROUPS][16][WIDE];       // each warp's finished rows on their way out
+  float b_scales[S::STAGES][S::COLUMNS];  // these two with the last step of a tile
   Out bias[S::STAGES][S::COLUMNS];
   uint64_t full[S::STAGES], empty[S::STAGES];
 };
@@ -110,7 +110,8 @@ __device__ inline void produce(const Arguments& a, Shared<T, Out>& s) {
       arrive_expecting(full, sizeof(s.a[0]) + sizeof(s.b[0]) + columns * sizeof(Out) + scales * sizeof(float));
       load_box(s.a[ring.stage], &a.a, full, step * S::STEP, tile.row);
       load_box_to_all(s.b[ring.stage][half], &a.b, full, (1 << PAIR) - 1, step * S::STEP, tile.column + half);
-      if (columns) load_bytes(s.bias[ring.stage], static_cast<const Out*>(a.bias) + tile.column, columns * sizeof(Out), full);
+      const Out* bias = static_cast<const Out*>(a.bias) + tile.column;
+      if (columns) load_bytes(s.bias[ring.stage], bias, columns * sizeof(Out), full);
       if (scales) load_bytes(s.b_scales[ring.stage], a.b_scales + tile.column, scales * sizeof(float), full);
     }
   }
@@ -291,8 +292,8 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   a.m = g.m, a.n = g.n, a.k = g.k;
   const int pairs = (g.m + PAIR * ROWS - 1) / (PAIR * ROWS) * ((g.n + S::COLUMNS - 1) / S::COLUMNS);
   const int blocks = PAIR * min(pairs, max(g.multiprocessors / PAIR, 1));
-  const Launch l{.blocks = blocks, .threads = THREADS, .shared = shared_bytes<Shared<T, Out>>, .cluster = PAIR, .early = true};
-  return launch_kernel(l, stream, gemm_kernel<T, Out, F>, a);
+  const Launch how{blocks, THREADS, shared_bytes<Shared<T, Out>>, PAIR, /*early=*/true};
+  return launch_kernel(how, stream, gemm_kernel<T, Out, F>, a);
 }
 
 }  // namespace phi4rv::gemm_core
