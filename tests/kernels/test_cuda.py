@@ -56,11 +56,16 @@ def test_loads_without_a_gpu(compiled: Path) -> None:
     assert "x must be on a CUDA device" in run.stdout, run.stderr
 
 
-@needs_nvcc
-def test_machine_code(compiled: Path) -> None:
-    """Head dim 72 is multiplied as 72, keys and values come by the copy engine, and gemv does not wait for x."""
+@pytest.fixture(scope="module")
+def functions(compiled: Path) -> dict[str, str]:
+    """Machine code by kernel."""
     sass = subprocess.run([CUOBJDUMP, "-sass", compiled], capture_output=True, text=True, check=True).stdout
-    functions = {name: code for name, code in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s+Function :|\Z)", sass, re.S)}
+    return dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s+Function :|\Z)", sass, re.S))
+
+
+@needs_nvcc
+def test_machine_code(functions: dict[str, str]) -> None:
+    """Head dim 72 is multiplied as 72, keys and values come by the copy engine, and gemv does not wait for x."""
     head72 = [code for name, code in functions.items() if "forward" in name and "Li72E" in name]
     assert len(head72) == 4  # two dtypes, causal or not
     for code in head72:
@@ -74,6 +79,21 @@ def test_machine_code(compiled: Path) -> None:
         assert set(re.findall(r"LDGSTS\S+", code)) == {"LDGSTS.E.BYPASS.LTC256B.128"}, name
         assert "HMMA.16816.F32" in code and "LDSM.16.MT88.4" in code and "LDL" not in code, name
         assert ("F2FP.F16.E4M3.UNPACK_B" in code) == ("fp8" in name), name
+
+
+@needs_nvcc
+def test_machine_code_of_gemm(functions: dict[str, str]) -> None:
+    """Products of the intended shapes; one operand comes for both blocks; a finished tile is worked on between the
+    products of the next, not behind them."""
+    gemms = {name: code for name, code in functions.items() if "gemm_kernel" in name}
+    assert len(gemms) == 8  # operands and outputs bfloat16 or float16, float8 operands with both, GELU or nothing
+    for name, code in gemms.items():
+        product = "QGMMA.64x128x32.F32.E4M3.E4M3" if "fp8" in name else "HGMMA.64x256x16.F32"
+        assert product in code and "UTMALDG.2D.MULTICAST" in code and "STSM.16.M88.4" in code, name
+        products = [m.start() for m in re.finditer("[HQ]GMMA", code)]
+        stores = [m.start() for m in re.finditer("STSM", code)]
+        assert len(stores) == (8 if "fp8" in name else 16), name
+        assert all(products[0] < store < products[-1] for store in stores), name
 
 
 def offsets(lengths: list[int], device: str = "cpu") -> Tensor:
