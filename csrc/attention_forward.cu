@@ -278,6 +278,19 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
 
     int block = tile.blocks() - 1;
     wait(&s.q_full, (pass & 1) ^ 1);  // pass counts from 1 here
+    if (tile.first + group * 64 >= tile.end) {  // no rows: takes its turns and lets go what the others read
+#pragma unroll 1
+      for (; block >= 0; block--, n++) {
+        wait(&s.k_full[stage_of(n)], parity_of(n));
+        wait(&s.v_full[stage_of(n)], parity_of(n));
+        turn.begin();
+        turn.end();
+        rows.release(&s.k_empty[stage_of(n)]);
+        rows.release(&s.v_empty[stage_of(n)]);
+        if (block == 0) rows.release(&s.q_empty);
+      }
+      continue;
+    }
     wait(&s.k_full[stage_of(n)], parity_of(n));
     turn.begin();
     rows.start_scores(scores, stage_of(n));
@@ -342,7 +355,8 @@ __global__ void __launch_bounds__(Shape<D>::THREADS, 1) forward(const __grid_con
     prefetch(&a.q), prefetch(&a.k), prefetch(&a.v);
   }
   __syncthreads();
-  const int group = threadIdx.x / 128;
+  wait_for_previous_kernel();  // the schedule's
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // in a uniform register
   if (group == GROUPS) {
     give_registers<24>();
     if (threadIdx.x % 128 == 0) produce<T, D, CAUSAL>(a, s);
@@ -369,7 +383,8 @@ cudaError_t launch(const AttentionForward& f, cudaStream_t stream) {
   error = schedule(f.cu_seqlens, f.documents, S::ROWS, CAUSAL, f.schedule, stream);
   if (error) return error;
   const int most = schedule_bound(f) * f.heads;
-  return launch_kernel({min(most, f.multiprocessors), S::THREADS, shared_bytes<Shared<T, D>>}, stream, forward<T, D, CAUSAL>, a);
+  const Launch grid{.blocks = min(most, f.multiprocessors), .threads = S::THREADS, .shared = shared_bytes<Shared<T, D>>, .early = true};
+  return launch_kernel(grid, stream, forward<T, D, CAUSAL>, a);
 }
 
 template <typename T, bool CAUSAL>
