@@ -181,6 +181,10 @@ struct Softmax {
     }
     return grown;
   }
+
+  // Never. But the compiler does not know, and so a wait on this follows the weights: by itself it takes waits first, and
+  // the softmax would stand behind the products that it should run beside.
+  __device__ bool negative() const { return sum[0] < 0 || sum[1] < 0; }
 };
 
 // The 64 rows of a warpgroup: what its threads hold of them, and the steps of the loop over blocks of keys.
@@ -319,7 +323,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       rows.mask(scores, tile, block);
       const bool grown = softmax.weigh(scores, a.scale2);
       pin(scores);
-      wait(&s.v_full[stage_of(n)], parity_of(n));  // its branch also keeps the weights before the next wait
+      wait(&s.v_full[stage_of(n)], parity_of(n) ^ softmax.negative());
       product_wait<0>();
       pin(out);
       rows.release(&s.v_empty[stage_of(n - 1)]);
