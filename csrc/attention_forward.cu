@@ -293,6 +293,8 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
         rows.release(&s.v_empty[stage_of(n)]);
         if (block == 0) rows.release(&s.q_empty);
       }
+      turn.begin();
+      turn.end();
       continue;
     }
     wait(&s.k_full[stage_of(n)], parity_of(n));
@@ -335,7 +337,9 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       rows.round(p, scores);
     }
 
+    turn.begin();
     rows.start_output(out, p, stage_of(n - 1));
+    turn.end();
     product_wait<0>();
     pin(out);
     rows.release(&s.v_empty[stage_of(n - 1)]);
