@@ -48,7 +48,7 @@ struct alignas(1024) Shared {
   T v[STAGES][Shape<D>::BOXES][KEYS][WIDE];
   T out[Shape<D>::ROWS][PITCH<D>];
   uint64_t q_full, q_empty;
-  uint64_t k_full[STAGES], k_empty[STAGES];
+  uint64_t k_full[STAGES], k_empty[STAGES];  // the latter by the warpgroups of the whole cluster
   uint64_t v_full[STAGES], v_empty[STAGES];
 };
 
@@ -74,14 +74,15 @@ struct Arguments {
   float scale, scale2;  // of scores, and to base 2
 };
 
-// Blocks of the grid draw from the list in turn, there and back, so that each gets as many early, costly ones. A tile's
-// heads follow each other: blocks beside each other read the same keys at about the same time.
-template <int D, bool CAUSAL>
+// Clusters draw from the list in turn, there and back, so that each gets as many early, costly tiles. A cluster's blocks
+// take adjacent heads of a tile, and clusters beside each other the next ones: they read the same keys at the same time.
+template <int D, bool CAUSAL, int CLUSTER>
 __device__ inline bool next_tile(const Arguments& a, int& pass, Tile& tile) {
-  const int work = pass * gridDim.x + (pass % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-  if (work >= *a.count * a.heads) return false;
-  const int2 at = a.tiles[work / a.heads];
-  tile.head = work % a.heads;
+  const int clusters = gridDim.x / CLUSTER, own = blockIdx.x / CLUSTER, shares = a.heads / CLUSTER;
+  const int work = pass * clusters + (pass % 2 ? clusters - 1 - own : own);
+  if (work >= *a.count * shares) return false;
+  const int2 at = a.tiles[work / shares];
+  tile.head = work % shares * CLUSTER + blockIdx.x % CLUSTER;
   tile.begin = a.cu_seqlens[at.x];
   tile.end = a.cu_seqlens[at.x + 1];
   tile.first = tile.begin + at.y * Shape<D>::ROWS;
@@ -97,23 +98,47 @@ __device__ inline void load_tile(T (&to)[BOXES][HEIGHT][WIDE], const CUtensorMap
   for (int box = 0; box < BOXES; box++) load_box(to[box], map, full, box * WIDE, head, row);
 }
 
-template <typename T, int D, bool CAUSAL>
+template <int CLUSTER>
+__device__ inline void meet() {
+  if constexpr (CLUSTER == 1)
+    __syncthreads();
+  else
+    cluster_sync();
+}
+
+// Each block of the cluster loads its part of the rows for all.
+template <int CLUSTER, typename T, int BOXES, int HEIGHT>
+__device__ inline void load_part(T (&to)[BOXES][HEIGHT][WIDE], const CUtensorMap* map, uint64_t* full, int head, int row) {
+  const int part = blockIdx.x % CLUSTER * (HEIGHT / CLUSTER);
+  arrive_expecting(full, sizeof(to));
+#pragma unroll
+  for (int box = 0; box < BOXES; box++)
+    load_box_to_all(to[box][part], map, full, (1 << CLUSTER) - 1, box * WIDE, head, row + part);
+}
+
+template <typename T, int D, bool CAUSAL, int CLUSTER>
 __device__ inline void produce(const Arguments& a, Shared<T, D>& s) {
   unsigned n = 0;
   Tile tile;
-  for (int pass = 0; next_tile<D, CAUSAL>(a, pass, tile);) {
+  for (int pass = 0; next_tile<D, CAUSAL, CLUSTER>(a, pass, tile);) {
     const int last = tile.blocks() - 1, key_head = tile.head / a.heads_per_key;
 #pragma unroll 1
     for (int block = last; block >= 0; block--, n++) {
       const int row = tile.begin + block * KEYS, stage = stage_of(n), before = parity_of(n) ^ 1;
+      const auto load = [&](auto& to, const CUtensorMap* map, uint64_t* full) {
+        if constexpr (CLUSTER == 1)
+          load_tile(to, map, full, key_head, row);
+        else
+          load_part<CLUSTER>(to, map, full, key_head, row);
+      };
       wait(&s.k_empty[stage], before);
-      load_tile(s.k[stage], &a.k, &s.k_full[stage], key_head, row);
+      load(s.k[stage], &a.k, &s.k_full[stage]);
       if (block == last) {
         wait(&s.q_empty, pass & 1);  // pass counts from 1 here
         load_tile(s.q, &a.q, &s.q_full, tile.head, tile.first);
       }
       wait(&s.v_empty[stage], before);
-      load_tile(s.v[stage], &a.v, &s.v_full[stage], key_head, row);
+      load(s.v[stage], &a.v, &s.v_full[stage]);
     }
   }
 }
@@ -188,7 +213,7 @@ struct Softmax {
 };
 
 // The 64 rows of a warpgroup: what its threads hold of them, and the steps of the loop over blocks of keys.
-template <typename T, int D, bool CAUSAL>
+template <typename T, int D, bool CAUSAL, int CLUSTER>
 struct Consumer {
   static constexpr int STEPS = Shape<D>::STEPS;
   const Arguments& a;
@@ -197,8 +222,16 @@ struct Consumer {
   const int row = group * 64 + thread / 32 * 16 + thread % 32 / 4;  // of the tile, and row + 8
   const int column = thread % 4 * 2;                                // and + 1, + 8, + 9, ...
 
+  __device__ void release_queries() const {
+    if (thread == 0) arrive(&s.q_empty);
+  }
+  // To every block that loads into it.
   __device__ void release(uint64_t* empty) const {
-    if (thread == 0) arrive(empty);
+    if constexpr (CLUSTER == 1) {
+      if (thread == 0) arrive(empty);
+    } else {
+      if (thread < CLUSTER) arrive_at(empty, thread);
+    }
   }
 
   __device__ void start_scores(float (&scores)[KEYS / 2], int stage) const {
@@ -267,13 +300,13 @@ struct Consumer {
   }
 };
 
-template <typename T, int D, bool CAUSAL>
+template <typename T, int D, bool CAUSAL, int CLUSTER>
 __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
-  const Consumer<T, D, CAUSAL> rows{a, s, group};
+  const Consumer<T, D, CAUSAL, CLUSTER> rows{a, s, group};
   Turn<Shape<D>::GROUPS> turn(group);
   unsigned n = 0;  // tiles of keys so far; of values one less inside the loop
   Tile tile;
-  for (int pass = 0; next_tile<D, CAUSAL>(a, pass, tile);) {
+  for (int pass = 0; next_tile<D, CAUSAL, CLUSTER>(a, pass, tile);) {
     Softmax softmax;
     float out[D / 2], scores[KEYS / 2];
     uint32_t p[KEYS / 16][4];
@@ -291,7 +324,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
         turn.end();
         rows.release(&s.k_empty[stage_of(n)]);
         rows.release(&s.v_empty[stage_of(n)]);
-        if (block == 0) rows.release(&s.q_empty);
+        if (block == 0) rows.release_queries();
       }
       turn.begin();
       turn.end();
@@ -304,7 +337,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
     product_wait<0>();
     pin(scores);
     rows.release(&s.k_empty[stage_of(n)]);
-    if (block == 0) rows.release(&s.q_empty);
+    if (block == 0) rows.release_queries();
     rows.mask(scores, tile, block);
     softmax.weigh(scores, a.scale2);
     rows.round(p, scores);
@@ -321,7 +354,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
       product_wait<1>();
       pin(scores);
       rows.release(&s.k_empty[stage_of(n)]);
-      if (block == 0) rows.release(&s.q_empty);
+      if (block == 0) rows.release_queries();
       rows.mask(scores, tile, block);
       const bool grown = softmax.weigh(scores, a.scale2);
       pin(scores);
@@ -348,7 +381,7 @@ __device__ inline void consume(const Arguments& a, Shared<T, D>& s, int group) {
   turn.close();
 }
 
-template <typename T, int D, bool CAUSAL>
+template <typename T, int D, bool CAUSAL, int CLUSTER>
 __global__ void __launch_bounds__(Shape<D>::THREADS, 1) forward(const __grid_constant__ Arguments a) {
   constexpr int GROUPS = Shape<D>::GROUPS;
   auto& s = block_shared<Shared<T, D>>();
@@ -357,24 +390,26 @@ __global__ void __launch_bounds__(Shape<D>::THREADS, 1) forward(const __grid_con
     init(&s.q_empty, GROUPS);
     for (int i = 0; i < STAGES; i++) {
       init(&s.k_full[i], 1), init(&s.v_full[i], 1);
-      init(&s.k_empty[i], GROUPS), init(&s.v_empty[i], GROUPS);
+      init(&s.k_empty[i], GROUPS * CLUSTER), init(&s.v_empty[i], GROUPS * CLUSTER);
     }
     fence_init();
     prefetch(&a.q), prefetch(&a.k), prefetch(&a.v);
   }
-  __syncthreads();
+  meet<CLUSTER>();
   wait_for_previous_kernel();  // the schedule's
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // in a uniform register
   if (group == GROUPS) {
     give_registers<24>();
-    if (threadIdx.x % 128 == 0) produce<T, D, CAUSAL>(a, s);
+    if (threadIdx.x % 128 == 0) produce<T, D, CAUSAL, CLUSTER>(a, s);
+    __syncwarp();
   } else {
     take_registers<Shape<D>::REGISTERS>();
-    consume<T, D, CAUSAL>(a, s, group);
+    consume<T, D, CAUSAL, CLUSTER>(a, s, group);
   }
+  if constexpr (CLUSTER > 1) cluster_sync();  // none ends while another may still arrive at its barriers
 }
 
-template <typename T, int D, bool CAUSAL>
+template <typename T, int D, bool CAUSAL, int CLUSTER>
 cudaError_t launch(const AttentionForward& f, cudaStream_t stream) {
   using S = Shape<D>;
   Arguments a{};
@@ -382,26 +417,28 @@ cudaError_t launch(const AttentionForward& f, cudaStream_t stream) {
     return tensor_map(map, data, f.type, {D, heads, f.tokens}, {D * 2, stride * 2}, {WIDE, 1, rows});
   };
   cudaError_t error = describe(a.q, f.q, f.heads, f.q_stride, S::ROWS);
-  if (!error) error = describe(a.k, f.k, f.kv_heads, f.k_stride, KEYS);
-  if (!error) error = describe(a.v, f.v, f.kv_heads, f.v_stride, KEYS);
+  if (!error) error = describe(a.k, f.k, f.kv_heads, f.k_stride, KEYS / CLUSTER);
+  if (!error) error = describe(a.v, f.v, f.kv_heads, f.v_stride, KEYS / CLUSTER);
   if (error) return error;
   a.out = f.out, a.lse = f.lse, a.cu_seqlens = f.cu_seqlens;
   a.count = f.schedule, a.tiles = reinterpret_cast<const int2*>(f.schedule + 2);
-  a.tokens = f.tokens, a.heads = f.heads, a.heads_per_key = f.heads / f.kv_heads, a.scale = f.scale, a.scale2 = f.scale * LOG2E;
+  a.tokens = f.tokens, a.heads = f.heads, a.heads_per_key = f.heads / f.kv_heads;
+  a.scale = f.scale, a.scale2 = f.scale * LOG2E;
   error = schedule(f.cu_seqlens, f.documents, S::ROWS, CAUSAL, f.schedule, stream);
   if (error) return error;
-  const int most = schedule_bound(f) * f.heads;
-  const Launch grid{.blocks = min(most, f.multiprocessors), .threads = S::THREADS, .shared = shared_bytes<Shared<T, D>>, .early = true};
-  return launch_kernel(grid, stream, forward<T, D, CAUSAL>, a);
+  const int most = schedule_bound(f) * (f.heads / CLUSTER), clusters = min(most, f.multiprocessors / CLUSTER);
+  const Launch grid{clusters * CLUSTER, S::THREADS, shared_bytes<Shared<T, D>>, CLUSTER, true};
+  return launch_kernel(grid, stream, forward<T, D, CAUSAL, CLUSTER>, a);
 }
 
 template <typename T, bool CAUSAL>
 cudaError_t launch(const AttentionForward& f, cudaStream_t stream) {
   switch (f.head_dim) {
-    case 64: return launch<T, 64, CAUSAL>(f, stream);
-    case 72: return launch<T, 72, CAUSAL>(f, stream);
-    case 80: return launch<T, 80, CAUSAL>(f, stream);
-    case 128: return launch<T, 128, CAUSAL>(f, stream);
+    case 64: return launch<T, 64, CAUSAL, 1>(f, stream);
+    case 72: return launch<T, 72, CAUSAL, 1>(f, stream);
+    case 80: return launch<T, 80, CAUSAL, 1>(f, stream);
+    case 128:
+      return f.heads / f.kv_heads % 2 ? launch<T, 128, CAUSAL, 1>(f, stream) : launch<T, 128, CAUSAL, 2>(f, stream);
     default: return cudaErrorInvalidValue;
   }
 }

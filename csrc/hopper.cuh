@@ -100,6 +100,14 @@ __device__ inline void load_box_to_all(
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "h"(blocks)
       : "memory");
 }
+__device__ inline void load_box_to_all(
+    void* to, const CUtensorMap* map, uint64_t* barrier, uint16_t blocks, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
+      "%4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "h"(blocks)
+      : "memory");
+}
 
 // Adjacent bytes, a multiple of 16 at multiples of 16.
 __device__ inline void load_bytes(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
