@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-LIBRARY = Path(__file__).with_name("lib") / "phi4rv_cuda.so"
+# Set to 1, the kernels run on CPU tensors, emulated thread by thread (csrc/emulator/): for tests, very slowly.
+EMULATE = "PHI4RV_EMULATE"
 HEAD_DIMS = (64, 72, 80, 128)
+
+
+def emulated() -> bool:
+    """Whether PHI4RV_EMULATE asks for the emulated library."""
+    return os.environ.get(EMULATE) == "1"
+
+
+def library() -> Path:
+    """The library that ``load`` loads: of csrc/build.py, or of csrc/build.py --emulated."""
+    return Path(__file__).with_name("lib") / ("phi4rv_emulated.so" if emulated() else "phi4rv_cuda.so")
 
 
 def why_not(device: torch.device) -> str | None:
     """Why the kernels do not run on this device, or None."""
-    if not LIBRARY.exists():
-        return "csrc/ is not built: `python csrc/build.py` builds it where nvcc is found"
+    if not library().exists():
+        return f"csrc/ is not built: `python csrc/build.py{' --emulated' * emulated()}` builds it where nvcc is found"
+    if emulated():
+        return None if device.type == "cpu" else f"{EMULATE}=1 runs the CUDA kernels on a CPU"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return "the CUDA kernels need a Hopper GPU (sm_90)"
     return None
@@ -25,7 +39,7 @@ def why_not(device: torch.device) -> str | None:
 @functools.cache
 def load() -> None:
     """Registers the library's operators, ``phi4rv_cuda::…``, with their fakes and gradients."""
-    torch.ops.load_library(LIBRARY)
+    torch.ops.load_library(library())
     torch.library.register_fake("phi4rv_cuda::packed_attention", _fake_attention)
     torch.library.register_fake("phi4rv_cuda::gemv", _fake_gemv)
     torch.library.register_autograd("phi4rv_cuda::packed_attention", _differentiate, setup_context=_save)
