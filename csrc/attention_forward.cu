@@ -178,9 +178,10 @@ struct Softmax {
     if (grown) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const float now = fmaxf(highest[half], top[half]);
-        shrink[half] = now == -INFINITY ? 1 : exp2_fast((highest[half] - now) * scale);
-        highest[half] = now;
+        // Row by row: what a row becomes does not depend on those that share its warp.
+        const bool grows = (top[half] - highest[half]) * scale > SLACK;
+        shrink[half] = grows ? exp2_fast((highest[half] - top[half]) * scale) : 1;
+        highest[half] = grows ? top[half] : highest[half];
         sum[half] *= shrink[half];
       }
     }
@@ -189,9 +190,14 @@ struct Softmax {
     for (int half = 0; half < 2; half++) base[half] = highest[half] == -INFINITY ? 0 : highest[half];  // no key seen yet
     // score scale - base scale in one step has the rounding error of base scale, which matters if that is large.
     if (__any_sync(~0u, fmaxf(fabsf(base[0]), fabsf(base[1])) * scale > EXACT)) {
+      float large[2];
 #pragma unroll
-      for (int i = 0; i < KEYS / 2; i++) scores[i] -= base[i % 4 / 2];
-      base[0] = base[1] = 0;
+      for (int half = 0; half < 2; half++) {
+        large[half] = fabsf(base[half]) * scale > EXACT ? base[half] : 0;
+        base[half] -= large[half];
+      }
+#pragma unroll
+      for (int i = 0; i < KEYS / 2; i++) scores[i] -= large[i % 4 / 2];
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {

@@ -36,9 +36,14 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it
 def load() -> None:
     """Registers the library's operators, ``phi4rv_cuda::…``, with their fakes and gradients."""
+    _load()
+
+
+@functools.cache
+def _load() -> None:
     torch.ops.load_library(library())
     torch.library.register_fake("phi4rv_cuda::packed_attention", _fake_attention)
     torch.library.register_fake("phi4rv_cuda::gemv", _fake_gemv)
