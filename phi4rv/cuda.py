@@ -36,10 +36,13 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it
 def load() -> None:
-    """Registers the library's operators, ``phi4rv_cuda::…``, with their fakes and gradients."""
-    _load()
+    """Registers the library's operators, ``phi4rv_cuda::…``, with their fakes and gradients, unless they are there.
+
+    torch.compile cannot trace it: what is compiled finds them there.
+    """
+    if not torch.compiler.is_compiling():
+        _load()
 
 
 @functools.cache
