@@ -241,21 +241,22 @@ struct Consumer {
   }
 
   __device__ void start_scores(float (&scores)[KEYS / 2], int stage) const {
+    const uint64_t q = operand(s.q[0][group * 64]), k = operand(s.k[stage]);
     pin(scores);
     product_fence();
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
-      product(scores, operand(&s.q[step / 4][group * 64][step % 4 * 16]), operand(&s.k[stage][step / 4][0][step % 4 * 16]),
-              step > 0, T());
+      product(scores, advance(q, step / 4 * sizeof(s.q[0]) + step % 4 * 32),
+              advance(k, step / 4 * sizeof(s.k[0][0]) + step % 4 * 32), step > 0, T());
     product_commit();
   }
 
   __device__ void start_output(float (&out)[D / 2], const uint32_t (&p)[KEYS / 16][4], int stage) const {
+    const uint64_t v = operand(s.v[stage], sizeof(s.v[0][0]));
     pin(out);
     product_fence();
 #pragma unroll
-    for (int step = 0; step < KEYS / 16; step++)
-      product<MN_MAJOR>(out, p[step], operand(&s.v[stage][0][step * 16][0], sizeof(s.v[stage][0])), true, T());
+    for (int step = 0; step < KEYS / 16; step++) product<MN_MAJOR>(out, p[step], advance(v, step * 16 * 128), true, T());
     product_commit();
   }
 

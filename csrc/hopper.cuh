@@ -202,6 +202,9 @@ __device__ inline uint64_t operand(const void* p, uint32_t outer = 16) {
   return address | uint64_t(outer >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
+// The same some bytes further: an addition, where operand() is a chain of them.
+__device__ inline uint64_t advance(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
+
 // An operand's adjacent elements run along K, or along its other side (M of a, N of b).
 enum Major { K_MAJOR = 0, MN_MAJOR = 1 };
 

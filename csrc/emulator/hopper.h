@@ -329,6 +329,8 @@ inline uint64_t operand(const void* p, uint32_t outer = 16) {
   return address | uint64_t(outer >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
+inline uint64_t advance(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
+
 enum Major { K_MAJOR = 0, MN_MAJOR = 1 };
 
 template <typename T>
