@@ -1,12 +1,21 @@
 // Attention on packed rows for Hopper (sm_90a), forward: head dim 72 without padding it, 64, 80 and 128 alike.
 //
-// A producer warp keeps a ring of key and value tiles full through the copy engine; three warpgroups of 64 query rows
-// each multiply (wgmma), and while one takes its softmax the products of the others run. Head dim D needs ceil(D / 16)
-// steps of 16 for q k^T, the last filled with zeros by the copy engine, and exactly D columns for p v. The structure is
-// that of FlashAttention-3 (Shah et al. 2024).
+// A producer warp keeps rings of key and value tiles full through the copy engine; two or three warpgroups of 64 query
+// rows each multiply (wgmma). Head dim D needs ceil(D / 16) steps of 16 for q k^T, the last filled with zeros by the
+// copy engine, and exactly D columns for p v. A warpgroup starts the products of a block's scores and, behind them,
+// those of the previous block's output, and takes the softmax of the one while the others run; the warpgroups start in
+// turns (FlashAttention-3, Shah et al. 2024).
 //
-// A block that is scheduled by cost, highest first, walks a fixed stride through the list: nothing depends on timing, so
-// the same input gives the same bits.
+// Clocks that a multiprocessor needs for a score: products (16 ceil(D / 16) + D) / 2048, 0.074 at 72 and 0.125 at 128;
+// exp2 1 / 16; all other arithmetic 0.04. So the products bind where the rest runs beside them. Registers allow three
+// warpgroups of 160 up to D = 72 (64 scores, 32 pairs of weights and D / 2 outputs a thread), beyond it two of 240.
+//
+// Bytes that a multiprocessor takes from L2 in a clock at that rate: 20 at 72, where 192 rows share a tile of keys; 32
+// at 128, where 128 do and L2 gives about 24. So at 128 two blocks that work on two query heads of one key head form a
+// cluster, and each loads half of every tile for both.
+//
+// Costly tiles first, each block's share fixed: nothing depends on timing, so the same input gives the same bits.
+// What a document becomes does not depend on its neighbours in the row, as long as they are finite.
 
 #include "hopper.cuh"
 #include "kernels.h"
@@ -31,7 +40,7 @@ struct Shape {
   static constexpr int GROUPS = attention_rows(D) / 64;  // consumer warpgroups
   static constexpr int ROWS = attention_rows(D);         // query rows of a block
   static constexpr int THREADS = 128 * (GROUPS + 1);
-  // What 65536 registers leave each consumer when the producers keep 32 (24) each.
+  // What 65536 registers leave each consumer when the producers keep 24 each.
   static constexpr int REGISTERS = GROUPS == 3 ? 160 : 240;
   static constexpr int BOXES = (D + WIDE - 1) / WIDE;
   static constexpr int STEPS = (D + 15) / 16;  // of q k^T
@@ -74,8 +83,8 @@ struct Arguments {
   float scale, scale2;  // of scores, and to base 2
 };
 
-// Clusters draw from the list in turn, there and back, so that each gets as many early, costly tiles. A cluster's blocks
-// take adjacent heads of a tile, and clusters beside each other the next ones: they read the same keys at the same time.
+// Clusters draw from the list in turn, there and back, so that each gets as many early, costly tiles. A cluster's
+// blocks take adjacent heads of a tile, and the next cluster the next ones: they read the same keys at the same time.
 template <int D, bool CAUSAL, int CLUSTER>
 __device__ inline bool next_tile(const Arguments& a, int& pass, Tile& tile) {
   const int clusters = gridDim.x / CLUSTER, own = blockIdx.x / CLUSTER, shares = a.heads / CLUSTER;
@@ -92,7 +101,8 @@ __device__ inline bool next_tile(const Arguments& a, int& pass, Tile& tile) {
 }
 
 template <typename T, int BOXES, int HEIGHT>
-__device__ inline void load_tile(T (&to)[BOXES][HEIGHT][WIDE], const CUtensorMap* map, uint64_t* full, int head, int row) {
+__device__ inline void load_tile(
+    T (&to)[BOXES][HEIGHT][WIDE], const CUtensorMap* map, uint64_t* full, int head, int row) {
   arrive_expecting(full, sizeof(to));
 #pragma unroll
   for (int box = 0; box < BOXES; box++) load_box(to[box], map, full, box * WIDE, head, row);
@@ -108,7 +118,8 @@ __device__ inline void meet() {
 
 // Each block of the cluster loads its part of the rows for all.
 template <int CLUSTER, typename T, int BOXES, int HEIGHT>
-__device__ inline void load_part(T (&to)[BOXES][HEIGHT][WIDE], const CUtensorMap* map, uint64_t* full, int head, int row) {
+__device__ inline void load_part(
+    T (&to)[BOXES][HEIGHT][WIDE], const CUtensorMap* map, uint64_t* full, int head, int row) {
   const int part = blockIdx.x % CLUSTER * (HEIGHT / CLUSTER);
   arrive_expecting(full, sizeof(to));
 #pragma unroll
@@ -171,7 +182,7 @@ struct Softmax {
     for (int half = 0; half < 2; half++) {
       top[half] = scores[2 * half];
 #pragma unroll
-      for (int i = 0; i < KEYS / 2; i += 4) top[half] = fmaxf(top[half], fmaxf(scores[i + 2 * half], scores[i + 2 * half + 1]));
+      for (int i = 2 * half; i < KEYS / 2; i += 4) top[half] = fmaxf(top[half], fmaxf(scores[i], scores[i + 1]));
       top[half] = quad_max(top[half]);
     }
     const bool grown = __any_sync(~0u, (top[0] - highest[0]) * scale > SLACK || (top[1] - highest[1]) * scale > SLACK);
@@ -187,7 +198,7 @@ struct Softmax {
     }
     float base[2];
 #pragma unroll
-    for (int half = 0; half < 2; half++) base[half] = highest[half] == -INFINITY ? 0 : highest[half];  // no key seen yet
+    for (int half = 0; half < 2; half++) base[half] = highest[half] == -INFINITY ? 0 : highest[half];  // no key yet
     // score scale - base scale in one step has the rounding error of base scale, which matters if that is large.
     if (__any_sync(~0u, fmaxf(fabsf(base[0]), fabsf(base[1])) * scale > EXACT)) {
       float large[2];
@@ -213,8 +224,8 @@ struct Softmax {
     return grown;
   }
 
-  // Never. But the compiler does not know, and so a wait on this follows the weights: by itself it takes waits first, and
-  // the softmax would stand behind the products that it should run beside.
+  // Never. But the compiler does not know, and so a wait on this follows the weights: by itself it takes waits first,
+  // and the softmax would stand behind the products that it should run beside.
   __device__ bool negative() const { return sum[0] < 0 || sum[1] < 0; }
 };
 
@@ -256,7 +267,8 @@ struct Consumer {
     pin(out);
     product_fence();
 #pragma unroll
-    for (int step = 0; step < KEYS / 16; step++) product<MN_MAJOR>(out, p[step], advance(v, step * 16 * 128), true, T());
+    for (int step = 0; step < KEYS / 16; step++)
+      product<MN_MAJOR>(out, p[step], advance(v, step * 16 * 128), true, T());
     product_commit();
   }
 
@@ -266,7 +278,8 @@ struct Consumer {
     if (first_key + KEYS <= (CAUSAL ? min(tile.end, tile.first + group * 64 + 1) : tile.end)) return;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int end = CAUSAL ? min(tile.end, tile.first + row + 8 * half + 1) : tile.end, seen = end - first_key - column;
+      const int end = CAUSAL ? min(tile.end, tile.first + row + 8 * half + 1) : tile.end;
+      const int seen = end - first_key - column;
 #pragma unroll
       for (int i = 2 * half; i < KEYS / 2; i += 4) {
         if (i / 4 * 8 >= seen) scores[i] = -INFINITY;

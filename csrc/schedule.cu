@@ -48,7 +48,8 @@ __global__ void order(const int* cu_seqlens, int documents, int rows, int* count
 
 cudaError_t schedule(const int* cu_seqlens, int documents, int rows, bool causal, int* out, cudaStream_t stream) {
   auto* tiles = reinterpret_cast<int2*>(out + 2);
-  return launch_kernel({documents, 128}, stream, causal ? order<true> : order<false>, cu_seqlens, documents, rows, out, tiles);
+  const auto kernel = causal ? order<true> : order<false>;
+  return launch_kernel({documents, 128}, stream, kernel, cu_seqlens, documents, rows, out, tiles);
 }
 
 }  // namespace phi4rv
