@@ -70,6 +70,14 @@ __device__ inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
+// Four of the 8 bytes of b and a, chosen by four hexadecimal digits: as PTX's prmt.
+template <int BYTES>
+__device__ inline uint32_t permute(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "n"(BYTES));
+  return d;
+}
+
 // ---- products of a warp: d (16 x 8) += a (16 x 16) b (16 x 8)
 // a[2j + h]: row lane / 4 + 8h, columns 8j + lane % 4 * 2 and the next; b[j]: the same rows of K, column lane / 4;
 // d[2h + i]: row lane / 4 + 8h, column lane % 4 * 2 + i.

@@ -44,6 +44,13 @@ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
     if (LUT >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
   return d;
 }
+template <int BYTES>
+uint32_t permute(uint32_t a, uint32_t b) {
+  const uint64_t both = uint64_t(b) << 32 | a;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; i++) d |= uint32_t(both >> 8 * (BYTES >> 4 * i & 7) & 0xFF) << 8 * i;
+  return d;
+}
 
 template <typename T>
 void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
