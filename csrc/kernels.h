@@ -12,7 +12,7 @@ enum class Type { bfloat16, float16, float8, float32 };  // float8: e4m3
 constexpr int bytes_of(Type type) { return type == Type::float8 ? 1 : type == Type::float32 ? 4 : 2; }
 
 // Query rows that one block works on, by head dim: as many warpgroups of 64 as registers allow.
-constexpr int attention_rows(int head_dim) { return head_dim > 80 ? 128 : 192; }
+constexpr int attention_rows(int head_dim) { return head_dim > 72 ? 128 : 192; }
 
 // softmax(q k^T scale) v inside each document of a packed row. Strides are between rows, in elements; a row's heads
 // follow each other. head_dim 64, 72, 80 or 128; pointers and strides in multiples of 16 bytes.

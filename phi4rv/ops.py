@@ -141,6 +141,8 @@ class Operations:
                 raise UserError(f"{origin}: {name} cannot run as {kind} on {device}: {reason}")
             self.chosen[name] = kind
             setattr(self, name, kinds[kind].load())
+        if "cuda" in self.chosen.values():
+            cuda.load()
 
     def __str__(self) -> str:
         """One line: which kind runs which operations."""
