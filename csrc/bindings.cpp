@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "kernels.h"
@@ -293,6 +294,125 @@ Tensor paged_decode_attention(
   return decode(q, k_pages, v_pages, nullptr, &page_table, lengths, k_scale, v_scale);
 }
 
+void check_vector(const Tensor& t, const Tensor& like, int64_t size, ScalarType type, const std::string& name) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size && t.is_contiguous(), name, " must be (", size, "), adjacent");
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " must have the dtype of x (scales: float32)");
+  STD_TORCH_CHECK(t.get_device_index() == like.get_device_index(), name, " must be on the device of x");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name, " must start at a multiple of 16 bytes");
+}
+
+// What the copy engine and 16-byte loads can read.
+void check_rows(const Tensor& x, const std::string& name) {
+  STD_TORCH_CHECK(x.dim() == 2, name, " has ", x.dim(), " dimensions, must have 2");
+  const bool apart = x.size(0) <= 1 || (x.stride(0) % 8 == 0 && x.stride(0) >= x.size(1));
+  STD_TORCH_CHECK(x.stride(1) == 1 && apart, name,
+                  ": columns must be adjacent, rows must start at multiples of 8 elements and not overlap");
+  STD_TORCH_CHECK(x.size(0) < 1 << 30, name, " has ", x.size(0), " rows, must have fewer than 2^30");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, " must start at a multiple of 16 bytes");
+}
+
+// A linear layer: w (n, k) in the dtype of x, or float8 with the scales of its rows.
+struct Layer {
+  const Tensor &w, &bias;
+  const Tensor* scales = nullptr;
+};
+
+void check_layer(const Layer& l, const Tensor& x, int64_t k, const std::string& name, char which) {
+  const std::string w = name + ": w" + which;
+  STD_TORCH_CHECK(l.w.dim() == 2 && l.w.size(1) == k, w, " must be (…, ", k, ")");
+  STD_TORCH_CHECK(l.w.is_contiguous(), w, ": elements must be adjacent");
+  const bool typed = l.w.scalar_type() == (l.scales ? ScalarType::Float8_e4m3fn : x.scalar_type());
+  STD_TORCH_CHECK(typed, w, l.scales ? " must be float8_e4m3fn" : " must have the dtype of x");
+  STD_TORCH_CHECK(l.w.get_device_index() == x.get_device_index(), w, " must be on the device of x");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(l.w.data_ptr()) % 16 == 0, w, " must start at a multiple of 16 bytes");
+  const int multiple = l.scales ? 16 : 8;
+  STD_TORCH_CHECK(k > 0 && k % multiple == 0, w, " has ", k, " columns, must have a positive multiple of ", multiple);
+  STD_TORCH_CHECK(
+      l.w.size(0) > 0 && l.w.size(0) % 8 == 0, w, " has ", l.w.size(0), " rows, must have a positive multiple of 8");
+  check_vector(l.bias, x, l.w.size(0), x.scalar_type(), name + ": b" + which);
+  if (l.scales) check_vector(*l.scales, x, l.w.size(0), ScalarType::Float, name + ": the scales of w" + which);
+}
+
+// out = x w^T + bias, or GELU of it; row i to row index[i] of out. float8: x is rounded first.
+void linear(const Tensor& x, const Layer& l, bool gelu, const Tensor* index, const Tensor& out) {
+  phi4rv::Gemm g{};
+  g.m = x.size(0), g.n = l.w.size(0), g.k = x.size(1);
+  g.a = x.data_ptr(), g.a_stride = g.m > 1 ? x.stride(0) : g.k, g.b = l.w.data_ptr();
+  g.bias = l.bias.data_ptr(), g.out = out.data_ptr();
+  g.index = index ? static_cast<const int64_t*>(index->data_ptr()) : nullptr;
+  g.gelu = gelu, g.multiprocessors = multiprocessors(x);
+  g.type = g.out_type = x.scalar_type() == ScalarType::BFloat16 ? phi4rv::Type::bfloat16 : phi4rv::Type::float16;
+  if (!l.scales) return check(phi4rv::gemm(g, stream_of(x)), "linear");
+  const Tensor rounded = torch::stable::new_empty(x, {g.m, g.k}, ScalarType::Float8_e4m3fn);
+  const Tensor scales = torch::stable::new_empty(x, {g.m}, ScalarType::Float);
+  phi4rv::QuantizeRows q{};
+  q.x = x.data_ptr(), q.out = rounded.data_ptr(), q.scales = static_cast<float*>(scales.data_ptr());
+  q.stride = g.a_stride, q.rows = g.m, q.columns = g.k, q.type = g.out_type;
+  check(phi4rv::quantize_rows(q, stream_of(x)), "quantize_rows");
+  g.type = phi4rv::Type::float8, g.a = q.out, g.a_stride = g.k, g.a_scales = q.scales;
+  g.b_scales = static_cast<const float*>(l.scales->data_ptr());
+  check(phi4rv::gemm(g, stream_of(x)), "linear");
+}
+
+// A copy of row whose rows in index are still to be written.
+Tensor copy_others(const Tensor& row, const Tensor& index) {
+  Tensor out = torch::stable::new_empty(row, {row.size(0), row.size(1)});
+  if (row.size(0) == 0) return out;
+  Tensor covered = torch::stable::new_empty(row, {row.size(0)}, ScalarType::Byte);
+  torch::stable::zero_(covered);
+  phi4rv::CopyRows c{};
+  c.from = row.data_ptr(), c.to = out.data_ptr(), c.index = static_cast<const int64_t*>(index.data_ptr());
+  c.covered = static_cast<uint8_t*>(covered.data_ptr());
+  c.from_stride = row.stride(0) * 2, c.rows = row.size(0), c.indices = index.size(0), c.bytes = row.size(1) * 2;
+  check(phi4rv::copy_rows(c, stream_of(row)), "copy_rows");
+  return out;
+}
+
+Tensor project(
+    const std::string& name, const Tensor& x, const Layer& first, const Layer& second, const Tensor* row = nullptr,
+    const Tensor* index = nullptr) {
+  short_float(x, (name + ": x").c_str());
+  check_rows(x, name + ": x");
+  check_layer(first, x, x.size(1), name, '0');
+  check_layer(second, x, first.w.size(0), name, '1');
+  const int64_t columns = second.w.size(0);
+  if (row) {
+    check_rows(*row, name + ": row");
+    STD_TORCH_CHECK(row->size(1) == columns, name, ": row must be (…, ", columns, ")");
+    STD_TORCH_CHECK(row->scalar_type() == x.scalar_type(), name, ": row must have the dtype of x");
+    STD_TORCH_CHECK(index->dim() == 1 && index->size(0) == x.size(0) && index->is_contiguous() &&
+                        index->scalar_type() == ScalarType::Long,
+                    name, ": index must be (", x.size(0), ") int64, adjacent");
+    const int device = x.get_device_index();
+    STD_TORCH_CHECK(row->get_device_index() == device && index->get_device_index() == device, name,
+                    ": row and index must be on the device of x");
+  }
+  STD_TORCH_CHECK(on_device(x), name, ": x must be on a CUDA device");
+  const DeviceGuard guard(x);
+  const Tensor out = row ? copy_others(*row, *index) : torch::stable::new_empty(x, {x.size(0), columns});
+  if (x.size(0) == 0) return out;
+  const Tensor h = torch::stable::new_empty(x, {x.size(0), first.w.size(0)});
+  linear(x, first, true, nullptr, h);
+  linear(h, second, false, index, out);
+  return out;
+}
+
+Tensor projector(const Tensor& x, const Tensor& w0, const Tensor& b0, const Tensor& w1, const Tensor& b1) {
+  return project("projector", x, {w0, b0}, {w1, b1});
+}
+
+Tensor project_into(
+    const Tensor& row, const Tensor& x, const Tensor& w0, const Tensor& b0, const Tensor& w1, const Tensor& b1,
+    const Tensor& index) {
+  return project("project_into", x, {w0, b0}, {w1, b1}, &row, &index);
+}
+
+Tensor quantized_projector(
+    const Tensor& x, const Tensor& w0, const Tensor& s0, const Tensor& b0, const Tensor& w1, const Tensor& s1,
+    const Tensor& b1) {
+  return project("quantized_projector", x, {w0, b0, &s0}, {w1, b1, &s1});
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
@@ -307,6 +427,10 @@ STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
   m.def(
       "paged_decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor lengths, "
       "Tensor? k_scale, Tensor? v_scale) -> Tensor");
+  m.def("projector(Tensor x, Tensor w0, Tensor b0, Tensor w1, Tensor b1) -> Tensor");
+  m.def("project_into(Tensor row, Tensor x, Tensor w0, Tensor b0, Tensor w1, Tensor b1, Tensor index) -> Tensor");
+  m.def(
+      "quantized_projector(Tensor x, Tensor w0, Tensor s0, Tensor b0, Tensor w1, Tensor s1, Tensor b1) -> Tensor");
 }
 
 // On a CPU too, where every call ends at a check unless the library is the emulated one.
@@ -315,7 +439,10 @@ STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
   m.impl("packed_attention_backward", TORCH_BOX(&packed_attention_backward)); \
   m.impl("decode_attention", TORCH_BOX(&decode_attention));                   \
   m.impl("paged_decode_attention", TORCH_BOX(&paged_decode_attention));       \
-  m.impl("gemv", TORCH_BOX(&gemv));
+  m.impl("gemv", TORCH_BOX(&gemv));                                           \
+  m.impl("projector", TORCH_BOX(&projector));                                 \
+  m.impl("project_into", TORCH_BOX(&project_into));                           \
+  m.impl("quantized_projector", TORCH_BOX(&quantized_projector));
 
 STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CPU, m) { IMPLEMENTATIONS(m) }
 #ifndef PHI4RV_EMULATED

@@ -100,6 +100,14 @@ __device__ inline void load_box_to_all(
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "h"(blocks)
       : "memory");
 }
+__device__ inline void load_box_to_all(
+    void* to, const CUtensorMap* map, uint64_t* barrier, uint16_t blocks, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
+      "%4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "h"(blocks)
+      : "memory");
+}
 
 // Adjacent bytes, a multiple of 16 at multiples of 16.
 __device__ inline void load_bytes(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
@@ -199,6 +207,9 @@ __device__ inline uint64_t operand(const void* p, uint32_t outer = 16) {
   const uint64_t address = (shared_address(p) & 0x3FFFF) >> 4;
   return address | uint64_t(outer >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
+
+// The same some bytes further: an addition, where operand() is a chain of them.
+__device__ inline uint64_t advance(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
 
 // An operand's adjacent elements run along K, or along its other side (M of a, N of b).
 enum Major { K_MAJOR = 0, MN_MAJOR = 1 };

@@ -12,7 +12,7 @@ enum class Type { bfloat16, float16, float8, float32 };  // float8: e4m3
 constexpr int bytes_of(Type type) { return type == Type::float8 ? 1 : type == Type::float32 ? 4 : 2; }
 
 // Query rows that one block works on, by head dim: as many warpgroups of 64 as registers allow.
-constexpr int attention_rows(int head_dim) { return head_dim > 80 ? 128 : 192; }
+constexpr int attention_rows(int head_dim) { return head_dim > 72 ? 128 : 192; }
 
 // softmax(q k^T scale) v inside each document of a packed row. Strides are between rows, in elements; a row's heads
 // follow each other. head_dim 64, 72, 80 or 128; pointers and strides in multiples of 16 bytes.
@@ -145,5 +145,45 @@ constexpr int decode_blocks(const DecodeAttention& a) {
 }
 
 cudaError_t decode_attention(const DecodeAttention& arguments, cudaStream_t stream);
+// out = f(a b^T + bias), f the exact GELU or nothing; of float8, a b^T is multiplied by the scales of both rows.
+// Pointers, strides and rows of a and b in multiples of 16 bytes, n a multiple of 8; m, n and k positive.
+struct Gemm {
+  const void *a, *b;       // (m, k), (n, k) of ``type``
+  const float *a_scales, *b_scales;  // (m), (n), float8 only
+  const void* bias;        // (n) as out
+  const int64_t* index;    // (m): row i is written to row index[i] of out; null: to row i
+  void* out;               // rows of n
+  int64_t a_stride;        // between rows, in elements
+  int m, n, k;
+  int multiprocessors;
+  bool gelu;
+  Type type, out_type;
+};
+
+cudaError_t gemm(const Gemm& arguments, cudaStream_t stream);
+
+// Each row divided by its largest magnitude / 448, its scale, and rounded to float8. Columns a multiple of 8.
+struct QuantizeRows {
+  const void* x;   // (rows, columns)
+  void* out;       // (rows, columns) float8
+  float* scales;   // (rows)
+  int64_t stride;  // of x's rows, in elements
+  int rows, columns;
+  Type type;       // of x
+};
+
+cudaError_t quantize_rows(const QuantizeRows& arguments, cudaStream_t stream);
+
+// Copies the rows that are not in ``index``. All in multiples of 16 bytes.
+struct CopyRows {
+  const void* from;      // (rows) of ``bytes``
+  void* to;              // (rows) of ``bytes``, one after the other
+  const int64_t* index;  // (indices)
+  uint8_t* covered;      // (rows), zeros
+  int64_t from_stride;   // in bytes
+  int rows, indices, bytes;
+};
+
+cudaError_t copy_rows(const CopyRows& arguments, cudaStream_t stream);
 
 }  // namespace phi4rv

@@ -62,6 +62,13 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
+// 1 / x to a unit in the last place.
+__device__ inline float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Any 3-input function of bits: lut as in PTX's lop3.
 template <int LUT>
 __device__ inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phi4rv.quantized import QuantizedWeight
+
 # Set to 1, the kernels run on CPU tensors, emulated thread by thread (csrc/emulator/): for tests, very slowly.
 EMULATE = "PHI4RV_EMULATE"
 HEAD_DIMS = (64, 72, 80, 128)
@@ -52,6 +54,11 @@ def load() -> None:
         torch.library.register_fake(decode, _fake_decode)
         torch.library.register_autograd(decode, _no_gradient)
     torch.library.register_autograd("phi4rv_cuda::packed_attention", _differentiate, setup_context=_save)
+    for name, fake in (("projector", _fake_projector), ("quantized_projector", _fake_quantized_projector)):
+        torch.library.register_fake(f"phi4rv_cuda::{name}", fake)
+    torch.library.register_fake("phi4rv_cuda::project_into", lambda row, *_: row.new_empty(row.shape))
+    torch.library.register_autograd("phi4rv_cuda::projector", _differentiate_projector, setup_context=_save_projector)
+    torch.library.register_autograd("phi4rv_cuda::project_into", _differentiate_into, setup_context=_save_into)
 
 
 def packed_attention(
@@ -169,6 +176,72 @@ def _fake_decode(q: Tensor, *rest: Any) -> Tensor:
 
 def _no_gradient(ctx: Any, dout: Tensor) -> None:
     raise RuntimeError("decode_attention has no autograd formula: it is for inference")
+
+
+def projector(x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+    """As ``reference.projector``, (P, Cv) -> (P, C): all bfloat16 or all float16, widths multiples of 8.
+
+    x may be columns of a wider tensor, 16-byte aligned; the rest is contiguous. RuntimeError naming any argument that
+    the kernel cannot take. The gradient is that of ``triton_kernels.projector``.
+    """
+    load()
+    out: Tensor = torch.ops.phi4rv_cuda.projector(x, w0, b0, w1, b1)
+    return out
+
+
+def project_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, index: Tensor) -> Tensor:
+    """As ``reference.project_into``; row (T, C) of x's dtype, index (P,) int64, the rest as in ``projector``.
+
+    index has no repeats and lies within 0 <= index < T: that is not checked, for it would stop the device.
+    """
+    load()
+    out: Tensor = torch.ops.phi4rv_cuda.project_into(row, x, w0, b0, w1, b1, index)
+    return out
+
+
+def quantized_projector(x: Tensor, w0: QuantizedWeight, b0: Tensor, w1: QuantizedWeight, b1: Tensor) -> Tensor:
+    """As ``reference.quantized_projector``: x as in ``projector``, Cv and the inner width multiples of 16. No gradient.
+
+    Sums in float32 of the tensor core's, which are of 128 terms (DeepSeek-V3, 2024). ValueError for weights that are
+    not in the format fp8.
+    """
+    if w0.format != "fp8" or w1.format != "fp8":
+        raise ValueError(f"quantized_projector: weights are {w0.format} and {w1.format}, must be fp8")
+    load()
+    operator = torch.ops.phi4rv_cuda.quantized_projector
+    out: Tensor = operator(x, w0.data, w0.scales, b0, w1.data, w1.scales, b1)
+    return out
+
+
+def _fake_projector(x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], w1.shape[0])
+
+
+def _fake_quantized_projector(
+    x: Tensor, w0: Tensor, s0: Tensor, b0: Tensor, w1: Tensor, s1: Tensor, b1: Tensor
+) -> Tensor:
+    return x.new_empty(x.shape[0], w1.shape[0])
+
+
+def _save_projector(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _differentiate_projector(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    from triton_kernels.projector import differentiate
+
+    return differentiate(ctx, dy)
+
+
+def _save_into(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, x, w0, b0, w1, _, index = inputs
+    ctx.save_for_backward(x, w0, b0, w1, index)
+
+
+def _differentiate_into(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    from triton_kernels.projector import differentiate_into
+
+    return differentiate_into(ctx, dout)
 
 
 def _fake_gemv(x: Tensor, w: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, swiglu: bool) -> Tensor:

@@ -81,8 +81,15 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "gelu_tanh": _operation("gelu_tanh", "gelu"),
     "gelu_erf": _operation("gelu_erf", "gelu"),
     "patch_embed": _operation("patch_embed"),
-    "projector": _operation("projector"),
-    "project_into": _operation("project_into", "projector"),
+    "projector": {"cuda": Implementation("phi4rv.cuda", "projector", cuda.why_not), **_operation("projector")},
+    "project_into": {
+        "cuda": Implementation("phi4rv.cuda", "project_into", cuda.why_not),
+        **_operation("project_into", "projector"),
+    },
+    "quantized_projector": {
+        "cuda": Implementation("phi4rv.cuda", "quantized_projector", cuda.why_not),
+        **_operation("quantized_projector", "projector"),
+    },
     "scatter_rows": _operation("scatter_rows", "projector"),
     "linear_cross_entropy": _operation("linear_cross_entropy"),
     "quantized_linear": _operation("quantized_linear"),
@@ -111,6 +118,7 @@ class Operations:
     patch_embed: Callable[..., Any]
     projector: Callable[..., Any]
     project_into: Callable[..., Any]
+    quantized_projector: Callable[..., Any]
     scatter_rows: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
     quantized_linear: Callable[..., Any]
@@ -133,6 +141,8 @@ class Operations:
                 raise UserError(f"{origin}: {name} cannot run as {kind} on {device}: {reason}")
             self.chosen[name] = kind
             setattr(self, name, kinds[kind].load())
+        if "cuda" in self.chosen.values():
+            cuda.load()
 
     def __str__(self) -> str:
         """One line: which kind runs which operations."""

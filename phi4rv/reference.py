@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phi4rv.quantized import Moment8, QuantizedWeight, dequantize, random_bits, round_stochastically
+from phi4rv.quantized import Moment8, QuantizedWeight, dequantize, quantize, random_bits, round_stochastically
 
 NO_LABEL = -100
 
@@ -222,6 +222,17 @@ def scatter_rows(row: Tensor, values: Tensor, index: Tensor) -> Tensor:
 def project_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, index: Tensor) -> Tensor:
     """``row`` (T, C) with row[index[p]] replaced by the projection of x[p], (P, Cv); index (P,) without repeats."""
     return scatter_rows(row, projector(x, w0, b0, w1, b1), index)
+
+
+def quantized_projector(x: Tensor, w0: QuantizedWeight, b0: Tensor, w1: QuantizedWeight, b1: Tensor) -> Tensor:
+    """``projector`` with weights in fp8, and the rows of x and of the activation rounded to fp8 as weights are."""
+    h = F.gelu(quantized_linear(_rounded(x), w0, b0))
+    return quantized_linear(_rounded(h), w1, b1)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Each row to the nearest multiples of its scale, its largest magnitude / 448, that e4m3 has. No gradient."""
+    return dequantize(quantize(x, "fp8"), x.dtype)
 
 
 def linear_cross_entropy(

@@ -54,6 +54,7 @@ def test_cuda_for_all_is_triton_where_csrc_has_none(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv(cuda.EMULATE, "1")
     monkeypatch.setattr(cuda, "library", lambda: tmp_path)  # whatever is there
+    monkeypatch.setattr(cuda, "load", lambda: None)
     chosen = Operations("cuda").chosen
     assert chosen == {name: "cuda" if "cuda" in kinds else "triton" for name, kinds in IMPLEMENTATIONS.items()}
     with pytest.raises(UserError, match=r"^--kernels: rms_norm has no cuda implementation, only triton, torch"):

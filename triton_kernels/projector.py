@@ -16,8 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phi4rv.quantized import QuantizedWeight, dequantize, quantize
+from triton_kernels.gelu import gelu_erf
 from triton_kernels.gemm import gemm
 from triton_kernels.launch import require, require_float, rows
+from triton_kernels.quantized_linear import quantized_linear
 from triton_kernels.tuning import Config, Space
 
 
@@ -200,7 +203,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
 
 
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, w0, b0, w1 = ctx.saved_tensors
     return _spread(dy, x, w0, b0, w1, ctx.needs_input_grad)
 
@@ -218,7 +221,7 @@ def _save_into(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, w0, b0, w1, index)
 
 
-def _differentiate_into(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+def differentiate_into(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, w0, b0, w1, index = ctx.saved_tensors
     drow = clear(dout, index) if ctx.needs_input_grad[0] else None
     # Gathered once: three products read it, two of them cuBLAS's, which cannot gather.
@@ -239,8 +242,8 @@ def _differentiate_scatter(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return drow, dvalues, None
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
-into.register_autograd(_differentiate_into, setup_context=_save_into)
+forward.register_autograd(differentiate, setup_context=_save)
+into.register_autograd(differentiate_into, setup_context=_save_into)
 scatter.register_autograd(_differentiate_scatter, setup_context=_save_scatter)
 
 
@@ -259,6 +262,12 @@ def project_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1:
     row may have another float dtype than x. ValueError for other shapes and dtypes.
     """
     return into(row, x, w0, b0, w1, b1, index)
+
+
+def quantized_projector(x: Tensor, w0: QuantizedWeight, b0: Tensor, w1: QuantizedWeight, b1: Tensor) -> Tensor:
+    """``projector`` with fp8 weights and rows rounded to fp8, of kernels that others use too: right, not fast."""
+    h = gelu_erf(quantized_linear(dequantize(quantize(x, "fp8"), x.dtype), w0, b0))
+    return quantized_linear(dequantize(quantize(h, "fp8"), x.dtype), w1, b1)
 
 
 def scatter_rows(row: Tensor, values: Tensor, index: Tensor) -> Tensor:

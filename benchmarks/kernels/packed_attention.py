@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Draw
-from phi4rv import flash_attn
+from benchmarks.kernels.case import Case, Draw, on_cuda
+from phi4rv import cuda, flash_attn
 from triton_kernels.packed_attention import packed_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
@@ -47,7 +47,7 @@ def _ragged(tokens: int, documents: int) -> list[int]:
 def _both(
     name: str, lengths: list[int], H: int, G: int, D: int, causal: bool, goals: tuple[float, float] | None
 ) -> list[Case]:
-    """Forward and backward of one shape."""
+    """Forward and backward of one shape; with goals, the forward of csrc/ too."""
     T = sum(lengths)
 
     def inputs(draw: Draw) -> tuple[Any, ...]:
@@ -69,11 +69,19 @@ def _both(
     row = 2 * T * D  # bytes of one bf16 head
     shape = f"{name} {H}/{G}x{D}, {T} in {len(lengths)}"
     forward, backward = [("peer", goal) for goal in goals] if goals else [None, None]
+    first = Case(
+        "packed_attention", f"{shape} forward", inputs, ours, peers,
+        bytes=(2 * H + 2 * G) * row, flops=flops, goal=forward,
+    )  # fmt: skip
+
+    def csrc(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        return cuda.packed_attention(q, k, v, cu_seqlens, max_seqlen, causal)
+
+    mixed = len(set(lengths)) > 1
+    goal = ("peer", 1.0) if causal else ("product", 0.6 if mixed else 0.65)
     return [
-        Case(
-            "packed_attention", f"{shape} forward", inputs, ours, peers,
-            bytes=(2 * H + 2 * G) * row, flops=flops, goal=forward,
-        ),
+        first,
+        *([on_cuda(first, csrc, goal)] if goals else []),
         # reads q, k, v, out and its gradient, writes three gradients; 2.5: five products for the two of the forward
         Case(
             "packed_attention", f"{shape} backward", inputs, ours, peers,

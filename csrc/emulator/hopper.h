@@ -251,6 +251,10 @@ inline void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int c0
 inline void load_box_to_all(void* to, const CUtensorMap* map, uint64_t* barrier, uint16_t blocks, int c0, int c1) {
   emulator::load(to, map, barrier, blocks, {c0, c1, 0, 0});
 }
+inline void load_box_to_all(
+    void* to, const CUtensorMap* map, uint64_t* barrier, uint16_t blocks, int c0, int c1, int c2) {
+  emulator::load(to, map, barrier, blocks, {c0, c1, c2, 0});
+}
 inline void load_bytes(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   if (bytes % 16 || uintptr_t(from) % 16 || shared_address(to) % 16) emulator::fail("a bulk copy off its 16 bytes");
   shared_address(static_cast<char*>(to) + bytes - 1);
@@ -326,6 +330,8 @@ inline uint64_t operand(const void* p, uint32_t outer = 16) {
   const uint64_t address = (shared_address(p) & 0x3FFFF) >> 4;
   return address | uint64_t(outer >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
+
+inline uint64_t advance(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
 
 enum Major { K_MAJOR = 0, MN_MAJOR = 1 };
 

@@ -37,6 +37,7 @@ inline float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0 : y;
 }
+inline float reciprocal_fast(float x) { return 1 / x; }
 template <int LUT>
 uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d = 0;

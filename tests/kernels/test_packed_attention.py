@@ -1,4 +1,4 @@
-"""packed_attention, of Triton and of flash-attn, against its definition."""
+"""packed_attention, of Triton, of csrc/ and of flash-attn, against its definition."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi4rv import flash_attn, reference
-from tests.kernels.check import PLACE, PLACES, Place, close, parity
+from phi4rv import cuda, flash_attn, reference
+from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACE, PLACES, Place, close, parity
 from triton_kernels import packed_attention as kernels
 from triton_kernels import packed_attention_backward as backward_kernels
 from triton_kernels.packed_attention import packed_attention
@@ -23,6 +23,26 @@ SPACES = (kernels.FORWARD, backward_kernels.DQ, backward_kernels.DKDV)
 EDGES = [1, 15, 16, 17, 63, 64, 65]
 WIDE_EDGES = [127, 128, 129, 256]
 Attention = Callable[..., Tensor]
+# Emulated, the CUDA kernel has no gradients: they are Triton's, whose interpreter has no bfloat16.
+EMULATED_GRADIENTS = False
+
+
+def rows(triton: list[Any], csrc: list[Any]) -> list[Any]:
+    """(kind, place): every implementation where it can run."""
+    kinds = {"triton": triton, "cuda": csrc, "flash_attn": [place for place in triton if place.marks]}
+    return [
+        pytest.param(kind, *place.values, id=f"{kind}-{place.id}", marks=place.marks)
+        for kind, places in kinds.items()
+        for place in places
+    ]
+
+
+ROWS, ROW = rows(PLACES, CUDA_PLACES), rows(PLACE, CUDA_PLACE)
+OURS = [row for row in ROW if row.values[0] != "flash_attn"]
+
+
+def has_gradients(kind: str, place: Place) -> bool:
+    return kind != "cuda" or place[0] == "cuda" or EMULATED_GRADIENTS
 
 
 def offsets(lengths: list[int], place: Place) -> Tensor:
@@ -69,22 +89,21 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "case", lambda D, dtype: case(D, torch.float16))
 
 
-@pytest.fixture(params=["triton", "flash_attn"])
-def attention(request: pytest.FixtureRequest) -> Any:
-    """Every implementation, by place; skips those that cannot run there."""
+@pytest.fixture
+def attention(kind: str, place: Place, request: pytest.FixtureRequest) -> Attention:
+    """The implementation of the row; skips those that are not there."""
+    if kind == "triton":
+        return packed_attention
+    if kind == "cuda":
+        request.getfixturevalue("csrc")
+        return cuda.packed_attention
+    reason = flash_attn.why_not(torch.device(place[0]))
+    if reason:
+        pytest.skip(reason)
+    return flash_attn.packed_attention
 
-    def choose(place: Place, key_ends: bool = False) -> Attention:
-        if request.param == "triton":
-            return packed_attention
-        reason = "no key_ends" if key_ends else flash_attn.why_not(torch.device(place[0]))
-        if reason:
-            pytest.skip(reason)
-        return flash_attn.packed_attention
 
-    return choose
-
-
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("kind", "place"), ROWS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("lengths", "H", "G", "D"),
@@ -97,50 +116,81 @@ def attention(request: pytest.FixtureRequest) -> Any:
         ([40], 1, 1, 20),
     ],
 )
-def test_parity(place: Place, causal: bool, lengths: list[int], H: int, G: int, D: int, attention: Any) -> None:
-    both(draw(place, lengths, H, G, D), lengths, causal, attention=attention(place))
+def test_parity(
+    kind: str, place: Place, causal: bool, lengths: list[int], H: int, G: int, D: int, attention: Attention
+) -> None:
+    if kind == "cuda" and D not in cuda.HEAD_DIMS:
+        pytest.skip(f"csrc/ has no head dim {D}")
+    both(draw(place, lengths, H, G, D), lengths, causal, None, attention, has_gradients(kind, place))
 
 
-@pytest.mark.parametrize("place", PLACE)
+@pytest.mark.parametrize("place", CUDA_PLACES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "H", "G", "D"),
+    [
+        ([191, 192, 193, 383, 385], 2, 2, 72),  # its tiles are of 192 rows; more of them than multiprocessors
+        ([191, 192, 193], 3, 1, 64),
+        ([127, 128, 129, 255, 257], 2, 1, 80),
+        ([*EDGES, *WIDE_EDGES], 4, 2, 128),  # blocks of two heads that share their keys
+        ([300, 1, 130], 3, 1, 128),  # an odd number of heads to a key head: each by itself
+    ],
+)
+def test_tiles_of_csrc(
+    place: Place, causal: bool, lengths: list[int], H: int, G: int, D: int, csrc: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qkv = draw(place, lengths, H, G, D)
+    both(qkv, lengths, causal, None, cuda.packed_attention, has_gradients("cuda", place))
+    # Scores whose largest come late: what has been summed shrinks at every block of keys.
+    growing = torch.linspace(4, 0.1, sum(lengths), device=place[0]).to(place[1])[:, None, None]
+    q, k, v = (x.detach() for x in qkv)
+    both((q, k * growing, v), lengths, causal, None, cuda.packed_attention)
+
+
+@pytest.mark.parametrize(("kind", "place"), ROW)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", [[0, 9, 0, 0, 3, 0], [0, 0], []])
-def test_empty_documents(place: Place, causal: bool, lengths: list[int], attention: Any) -> None:
-    both(draw(place, lengths, 1, 1, 64), lengths, causal, attention=attention(place))
+def test_empty_documents(kind: str, place: Place, causal: bool, lengths: list[int], attention: Attention) -> None:
+    both(draw(place, lengths, 1, 1, 64), lengths, causal, None, attention, has_gradients(kind, place))
 
 
-@pytest.mark.parametrize("place", PLACE)
-def test_a_thousand_documents(place: Place) -> None:
+@pytest.mark.parametrize(("kind", "place"), OURS)
+def test_a_thousand_documents(kind: str, place: Place, attention: Attention) -> None:
     """Of one token: it sees itself, and so its value is the output, and no score matters."""
-    lengths = [1] * (16 if place[0] == "cpu" else 1000)  # interpreted, a program takes 50 ms
-    q, k, v = draw(place, lengths, 2, 1, 8)
-    out = packed_attention(q, k, v, offsets(lengths, place), 1, True)
+    on_cpu = {"triton": 16, "cuda": 300}[kind]  # interpreted, a program takes 50 ms
+    lengths = [1] * (on_cpu if place[0] == "cpu" else 1000)
+    q, k, v = draw(place, lengths, 2, 1, 64)
+    out = attention(q, k, v, offsets(lengths, place), 1, True)
+    assert torch.equal(out, v.expand_as(out))
+    if not has_gradients(kind, place):
+        return
     dout = torch.randn_like(out)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
-    assert torch.equal(out, v.expand_as(out))
     torch.testing.assert_close(dv, dout.sum(1, keepdim=True))
     for nothing in (dq, dk):
         torch.testing.assert_close(nothing, torch.zeros_like(nothing), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("kind", "place"), ROWS)
 @pytest.mark.parametrize("causal", [True, False])
-def test_large_values(place: Place, causal: bool) -> None:
+def test_large_values(kind: str, place: Place, causal: bool, attention: Attention) -> None:
     """±1e4: scores up to 1e10, exact in float32, whose softmax is 1 or a tie. Gradients: with large values only, as the
     log-sum-exp of such scores, float32 in every flash implementation, has no bits left for their difference."""
     lengths = [150]
     q, k, v = draw(place, lengths, 1, 1, 72)
     large = tuple((1e4 * x.detach().sign()).requires_grad_() for x in (q, k, v))
-    both(large, lengths, causal, gradients=False)
-    both((q, k, large[2]), lengths, causal, gradients=place[1] != torch.float16)  # theirs would be over 65504
+    both(large, lengths, causal, None, attention, gradients=False)
+    finite = place[1] != torch.float16  # gradients would be over 65504
+    both((q, k, large[2]), lengths, causal, None, attention, finite and has_gradients(kind, place))
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("kind", "place"), ROWS)
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e4])
-def test_all_equal(place: Place, value: float) -> None:
+def test_all_equal(kind: str, place: Place, value: float, attention: Attention) -> None:
     """Every score is the same: the output is the mean of the values, which are."""
     lengths = [70]
     q, k, v = (x.detach().fill_(value) for x in draw(place, lengths, 1, 1, 72))
-    torch.testing.assert_close(packed_attention(q, k, v, offsets(lengths, place), 70, False), v)
+    torch.testing.assert_close(attention(q, k, v, offsets(lengths, place), 70, False), v)
 
 
 @pytest.mark.parametrize("place", PLACE)
@@ -154,18 +204,18 @@ def test_layouts(place: Place) -> None:
     both(tuple(x.requires_grad_() for x in (q, k, v)), lengths, True)
 
 
-@pytest.mark.parametrize("place", PLACE)
-def test_rows_far_apart(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "place"), OURS)
+def test_rows_far_apart(kind: str, place: Place, attention: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last rows lie more than 2^31 elements from the first; only what is touched takes memory."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    T, H, D, stride = 40, 1, 16, 2**31 // 32
+    T, H, D, stride = 40, 1, 64, 2**31 // 32
     q, k, v = (x.detach() for x in draw(place, [T], H, H, D))
     wide = torch.empty(T * stride, dtype=place[1], device=place[0])
     far = [wide.as_strided(q.shape, (stride, D, 1), offset) for offset in (0, 64, 128)]
     for x, y in zip(far, (q, k, v), strict=True):
         x.copy_(y)
-    out = packed_attention(*far, offsets([T], place), T, True)
-    assert torch.equal(out, packed_attention(q, k, v, offsets([T], place), T, True))
+    out = attention(*far, offsets([T], place), T, True)
+    assert torch.equal(out, attention(q, k, v, offsets([T], place), T, True))
 
 
 def extents(lengths: list[int], images: list[tuple[int, int]], place: Place) -> Tensor:
@@ -201,13 +251,16 @@ def test_key_ends_stop_at_the_document(place: Place) -> None:
     assert torch.equal(packed_attention(*qkv, cu_seqlens, 70, True, torch.zeros_like(far)), causal)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("kind", "place"), [row for row in ROWS if row.values[0] != "flash_attn"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_log_sum_exp(place: Place, causal: bool) -> None:
-    lengths = [70, 17]
+def test_log_sum_exp(kind: str, place: Place, causal: bool, attention: Attention) -> None:
+    lengths = [70, 17, 200]
     q, k, v = (x.detach() for x in draw(place, lengths, 2, 1, 72))
     cu_seqlens = offsets(lengths, place)
-    lse = kernels.forward(q, k, v, cu_seqlens, 70, causal, None)[1]
+    if kind == "cuda":
+        lse = torch.ops.phi4rv_cuda.packed_attention(q, k, v, cu_seqlens, 200, causal)[1]
+    else:
+        lse = kernels.forward(q, k, v, cu_seqlens, 200, causal, None)[1]
 
     def exact(dtype: torch.dtype) -> Tensor:
         parts = []
@@ -260,6 +313,36 @@ def test_operator(place: Place) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("place", CUDA_PLACE)
+def test_operator_of_csrc(place: Place, csrc: None) -> None:
+    lengths = [9, 140]
+    q, k, v = (x.detach() for x in draw(place, lengths, 2, 1, 128))
+    cu_seqlens = offsets(lengths, place)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        torch.ops.phi4rv_cuda.packed_attention.default, (q, k, v, cu_seqlens, 140, True), test_utils=tests
+    )
+    compiled = torch.compile(cuda.packed_attention, backend="aot_eager", fullgraph=True)
+    expected = cuda.packed_attention(q, k, v, cu_seqlens, 140, True)
+    assert torch.equal(compiled(q, k, v, cu_seqlens, 140, True), expected)
+
+
+@pytest.mark.parametrize("place", CUDA_PLACE)
+@pytest.mark.parametrize(("H", "G", "D", "causal"), [(4, 2, 128, True), (2, 2, 72, False)])
+def test_neighbours_are_not_read(place: Place, H: int, G: int, D: int, causal: bool, csrc: None) -> None:
+    """Between the rows and in the other document is NaN, or the largest number; neither shows. Same bits twice."""
+    lengths = [150, 215]
+    wide = torch.full((sum(lengths), H + 2 * G + 1, D), torch.nan, device=place[0], dtype=place[1])
+    wide[:, : H + 2 * G] = torch.randn(sum(lengths), H + 2 * G, D).to(wide)
+    q, k, v, _ = wide.split([H, G, G, 1], 1)
+    cu_seqlens = offsets(lengths, place)
+    both((q, k, v), lengths, causal, None, cuda.packed_attention)
+    first = cuda.packed_attention(q, k, v, cu_seqlens, 215, causal)
+    wide[150:, : H + 2 * G] = torch.finfo(wide.dtype).max
+    second = cuda.packed_attention(q, k, v, cu_seqlens, 215, causal)
+    assert torch.equal(first[:150], second[:150])
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("reverse", [True, False])
 @pytest.mark.parametrize("place", PLACE)
@@ -304,7 +387,7 @@ def test_flash_attn_says_why_not() -> None:
         flash_attn.packed_attention(q, q, q, cu_seqlens, 4, True, torch.ones(4, dtype=torch.int32))
 
 
-GPU = [place for place in PLACES if place.marks]
+ON_GPU = [row for row in ROWS if row.marks]
 REAL = [
     ([16384], 40, 10, 128, True),
     ([9000, 1, 0, 383, 3000, 4000], 40, 10, 128, True),
@@ -312,48 +395,54 @@ REAL = [
 ]
 
 
-@pytest.mark.parametrize("place", GPU)
+@pytest.mark.parametrize(("kind", "place"), ON_GPU)
 @pytest.mark.parametrize(("lengths", "H", "G", "D", "causal"), REAL)
-def test_real_shapes(place: Place, lengths: list[int], H: int, G: int, D: int, causal: bool, attention: Any) -> None:
+def test_real_shapes(
+    kind: str, place: Place, lengths: list[int], H: int, G: int, D: int, causal: bool, attention: Attention
+) -> None:
     # Exact scores of 16384 rows in float64 take 2 GB a head, so one group of heads stands for all.
     if max(lengths) > 3600:
         H, G = H // G, 1
-    both(draw(place, lengths, H, G, D), lengths, causal, attention=attention(place))
+    both(draw(place, lengths, H, G, D), lengths, causal, attention=attention)
 
 
-@pytest.mark.parametrize("place", GPU)
+@pytest.mark.parametrize(("kind", "place"), ON_GPU)
 @pytest.mark.parametrize(("lengths", "H", "G", "D", "causal"), REAL)
-def test_same_bits_twice(place: Place, lengths: list[int], H: int, G: int, D: int, causal: bool) -> None:
+def test_same_bits_twice(
+    kind: str, place: Place, lengths: list[int], H: int, G: int, D: int, causal: bool, attention: Attention
+) -> None:
     qkv = draw(place, lengths, H, G, D)
-    first, second = (gradients(qkv, offsets(lengths, place), max(lengths), causal) for _ in range(2))
+    first, second = (gradients(attention, qkv, offsets(lengths, place), max(lengths), causal) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
 
-def gradients(qkv: tuple[Tensor, ...], cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> list[Tensor]:
+def gradients(
+    attention: Attention, qkv: tuple[Tensor, ...], cu_seqlens: Tensor, max_seqlen: int, causal: bool
+) -> list[Tensor]:
     """The output and the gradients of its square."""
-    out = packed_attention(*qkv, cu_seqlens, max_seqlen, causal)
+    out = attention(*qkv, cu_seqlens, max_seqlen, causal)
     return [out, *torch.autograd.grad(out.square().sum(), qkv)]
 
 
-@pytest.mark.parametrize("place", GPU)
-def test_graph_and_stream(place: Place) -> None:
+@pytest.mark.parametrize(("kind", "place"), [row for row in ON_GPU if row.values[0] != "flash_attn"])
+def test_graph_and_stream(kind: str, place: Place, attention: Attention) -> None:
     """A captured launch follows what cu_seqlens holds at replay; and a stream of its own changes nothing."""
     qkv = draw(place, [600], 4, 2, 72)
     cu_seqlens = offsets([500, 100, 0], place)
-    gradients(qkv, cu_seqlens, 500, True)  # compiles
+    gradients(attention, qkv, cu_seqlens, 500, True)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = gradients(qkv, cu_seqlens, 500, True)
+        captured = gradients(attention, qkv, cu_seqlens, 500, True)
     for lengths in ([500, 100, 0], [1, 99, 500], [0, 300, 300]):
         cu_seqlens.copy_(offsets(lengths, place))
         graph.replay()
-        for ours, theirs in zip(captured, gradients(qkv, cu_seqlens, 500, True), strict=True):
+        for ours, theirs in zip(captured, gradients(attention, qkv, cu_seqlens, 500, True), strict=True):
             assert torch.equal(ours, theirs)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        aside = gradients(qkv, cu_seqlens, 500, True)
+        aside = gradients(attention, qkv, cu_seqlens, 500, True)
     side.synchronize()
     for ours, theirs in zip(aside, captured, strict=True):
         assert torch.equal(ours, theirs)
