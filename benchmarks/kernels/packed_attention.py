@@ -79,15 +79,15 @@ def _both(
 
     mixed = len(set(lengths)) > 1
     goal = ("peer", 1.0) if causal else ("product", 0.6 if mixed else 0.65)
-    return [
-        first,
-        *([on_cuda(first, csrc, goal)] if goals else []),
-        # reads q, k, v, out and its gradient, writes three gradients; 2.5: five products for the two of the forward
-        Case(
-            "packed_attention", f"{shape} backward", inputs, ours, peers,
-            bytes=(4 * H + 4 * G) * row, flops=flops * 5 // 2, backward=True, goal=backward,
-        ),
-    ]  # fmt: skip
+    # reads q, k, v, out and its gradient, writes three gradients; 2.5: five products for the two of the forward
+    second = Case(
+        "packed_attention", f"{shape} backward", inputs, ours, peers,
+        bytes=(4 * H + 4 * G) * row, flops=flops * 5 // 2, backward=True, goal=backward,
+    )  # fmt: skip
+    second_goal = ("peer", 1.0) if causal else ("product", 0.45 if mixed else 0.5)
+    if not goals:
+        return [first, second]
+    return [first, on_cuda(first, csrc, goal), second, on_cuda(second, csrc, second_goal)]
 
 
 def _torch_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:

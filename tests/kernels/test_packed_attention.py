@@ -23,8 +23,6 @@ SPACES = (kernels.FORWARD, backward_kernels.DQ, backward_kernels.DKDV)
 EDGES = [1, 15, 16, 17, 63, 64, 65]
 WIDE_EDGES = [127, 128, 129, 256]
 Attention = Callable[..., Tensor]
-# Emulated, the CUDA kernel has no gradients: they are Triton's, whose interpreter has no bfloat16.
-EMULATED_GRADIENTS = False
 
 
 def rows(triton: list[Any], csrc: list[Any]) -> list[Any]:
@@ -39,10 +37,6 @@ def rows(triton: list[Any], csrc: list[Any]) -> list[Any]:
 
 ROWS, ROW = rows(PLACES, CUDA_PLACES), rows(PLACE, CUDA_PLACE)
 OURS = [row for row in ROW if row.values[0] != "flash_attn"]
-
-
-def has_gradients(kind: str, place: Place) -> bool:
-    return kind != "cuda" or place[0] == "cuda" or EMULATED_GRADIENTS
 
 
 def offsets(lengths: list[int], place: Place) -> Tensor:
@@ -121,7 +115,7 @@ def test_parity(
 ) -> None:
     if kind == "cuda" and D not in cuda.HEAD_DIMS:
         pytest.skip(f"csrc/ has no head dim {D}")
-    both(draw(place, lengths, H, G, D), lengths, causal, None, attention, has_gradients(kind, place))
+    both(draw(place, lengths, H, G, D), lengths, causal, None, attention)
 
 
 @pytest.mark.parametrize("place", CUDA_PLACES)
@@ -140,7 +134,7 @@ def test_tiles_of_csrc(
     place: Place, causal: bool, lengths: list[int], H: int, G: int, D: int, csrc: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qkv = draw(place, lengths, H, G, D)
-    both(qkv, lengths, causal, None, cuda.packed_attention, has_gradients("cuda", place))
+    both(qkv, lengths, causal, None, cuda.packed_attention)
     # Scores whose largest come late: what has been summed shrinks at every block of keys.
     growing = torch.linspace(4, 0.1, sum(lengths), device=place[0]).to(place[1])[:, None, None]
     q, k, v = (x.detach() for x in qkv)
@@ -151,7 +145,7 @@ def test_tiles_of_csrc(
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", [[0, 9, 0, 0, 3, 0], [0, 0], []])
 def test_empty_documents(kind: str, place: Place, causal: bool, lengths: list[int], attention: Attention) -> None:
-    both(draw(place, lengths, 1, 1, 64), lengths, causal, None, attention, has_gradients(kind, place))
+    both(draw(place, lengths, 1, 1, 64), lengths, causal, None, attention)
 
 
 @pytest.mark.parametrize(("kind", "place"), OURS)
@@ -162,8 +156,6 @@ def test_a_thousand_documents(kind: str, place: Place, attention: Attention) -> 
     q, k, v = draw(place, lengths, 2, 1, 64)
     out = attention(q, k, v, offsets(lengths, place), 1, True)
     assert torch.equal(out, v.expand_as(out))
-    if not has_gradients(kind, place):
-        return
     dout = torch.randn_like(out)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
     torch.testing.assert_close(dv, dout.sum(1, keepdim=True))
@@ -181,7 +173,7 @@ def test_large_values(kind: str, place: Place, causal: bool, attention: Attentio
     large = tuple((1e4 * x.detach().sign()).requires_grad_() for x in (q, k, v))
     both(large, lengths, causal, None, attention, gradients=False)
     finite = place[1] != torch.float16  # gradients would be over 65504
-    both((q, k, large[2]), lengths, causal, None, attention, finite and has_gradients(kind, place))
+    both((q, k, large[2]), lengths, causal, None, attention, finite)
 
 
 @pytest.mark.parametrize(("kind", "place"), ROWS)
