@@ -1,0 +1,362 @@
+// y = f(norm(x) w^T) + residual for 1 to 8 rows of x: the products of decoding, at the speed of the memory that the
+// weights lie in. Around the product RMSNorm before it, SwiGLU or a residual after it, so that a decoder layer needs no
+// other kernel than these and attention.
+//
+// The memory's speed is 13 bytes a clock and multiprocessor, and covers its latency with 20 KB in flight. Each lane
+// copies the very pieces that it will multiply into a ring of its own (cp.async: no registers, no barriers, any tail),
+// 80 KB a block and always full, which evens out blocks with a tile more. One block's worth of shared memory and registers
+// stays free, so that the next kernel's block stands beside this one and its ring is full before this one has ended:
+// 80 KB are what the memory delivers in 3.6 us, longer than the last sums, the end and the next kernel's norm take.
+//
+// Sixteen rows of w are the tall side of an m16n8k16 product and x is the narrow one: 1 row costs what 8 do, and nothing
+// of the tall side is wasted. A product may take its terms in any order if both operands do, so 16 adjacent bytes of
+// each row go to one lane and no value changes lanes. Codes become 16-bit floats exactly, in 1.4 (int4), 2 (int8) or 2.5
+// (fp8) instructions; with the product and its operands that is 1.6 issued a clock of 4 for int4, at the memory's speed.
+// A group's scale multiplies its sum, a row's the row's: weights are never rounded.
+//
+// The warps share the columns of a tile of 16 rows and add their parts in a fixed order: nothing is atomic.
+
+#include <type_traits>
+
+#include "hopper.cuh"
+#include "kernels.h"
+#include "launch.cuh"
+#include "warp.cuh"
+
+
+namespace phi4rv {
+namespace {
+
+using namespace warp;
+
+constexpr int WARPS = 10;  // 5120 and 17920 columns are whole rounds of 10 warps in every format
+constexpr int THREADS = WARPS * 32;
+constexpr int STAGES = 4;  // steps that a warp has in flight
+constexpr int UNITS = 2;   // of a step: a line of 128 bytes of each row
+constexpr int ROWS = 8;    // of x at most
+constexpr int TILE = 16;   // rows of w
+constexpr int PARTS = 2;   // eights of rows in a tile: of a lane, row lane / 4 of each
+
+template <Weight W>
+constexpr bool GROUPED = grouped(W);
+template <Weight W>
+constexpr int GROUP_BYTES = group_bytes(W);
+// Codes in a lane's 16 bytes, and what follows a group's codes: pieces of 16 bytes with scales, then with zeros.
+template <Weight W>
+constexpr int CODES = W == Weight::full ? 8 : GROUPED<W> ? 32 : 16;
+template <Weight W>
+constexpr int TAILS = W == Weight::int4_zero ? 2 : W == Weight::int4 ? 1 : 0;
+
+template <Weight W>
+struct Stage {
+  uint4 codes[UNITS][PARTS][32];
+  uint4 tails[UNITS][PARTS][TAILS<W> ? TAILS<W> : 1];
+};
+
+template <Weight W>
+struct Shared {
+  Stage<W> ring[WARPS][STAGES];
+  float parts[2][WARPS][TILE][ROWS];
+  float sums[WARPS][ROWS];
+  uint4 norm[];  // with one: its weight, then x after it, 8 elements between rows
+};
+
+// What is a block's: an even share of y's columns, in eights. A tile is two eights of w's rows: with SwiGLU one of the
+// gate half and the same of the up half, else neighbours.
+struct Share {
+  int first, end, stride, apart;
+
+  __device__ explicit Share(const DecodeGemv& g) {
+    const int64_t eights = g.n / (g.swiglu ? 16 : 8);
+    first = int(eights * blockIdx.x / gridDim.x), end = int(eights * (blockIdx.x + 1) / gridDim.x);
+    stride = g.swiglu ? 1 : 2, apart = g.swiglu ? int(eights) : 1;
+  }
+  __device__ int tiles() const { return (end - first + stride - 1) / stride; }
+  __device__ int eight(int tile, int part) const { return first + tile * stride + part * apart; }
+  __device__ bool has(int tile, int part) const { return first + tile * stride + part * (stride - 1) < end; }
+};
+
+// A warp's way through its columns of one tile after another, a unit being 64 bytes of each row.
+template <Weight W>
+struct Walk {
+  const Share share;
+  const int warp, lane, k, units, unit_bytes;
+  int64_t eight_bytes;  // from one eight to the next
+  const char* w;        // this lane's first piece of eight 0
+  int tile = 0, unit;
+
+  __device__ Walk(const DecodeGemv& g, const Share& share, int warp, int lane)
+      : share(share), warp(warp), lane(lane), k(g.k), units((k + 4 * CODES<W> - 1) / (4 * CODES<W>)),
+        unit_bytes(GROUPED<W> ? GROUP_BYTES<W> : 64), w(static_cast<const char*>(g.w)), unit(warp * UNITS) {
+    const int64_t row_bytes = int64_t(k) * 16 / CODES<W>;
+    eight_bytes = GROUPED<W> ? int64_t(units) * unit_bytes : 8 * row_bytes;
+    w += GROUPED<W> ? lane * 16 : lane / 4 * row_bytes + lane % 4 * 16;
+    if (unit >= units) tile = share.tiles();  // more warps than columns
+  }
+
+  // Starts one step's copies, and goes on to the next.
+  __device__ void load(Stage<W>& to) {
+    if (tile < share.tiles()) {
+#pragma unroll
+      for (int u = 0; u < UNITS; u++)
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+          const bool inside = GROUPED<W> ? unit + u < units : ((unit + u) * 4 + lane % 4) * CODES<W> < k;
+          const bool wanted = inside && share.has(tile, part);
+          const char* from = w + share.eight(tile, part) * eight_bytes + int64_t(unit + u) * unit_bytes;
+          copy_async(&to.codes[u][part][lane], from, wanted);
+          if (lane < TAILS<W>) copy_async(&to.tails[u][part][lane], from + 512, wanted);
+        }
+      unit += WARPS * UNITS;
+      if (unit >= units) tile++, unit = warp * UNITS;
+    }
+    copy_commit();
+  }
+};
+
+// ---- codes to pairs of adjacent 16-bit floats, exactly
+
+template <typename T>
+constexpr bool is_bfloat16 = std::is_same_v<T, __nv_bfloat16>;
+// A float's upper byte with which the integers in its lower bits count from 128 (7 bits) or 1024 (10 bits).
+template <typename T>
+constexpr uint32_t COUNTING = is_bfloat16<T> ? 0x43434343 : 0x64646464;
+
+// Without the sign bit it counts from the base to the base + 127; the sign bit alone adds 128 to the base.
+template <typename T>
+__device__ inline uint32_t unpack_int8(uint32_t both) {
+  return subtract<T>(both & 0xFF7FFF7F, both & 0xFF80FF80);
+}
+
+// e4m3's exponent and mantissa, shifted to the right places, are those of a number too small by the biases' difference.
+template <typename T>
+__device__ inline uint32_t unpack_float8(uint32_t both) {
+  constexpr int SHIFT = is_bfloat16<T> ? 4 : 1;
+  constexpr uint32_t MASK = is_bfloat16<T> ? 0x07F007F0 : 0x3F803F80;
+  constexpr uint32_t SCALE = is_bfloat16<T> ? 0x7B807B80 : 0x5C005C00;  // 2^120, 2^8
+  return scale<T>((both >> SHIFT & MASK) | (both & 0x80008000), SCALE);
+}
+
+// One word of codes to CODES / 8 pairs. zero: of int4, what code 0 stands for, twice, counting.
+template <typename T, Weight W>
+__device__ inline void unpack_word(uint32_t word, uint32_t zero, uint32_t* to) {
+  if constexpr (W == Weight::full) {
+    to[0] = word;
+  } else if constexpr (W == Weight::int8) {
+    to[0] = unpack_int8<T>(bytes<0x4140>(word, COUNTING<T>)), to[1] = unpack_int8<T>(bytes<0x4342>(word, COUNTING<T>));
+  } else if constexpr (W == Weight::float8) {
+    to[0] = unpack_float8<T>(bytes<0x1404>(word, 0)), to[1] = unpack_float8<T>(bytes<0x3424>(word, 0));
+  } else {  // repacked: the low halves' codes 0, 2, 4, 6 and the high halves' 1, 3, 5, 7
+#pragma unroll
+    for (int i = 0; i < 4; i++)  // (word & mask) | counting
+      to[i] = subtract<T>(lop3<0xEA>(word >> 4 * i, 0x000F000F, COUNTING<T> & 0xFF00FF00), zero);
+  }
+}
+
+// d (16 x 8) += a unit's 16 rows times x: the 16 bytes that a lane has of both its rows, and their 16-bit x.
+template <typename T, Weight W>
+__device__ inline void multiply_unit(
+    float (&d)[4], const uint4 (&codes)[PARTS], const uint4 (&x)[CODES<W> / 8], const uint32_t (&zero)[PARTS]) {
+  constexpr int PAIRS = CODES<W> / 8;  // of a word
+  uint32_t w[PARTS][4 * PAIRS];
+#pragma unroll
+  for (int part = 0; part < PARTS; part++) {
+    unpack_word<T, W>(codes[part].x, zero[part], w[part]);
+    unpack_word<T, W>(codes[part].y, zero[part], w[part] + PAIRS);
+    unpack_word<T, W>(codes[part].z, zero[part], w[part] + 2 * PAIRS);
+    unpack_word<T, W>(codes[part].w, zero[part], w[part] + 3 * PAIRS);
+  }
+#pragma unroll
+  for (int i = 0; i < PAIRS; i++) {
+    multiply(d, {w[0][4 * i], w[1][4 * i], w[0][4 * i + 1], w[1][4 * i + 1]}, {x[i].x, x[i].y}, T());
+    multiply(d, {w[0][4 * i + 2], w[1][4 * i + 2], w[0][4 * i + 3], w[1][4 * i + 3]}, {x[i].z, x[i].w}, T());
+  }
+}
+
+// ---- RMSNorm, by the whole block; each thread has the same pieces of 8 from the copy of the weight to the result
+
+__device__ inline void load_norm(const DecodeGemv& g, uint4* norm) {
+  for (int i = threadIdx.x; i < g.k / 8; i += THREADS) copy_async(norm + i, static_cast<const uint4*>(g.norm) + i);
+  copy_commit();
+}
+
+template <typename T>
+__device__ inline float squares(const uint4& v) {
+  const float2 a = unpack<T>(v.x), b = unpack<T>(v.y), c = unpack<T>(v.z), d = unpack<T>(v.w);
+  return a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y + c.x * c.x + c.y * c.y + d.x * d.x + d.y * d.y;
+}
+template <typename T>
+__device__ inline uint32_t normed(uint32_t both, float scale, uint32_t weight) {
+  const float2 v = unpack<T>(both), w = unpack<T>(weight);
+  return pack<T>(v.x * scale * w.x, v.y * scale * w.y);
+}
+
+template <typename T>
+__device__ inline void normalise(const DecodeGemv& g, float (&sums)[WARPS][ROWS], uint4* norm) {
+  const int pieces = g.k / 8;
+  uint4* to = norm + pieces;
+  for (int row = 0; row < g.rows; row++) {
+    const uint4* x = static_cast<const uint4*>(g.x) + int64_t(row) * pieces;
+    float sum = 0;
+    for (int i = threadIdx.x; i < pieces; i += THREADS) {
+      const uint4 v = x[i];
+      to[row * (pieces + 1) + i] = v;
+      sum += squares<T>(v);
+    }
+    for (int apart = 16; apart; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32][row] = sum;
+  }
+  copy_wait<STAGES>();  // all but the ring: the norm's weight is here
+  __syncthreads();
+  for (int row = 0; row < g.rows; row++) {
+    float sum = 0;
+    for (int i = 0; i < WARPS; i++) sum += sums[i][row];
+    const float scale = rsqrtf(sum / g.k + g.eps);
+    for (int i = threadIdx.x; i < pieces; i += THREADS) {
+      uint4& v = to[row * (pieces + 1) + i];
+      const uint4 w = norm[i];
+      v = make_uint4(normed<T>(v.x, scale, w.x), normed<T>(v.y, scale, w.y), normed<T>(v.z, scale, w.z),
+                     normed<T>(v.w, scale, w.w));
+    }
+  }
+  __syncthreads();
+}
+
+// ---- what is done to a tile's sums
+
+__device__ inline float silu(float x) { return x / (1 + __expf(-x)); }
+
+// A thread's element of y, if it has one, with what it takes besides the sum: fetched before the sum is there.
+template <typename T, Weight W>
+struct Element {
+  int row, column;  // of the tile
+  int64_t at = -1;  // in y
+  float residual = 0, scale = 1, up_scale = 1;
+
+  __device__ Element(const DecodeGemv& g, const Share& share, int tile)
+      : row(threadIdx.x / TILE), column(threadIdx.x % TILE) {
+    const int part = column / 8;
+    if (row >= g.rows || !share.has(tile, part) || (g.swiglu && part)) return;
+    const int n = share.eight(tile, part) * 8 + column % 8;
+    at = int64_t(row) * (g.swiglu ? g.n / 2 : g.n) + n;
+    if (g.residual) residual = float(static_cast<const T*>(g.residual)[at]);
+    if (W == Weight::int8 || W == Weight::float8) {
+      scale = g.scales[n];
+      if (g.swiglu) up_scale = g.scales[g.n / 2 + n];
+    }
+  }
+
+  __device__ void finish(const DecodeGemv& g, const float (&parts)[WARPS][TILE][ROWS]) const {
+    if (at < 0) return;
+    float sum = 0, up = 0;
+    for (int i = 0; i < WARPS; i++) sum += parts[i][column][row];
+    sum *= scale;
+    if (g.swiglu) {
+      for (int i = 0; i < WARPS; i++) up += parts[i][column + 8][row];
+      sum = silu(sum) * (up * up_scale);
+    }
+    static_cast<T*>(g.y)[at] = T(sum + residual);
+  }
+};
+
+template <typename T, Weight W, bool NORM>
+__global__ void __launch_bounds__(THREADS, 2) decode_gemv_kernel(const DecodeGemv g) {
+  constexpr int X = CODES<W> / 8;
+  auto& s = hopper::block_shared<Shared<W>>();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  auto& ring = s.ring[warp];
+  const Share share(g);
+  Walk<W> ahead(g, share, warp, lane);
+  if (NORM) load_norm(g, s.norm);
+  for (int i = 0; i < STAGES; i++) ahead.load(ring[i]);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (NORM) normalise<T>(g, s.sums, s.norm);
+
+  // Row lane / 4 of x; those that are not there are zeros.
+  const uint4* x = NORM ? s.norm + g.k / 8 + lane / 4 * (g.k / 8 + 1) : static_cast<const uint4*>(g.x) + int64_t(lane / 4) * (g.k / 8);
+  const int pieces = lane / 4 < g.rows ? g.k / 8 : 0;
+  int at = 0;
+  for (int tile = 0; tile < share.tiles(); tile++) {
+    const Element<T, W> element(g, share, tile);
+    float sum[UNITS][4] = {};
+    for (int unit = warp * UNITS; unit < ahead.units; unit += WARPS * UNITS) {
+      uint4 values[UNITS][X], codes[UNITS][PARTS];
+      float scales[UNITS][PARTS];
+      uint32_t zeros[UNITS][PARTS];
+#pragma unroll
+      for (int u = 0; u < UNITS; u++)
+#pragma unroll
+        for (int i = 0; i < X; i++) {
+          const int piece = ((unit + u) * 4 + lane % 4) * X + i;
+          values[u][i] = piece < pieces ? x[piece] : uint4{};
+        }
+      copy_wait<STAGES - 1>();
+      if (GROUPED<W>) __syncwarp();  // scales come by other lanes' copies
+#pragma unroll
+      for (int u = 0; u < UNITS; u++)
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+          codes[u][part] = ring[at].codes[u][part][lane];
+          if (!GROUPED<W>) continue;
+          const auto* tail = reinterpret_cast<const uint16_t*>(ring[at].tails[u][part]) + lane / 4;
+          scales[u][part] = __uint_as_float(uint32_t(tail[0]) << 16);
+          const uint32_t zero = W == Weight::int4_zero ? tail[8] : 8;
+          zeros[u][part] = (COUNTING<T> & 0xFF00FF00) | zero | zero << 16;
+        }
+      if (GROUPED<W>) __syncwarp();
+      ahead.load(ring[at]);
+      at = (at + 1) % STAGES;
+#pragma unroll
+      for (int u = 0; u < UNITS; u++) {
+        if (GROUPED<W>) {
+          float group[4] = {};
+          multiply_unit<T, W>(group, codes[u], values[u], zeros[u]);
+          for (int i = 0; i < 4; i++) sum[u][i] += scales[u][i / 2] * group[i];
+        } else {
+          multiply_unit<T, W>(sum[u], codes[u], values[u], zeros[u]);
+        }
+      }
+    }
+    auto& parts = s.parts[tile % 2];  // one barrier a tile: the next writes the other half
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+      *reinterpret_cast<float2*>(&parts[warp][lane / 4 + part * 8][lane % 4 * 2]) =
+          make_float2(sum[0][2 * part] + sum[1][2 * part], sum[0][2 * part + 1] + sum[1][2 * part + 1]);
+    __syncthreads();
+    element.finish(g, parts);
+  }
+}
+
+template <typename T, Weight W, bool NORM>
+cudaError_t launch(const DecodeGemv& g, cudaStream_t stream) {
+  const int bytes = hopper::shared_bytes<Shared<W>> + (NORM ? 2 * norm_elements(g) : 0);
+  const int blocks = min(g.multiprocessors, g.n / (g.swiglu ? 16 : 8));
+  return launch_kernel({.blocks = blocks, .threads = THREADS, .shared = bytes, .early = true}, stream,
+                       decode_gemv_kernel<T, W, NORM>, g);
+}
+
+template <typename T, Weight W>
+cudaError_t launch(const DecodeGemv& g, cudaStream_t stream) {
+  return g.norm ? launch<T, W, true>(g, stream) : launch<T, W, false>(g, stream);
+}
+
+template <typename T>
+cudaError_t launch(const DecodeGemv& g, cudaStream_t stream) {
+  switch (g.weight) {
+    case Weight::full: return launch<T, Weight::full>(g, stream);
+    case Weight::int8: return launch<T, Weight::int8>(g, stream);
+    case Weight::float8: return launch<T, Weight::float8>(g, stream);
+    case Weight::int4: return launch<T, Weight::int4>(g, stream);
+    case Weight::int4_zero: return launch<T, Weight::int4_zero>(g, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t decode_gemv(const DecodeGemv& g, cudaStream_t stream) {
+  return g.type == Type::bfloat16 ? launch<__nv_bfloat16>(g, stream) : launch<__half>(g, stream);
+}
+
+}  // namespace phi4rv
