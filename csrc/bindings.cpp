@@ -22,12 +22,29 @@ void check(cudaError_t error, const char* name) {
   STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
 }
 
+#ifdef PHI4RV_EMULATED
+
+struct DeviceGuard {
+  explicit DeviceGuard(const Tensor&) {}
+};
+bool on_device(const Tensor& x) { return x.is_cpu(); }
+cudaStream_t stream_of(const Tensor&) { return nullptr; }
+
+#else
+
+struct DeviceGuard : torch::stable::accelerator::DeviceGuard {
+  explicit DeviceGuard(const Tensor& x) : torch::stable::accelerator::DeviceGuard(x.get_device_index()) {}
+};
+bool on_device(const Tensor& x) { return x.is_cuda(); }
+
 // The stream that PyTorch works on; a launch on stream 0 would run beside what it depends on.
 cudaStream_t stream_of(const Tensor& x) {
   void* stream = nullptr;
   aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream);
   return static_cast<cudaStream_t>(stream);
 }
+
+#endif
 
 int multiprocessors(const Tensor& x) {
   int count = 0;
@@ -66,7 +83,7 @@ std::tuple<Tensor, Tensor> packed_attention(
   STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0 && cu_seqlens.is_contiguous() &&
                       cu_seqlens.scalar_type() == ScalarType::Int,
                   "packed_attention: cu_seqlens must be (documents + 1) int32");
-  STD_TORCH_CHECK(q.is_cuda() && k.get_device_index() == q.get_device_index() &&
+  STD_TORCH_CHECK(on_device(q) && k.get_device_index() == q.get_device_index() &&
                       v.get_device_index() == q.get_device_index() &&
                       cu_seqlens.get_device_index() == q.get_device_index(),
                   "packed_attention: q, k, v and cu_seqlens must be on one CUDA device");
@@ -74,7 +91,7 @@ std::tuple<Tensor, Tensor> packed_attention(
   f.q_stride = q.stride(0), f.k_stride = k.stride(0), f.v_stride = v.stride(0);
   f.max_seqlen = max_seqlen, f.causal = causal;
   f.scale = 1.0f / std::sqrt(float(f.head_dim));
-  const auto guard = torch::stable::accelerator::DeviceGuard(q.get_device_index());
+  const DeviceGuard guard(q);
   f.multiprocessors = multiprocessors(q);
   Tensor out = torch::stable::new_empty(q, {f.tokens, f.heads, f.head_dim});
   Tensor lse = torch::stable::new_empty(q, {f.heads, f.tokens}, ScalarType::Float);
@@ -147,8 +164,8 @@ Tensor decode_gemv(
                     ": k + rows (k + 8) must be at most ", phi4rv::MOST_NORM_ELEMENTS);
   }
   if (residual) check_matrix(*residual, x, g.rows, out, "decode_gemv: residual");
-  STD_TORCH_CHECK(x.is_cuda(), "decode_gemv: x must be on a CUDA device");
-  const auto guard = torch::stable::accelerator::DeviceGuard(x.get_device_index());
+  STD_TORCH_CHECK(on_device(x), "decode_gemv: x must be on a CUDA device");
+  const DeviceGuard guard(x);
   g.multiprocessors = multiprocessors(x);
   Tensor y = torch::stable::new_empty(x, {g.rows, out});
   g.x = x.data_ptr(), g.w = w.data_ptr(), g.y = y.data_ptr();
@@ -166,12 +183,12 @@ STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
       "decode_gemv(Tensor x, Tensor w, Tensor? scales, Tensor? norm, float eps, Tensor? residual, bool swiglu) -> Tensor");
 }
 
-// On a CPU too, where every call ends at a check: so the checks are tested without a GPU.
-STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CUDA, m) {
-  m.impl("packed_attention", TORCH_BOX(&packed_attention));
+// On a CPU too, where every call ends at a check unless the library is the emulated one.
+#define IMPLEMENTATIONS(m)                                  \
+  m.impl("packed_attention", TORCH_BOX(&packed_attention)); \
   m.impl("decode_gemv", TORCH_BOX(&decode_gemv));
-}
-STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CPU, m) {
-  m.impl("packed_attention", TORCH_BOX(&packed_attention));
-  m.impl("decode_gemv", TORCH_BOX(&decode_gemv));
-}
+
+STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CPU, m) { IMPLEMENTATIONS(m) }
+#ifndef PHI4RV_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CUDA, m) { IMPLEMENTATIONS(m) }
+#endif

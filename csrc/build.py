@@ -1,4 +1,5 @@
-"""Builds csrc/ with nvcc and ninja: ``python csrc/build.py`` writes phi4rv/lib/phi4rv_cuda.so.
+"""Builds csrc/ with ninja: ``python csrc/build.py`` writes phi4rv/lib/phi4rv_cuda.so with nvcc, ``--emulated``
+phi4rv/lib/phi4rv_emulated.so with g++, the same kernels for a CPU (csrc/emulator/).
 
 The library is built against PyTorch's stable ABI of 2.10 and links libtorch_cpu alone: one file serves every later
 PyTorch and every Python, and it loads where there is no GPU. PHI4RV_CUDA_ARCHS names the architectures (``90a``;
@@ -7,6 +8,7 @@ several separated by semicolons), CUDA_HOME the toolkit.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -17,7 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc"
 LIBRARY = ROOT / "phi4rv" / "lib" / "phi4rv_cuda.so"
+EMULATED = LIBRARY.with_name("phi4rv_emulated.so")
 STABLE_ABI = "-DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000"
+# No _FORTIFY_SOURCE: it takes a jump to another fiber's stack for an error.
+EMULATE = "-std=c++20 -O2 -march=native -fPIC -fvisibility=hidden -U_FORTIFY_SOURCE -Wno-psabi -DPHI4RV_EMULATED"
 
 RULES = """\
 ninja_required_version = 1.5
@@ -38,6 +43,23 @@ rule link
   command = {nvcc} -shared -o $out $in -L{torch}/lib -ltorch_cpu
   description = link $out
 """
+EMULATED_RULES = """\
+ninja_required_version = 1.5
+builddir = {build}
+rule cuda
+  command = {cxx} {flags} -I{include} -MD -MF $out.d -x c++ -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = {cxx} $in
+rule bindings
+  command = {cxx} {flags} {abi} -I{include} -I{torch}/include -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = {cxx} $in
+rule link
+  command = {cxx} -shared -o $out $in -L{torch}/lib -ltorch_cpu
+  description = link $out
+"""
 
 
 def nvcc() -> Path | None:
@@ -47,32 +69,60 @@ def nvcc() -> Path | None:
     return found.resolve() if found.exists() else None
 
 
-def ninja_file(compiler: Path, build: Path) -> str:
+def headers(compiler: Path) -> Path:
+    """The folder of cuda.h that belongs to this compiler."""
+    found = [
+        top / "include" for top in (compiler.parents[1], Path("/usr/local/cuda")) if (top / "include/cuda.h").exists()
+    ]
+    if not found:
+        raise FileNotFoundError(f"no cuda.h beside {compiler}: set CUDA_HOME to the CUDA toolkit")
+    return found[0]
+
+
+def ninja_file(compiler: Path, build: Path, emulated: bool) -> str:
     """The build's rules and edges: each source alone, so that a change compiles one file."""
     # Found, not imported: importing torch takes seconds.
     torch = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
-    archs = os.environ.get("PHI4RV_CUDA_ARCHS", "90a").split(";")
-    flags = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
-    text = RULES.format(build=build, nvcc=compiler, archs=flags, abi=STABLE_ABI, torch=torch)
+    sources = sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")])
+    if emulated:
+        sources += sorted((SOURCES / "emulator").glob("*.cpp"))
+        text = EMULATED_RULES.format(
+            build=build,
+            cxx=os.environ.get("CXX", "g++"),
+            flags=EMULATE,
+            abi=STABLE_ABI,
+            include=headers(compiler),
+            torch=torch,
+        )
+    else:
+        archs = os.environ.get("PHI4RV_CUDA_ARCHS", "90a").split(";")
+        flags = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
+        text = RULES.format(build=build, nvcc=compiler, archs=flags, abi=STABLE_ABI, torch=torch)
     objects = []
-    for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]):
+    for source in sources:
         objects.append(build / f"{source.name}.o")
-        text += f"build {objects[-1]}: {'cuda' if source.suffix == '.cu' else 'bindings'} {source}\n"
-    return text + f"build {LIBRARY}: link {' '.join(map(str, objects))}\n"
+        text += f"build {objects[-1]}: {'bindings' if source.name == 'bindings.cpp' else 'cuda'} {source}\n"
+    return text + f"build {EMULATED if emulated else LIBRARY}: link {' '.join(map(str, objects))}\n"
 
 
-def build() -> str | None:
-    """Builds what changed. Returns why nothing was built, in one line, where there is no compiler."""
+def build(emulated: bool = False) -> str | None:
+    """Builds what changed. Returns why nothing was built, in one line, where there is no compiler.
+
+    The emulated library needs CUDA's headers, so it too is built only where nvcc is.
+    """
     compiler = nvcc()
     if compiler is None:
         return "no nvcc: csrc/ is not built, the CUDA kernels are left out"
-    folder = ROOT / "build" / "csrc"
+    folder = ROOT / "build" / ("emulated" if emulated else "csrc")
     folder.mkdir(parents=True, exist_ok=True)
     LIBRARY.parent.mkdir(exist_ok=True)
-    (folder / "build.ninja").write_text(ninja_file(compiler, folder))
-    subprocess.run([sys.executable, "-m", "ninja", "-f", str(folder / "build.ninja")], check=True)
+    with (folder / "lock").open("w") as lock:  # test workers build side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text(ninja_file(compiler, folder, emulated))
+        subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-f", str(folder / "build.ninja")], check=True)
     return None
 
 
 if __name__ == "__main__":
-    print(build() or f"built: {LIBRARY.relative_to(ROOT)}")
+    emulated = "--emulated" in sys.argv[1:]
+    print(build(emulated) or f"built: {(EMULATED if emulated else LIBRARY).relative_to(ROOT)}")

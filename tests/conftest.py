@@ -12,6 +12,7 @@ import phi4rv
 
 if not torch.cuda.is_available():  # before the first kernel is defined: Triton reads it then
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("PHI4RV_EMULATE", "1")  # csrc/'s kernels, thread by thread
 
 
 @pytest.fixture(scope="session")

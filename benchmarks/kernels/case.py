@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Case:
     goal: ("peer", r): best peer's time / ours ≥ r, or with a peer's name that peer's; ("copy", r): share of the
     measured copy bandwidth; ("product", r): share of the measured product rate.
     bounds: peers that do less than ours (bare products): timed, but not compared, and never the best peer.
+    dtype: of the inputs that are drawn; None: Draw's own.
     """
 
     operation: str
@@ -53,6 +54,19 @@ class Case:
     backward: bool = False
     goal: tuple[str, float] | None = None
     bounds: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
+
+
+def on_cuda(case: Case, kernel: Callable[..., Any], goal: tuple[str, float] | None = None) -> Case:
+    """The row again, computed by csrc/'s kernel; the other one is its first peer."""
+    return replace(
+        case,
+        shape=f"{case.shape}, CUDA",
+        ours=kernel,
+        peers={"triton": case.ours, **case.peers},
+        goal=goal,
+        dtype=torch.bfloat16,
+    )
 
 
 def differentiable(outputs: Any) -> list[Tensor]:

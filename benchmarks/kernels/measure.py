@@ -122,7 +122,7 @@ def _first_run(case: Case, variant: Variant, device: str) -> None:
 def _inputs(case: Case, device: str, seed: int) -> tuple[Any, ...]:
     """The same for the same seed, also what a case draws by itself."""
     torch.manual_seed(seed)
-    return case.inputs(_draw(device, seed))
+    return case.inputs(Draw(device, case.dtype, seed))
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def _gradient(inputs: tuple[Any, ...], outputs: Any, repeat: bool = False) -> Ca
     """What computes the gradient for every input that wants one, from random gradients of the outputs."""
     roots = differentiable(outputs)
     wanted = [x for x in tensors(inputs) if x.requires_grad]
-    draw = _draw(roots[0].device.type, 1) if roots else _no_gradient()
+    draw = Draw(roots[0].device.type, seed=1) if roots else _no_gradient()
     given = [draw.normal(*root.shape, dtype=root.dtype) for root in roots]
     return lambda: torch.autograd.grad(roots, wanted, given, retain_graph=repeat, allow_unused=True)
 
@@ -341,7 +341,3 @@ def verdict(goal: Any, goal_ms: float | None, ms: float | None) -> str | None:
     if goal_ms is None or ms is None:
         return "not measured"
     return "met" if ms <= goal_ms else "missed"
-
-
-def _draw(device: str, seed: int) -> Draw:
-    return Draw(device, seed=seed)

@@ -23,6 +23,7 @@ import torch
 from benchmarks.kernels import operations, timing
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.measure import OURS, Broken, Record, broken, heading, measure, short, unmeasured
+from phi4rv import cuda
 
 PACKAGE = "benchmarks.kernels"
 TIMING = "timing"
@@ -65,7 +66,8 @@ def run(
     """Measures every row: {"device", "ceilings", "rows"}. Rows for which ``seconds`` do not suffice say so."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # the new process reads it before its first kernel
+        # The new process reads them before its first kernel.
+        os.environ |= {"TRITON_INTERPRET": "1", cuda.EMULATE: "1"}
     names = list(only) or operations()
     progress, deadline = Progress(), time.monotonic() + seconds
     while not progress.complete() and time.monotonic() < deadline:

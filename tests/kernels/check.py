@@ -18,6 +18,13 @@ PLACES = [
 ]
 # One place on each kind of machine, for tests of behaviour and not of rounding.
 PLACE = [PLACES[0], PLACES[2]]
+# The CUDA kernels: emulated (csrc/emulator/) in their own dtypes. A test with these places takes the fixture ``csrc``.
+CUDA_PLACES = [
+    pytest.param(("cpu", torch.bfloat16), id="emulated-bfloat16"),
+    pytest.param(("cpu", torch.float16), id="emulated-float16"),
+    *PLACES[2:],
+]
+CUDA_PLACE = [CUDA_PLACES[0], PLACES[2]]
 Place = tuple[str, torch.dtype]
 
 

@@ -7,6 +7,9 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
+from csrc import build
+from phi4rv import cuda
+
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
@@ -15,6 +18,15 @@ def poisoned() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def csrc() -> None:
+    """The CUDA kernels, built where nvcc is and loaded: the emulated ones where there is no GPU."""
+    reason = build.build(cuda.emulated())
+    if reason and not cuda.library().exists():
+        pytest.skip(reason)
+    cuda.load()
 
 
 @pytest.fixture(autouse=True)

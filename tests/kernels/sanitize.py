@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.kernels import operations
 from benchmarks.kernels.case import Case, Draw, differentiable
 from benchmarks.parts import SKIPPED
+from phi4rv import cuda
 
 ROOT = Path(__file__).parents[2]
 INSIDE = "--inside"
@@ -65,7 +66,7 @@ def inside(names: list[str]) -> int:
     """Runs the operations here; stops where the GPU accepts nothing more."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ |= {"TRITON_INTERPRET": "1", cuda.EMULATE: "1"}
     status = 0
     for name in names:
         print(f"begin {name}", flush=True)
@@ -83,7 +84,7 @@ def inside(names: list[str]) -> int:
 
 def exercise(case: Case, device: str) -> None:
     """Forward, and backward where an input wants its gradient."""
-    inputs = case.inputs(Draw(device))
+    inputs = case.inputs(Draw(device, case.dtype))
     outputs = differentiable(case.ours(*inputs))
     wanted: list[Any] = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     if outputs and wanted:
