@@ -56,7 +56,7 @@ struct Stage {
 template <Weight W>
 struct Shared {
   Stage<W> ring[WARPS][STAGES];
-  float parts[2][WARPS][TILE][ROWS];
+  float parts[WARPS][TILE][ROWS];
   float sums[WARPS][ROWS];
   uint4 norm[];  // with one: its weight, then x after it, 8 elements between rows
 };
@@ -67,9 +67,10 @@ struct Share {
   int first, end, stride, apart;
 
   __device__ explicit Share(const DecodeGemv& g) {
-    const int64_t eights = g.n / (g.swiglu ? 16 : 8);
-    first = int(eights * blockIdx.x / gridDim.x), end = int(eights * (blockIdx.x + 1) / gridDim.x);
-    stride = g.swiglu ? 1 : 2, apart = g.swiglu ? int(eights) : 1;
+    const int eights = g.n / (g.swiglu ? 16 : 8), block = blockIdx.x, blocks = gridDim.x;
+    const int each = eights / blocks, more = eights % blocks;  // the first blocks have one more
+    first = block * each + min(block, more), end = first + each + (block < more);
+    stride = g.swiglu ? 1 : 2, apart = g.swiglu ? eights : 1;
   }
   __device__ int tiles() const { return (end - first + stride - 1) / stride; }
   __device__ int eight(int tile, int part) const { return first + tile * stride + part * apart; }
@@ -81,17 +82,24 @@ template <Weight W>
 struct Walk {
   const Share share;
   const int warp, lane, k, units, unit_bytes;
-  int64_t eight_bytes;  // from one eight to the next
-  const char* w;        // this lane's first piece of eight 0
+  int64_t eight_bytes;      // from one eight to the next
+  const char* w;            // this lane's piece of eight 0, unit 0
+  const char* from[PARTS];  // and of the present tile's eights, unit ``unit``
   int tile = 0, unit;
 
   __device__ Walk(const DecodeGemv& g, const Share& share, int warp, int lane)
       : share(share), warp(warp), lane(lane), k(g.k), units((k + 4 * CODES<W> - 1) / (4 * CODES<W>)),
-        unit_bytes(GROUPED<W> ? GROUP_BYTES<W> : 64), w(static_cast<const char*>(g.w)), unit(warp * UNITS) {
+        unit_bytes(GROUPED<W> ? GROUP_BYTES<W> : 64), w(static_cast<const char*>(g.w)) {
     const int64_t row_bytes = int64_t(k) * 16 / CODES<W>;
     eight_bytes = GROUPED<W> ? int64_t(units) * unit_bytes : 8 * row_bytes;
     w += GROUPED<W> ? lane * 16 : lane / 4 * row_bytes + lane % 4 * 16;
+    begin();
     if (unit >= units) tile = share.tiles();  // more warps than columns
+  }
+  __device__ void begin() {
+    unit = warp * UNITS;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) from[part] = w + share.eight(tile, part) * eight_bytes + unit * unit_bytes;
   }
 
   // Starts one step's copies, and goes on to the next.
@@ -103,12 +111,13 @@ struct Walk {
         for (int part = 0; part < PARTS; part++) {
           const bool inside = GROUPED<W> ? unit + u < units : ((unit + u) * 4 + lane % 4) * CODES<W> < k;
           const bool wanted = inside && share.has(tile, part);
-          const char* from = w + share.eight(tile, part) * eight_bytes + int64_t(unit + u) * unit_bytes;
-          copy_async(&to.codes[u][part][lane], from, wanted);
-          if (lane < TAILS<W>) copy_async(&to.tails[u][part][lane], from + 512, wanted);
+          copy_async(&to.codes[u][part][lane], from[part] + u * unit_bytes, wanted);
+          if (lane < TAILS<W>) copy_async(&to.tails[u][part][lane], from[part] + u * unit_bytes + 512, wanted);
         }
       unit += WARPS * UNITS;
-      if (unit >= units) tile++, unit = warp * UNITS;
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) from[part] += WARPS * UNITS * unit_bytes;
+      if (unit >= units) tile++, begin();
     }
     copy_commit();
   }
@@ -198,10 +207,12 @@ __device__ inline void normalise(const DecodeGemv& g, float (&sums)[WARPS][ROWS]
   for (int row = 0; row < g.rows; row++) {
     const uint4* x = static_cast<const uint4*>(g.x) + int64_t(row) * pieces;
     float sum = 0;
-    for (int i = threadIdx.x; i < pieces; i += THREADS) {
-      const uint4 v = x[i];
-      to[row * (pieces + 1) + i] = v;
-      sum += squares<T>(v);
+    for (int i = threadIdx.x; i < pieces; i += 2 * THREADS) {  // two loads at a time
+      const int j = i + THREADS;
+      const uint4 a = x[i], b = j < pieces ? x[j] : uint4{};
+      to[row * (pieces + 1) + i] = a;
+      if (j < pieces) to[row * (pieces + 1) + j] = b;
+      sum += squares<T>(a) + squares<T>(b);
     }
     for (int apart = 16; apart; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32][row] = sum;
@@ -273,9 +284,9 @@ __global__ void __launch_bounds__(THREADS, 2) decode_gemv_kernel(const DecodeGem
   let_next_kernel_start();
   if (NORM) normalise<T>(g, s.sums, s.norm);
 
-  // Row lane / 4 of x; those that are not there are zeros.
-  const uint4* x = NORM ? s.norm + g.k / 8 + lane / 4 * (g.k / 8 + 1) : static_cast<const uint4*>(g.x) + int64_t(lane / 4) * (g.k / 8);
-  const int pieces = lane / 4 < g.rows ? g.k / 8 : 0;
+  // Row lane / 4 of x. Where there is none, and past k, any number will do: no one reads the sums, or w is zero there.
+  const int pieces = g.k / 8, row = min(lane / 4, g.rows - 1);
+  const uint4* x = NORM ? s.norm + pieces + row * (pieces + 1) : static_cast<const uint4*>(g.x) + int64_t(row) * pieces;
   int at = 0;
   for (int tile = 0; tile < share.tiles(); tile++) {
     const Element<T, W> element(g, share, tile);
@@ -287,10 +298,7 @@ __global__ void __launch_bounds__(THREADS, 2) decode_gemv_kernel(const DecodeGem
 #pragma unroll
       for (int u = 0; u < UNITS; u++)
 #pragma unroll
-        for (int i = 0; i < X; i++) {
-          const int piece = ((unit + u) * 4 + lane % 4) * X + i;
-          values[u][i] = piece < pieces ? x[piece] : uint4{};
-        }
+        for (int i = 0; i < X; i++) values[u][i] = x[min(((unit + u) * 4 + lane % 4) * X + i, pieces - 1)];
       copy_wait<STAGES - 1>();
       if (GROUPED<W>) __syncwarp();  // scales come by other lanes' copies
 #pragma unroll
@@ -318,19 +326,25 @@ __global__ void __launch_bounds__(THREADS, 2) decode_gemv_kernel(const DecodeGem
         }
       }
     }
-    auto& parts = s.parts[tile % 2];  // one barrier a tile: the next writes the other half
+    __syncthreads();  // the last tile's parts have been read
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
-      *reinterpret_cast<float2*>(&parts[warp][lane / 4 + part * 8][lane % 4 * 2]) =
+      *reinterpret_cast<float2*>(&s.parts[warp][lane / 4 + part * 8][lane % 4 * 2]) =
           make_float2(sum[0][2 * part] + sum[1][2 * part], sum[0][2 * part + 1] + sum[1][2 * part + 1]);
     __syncthreads();
-    element.finish(g, parts);
+    element.finish(g, s.parts);
   }
 }
 
+// Two blocks of the decoder's 5120 columns, one kernel's and the next one's, fit a multiprocessor of 228 KB.
+template <Weight W>
+constexpr int bytes_with_norm(int64_t elements) { return hopper::shared_bytes<Shared<W>> + 2 * int(elements); }
+static_assert(2 * (bytes_with_norm<Weight::int4_zero>(norm_elements(1, 5120)) + 1024) <= 228 * 1024);
+static_assert(bytes_with_norm<Weight::int4_zero>(MOST_NORM_ELEMENTS) <= 227 * 1024);
+
 template <typename T, Weight W, bool NORM>
 cudaError_t launch(const DecodeGemv& g, cudaStream_t stream) {
-  const int bytes = hopper::shared_bytes<Shared<W>> + (NORM ? 2 * norm_elements(g) : 0);
+  const int bytes = bytes_with_norm<W>(NORM ? norm_elements(g.rows, g.k) : 0);
   const int blocks = min(g.multiprocessors, g.n / (g.swiglu ? 16 : 8));
   return launch_kernel({.blocks = blocks, .threads = THREADS, .shared = bytes, .early = true}, stream,
                        decode_gemv_kernel<T, W, NORM>, g);

@@ -65,7 +65,7 @@ struct DecodeGemv {
 
 // What a block keeps of a norm: its weight and the rows, in elements. There is room for this many.
 constexpr int MOST_NORM_ELEMENTS = 65536;
-constexpr int64_t norm_elements(const DecodeGemv& g) { return g.k + int64_t(g.rows) * (g.k + 8); }
+constexpr int64_t norm_elements(int rows, int k) { return k + int64_t(rows) * (k + 8); }
 
 cudaError_t decode_gemv(const DecodeGemv& arguments, cudaStream_t stream);
 

@@ -110,9 +110,12 @@ def decode_gemv(
     """As ``reference.decode_gemv``, where a quantised weight is ``repack``ed first.
 
     1 to 8 rows of bfloat16 or float16, K a multiple of 32, N of 8 (16 with swiglu); everything contiguous and at
-    multiples of 16 bytes. RuntimeError that names any other argument. No gradient.
+    multiples of 16 bytes. A row's bits do not depend on the others. No gradient. RuntimeError that names any other
+    argument, TypeError for a weight that is not repacked.
     """
     load()
+    if isinstance(w, QuantizedWeight):
+        raise TypeError("decode_gemv: w is a QuantizedWeight; give cuda.repack(w), made once")
     data, scales = (w.data, w.scales) if isinstance(w, RepackedWeight) else (w, None)
     y: Tensor = torch.ops.phi4rv_cuda.decode_gemv(x, data, scales, norm, eps, residual, swiglu)
     return y

@@ -82,7 +82,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "quantized_linear": _operation("quantized_linear"),
     "decode_gemv": {
         "cuda": Implementation("phi4rv.cuda", "decode_gemv", cuda.why_not),
-        **_operation("decode_gemv"),
+        **_operation("decode_gemv", "quantized_linear"),
     },
     "adamw": _operation("adamw"),
 }
