@@ -19,6 +19,7 @@ $(VENV)/.ready: requirements.txt setup.py Makefile
 	$(if $(KEPT_TORCH),echo '$(KEPT_TORCH)' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth")
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(KEPT_TORCH),,$(TORCH)) -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(BIN)/python csrc/build.py
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt

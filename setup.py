@@ -1,6 +1,34 @@
-"""Installs phi4rv: pure Python, no compiled part yet."""
+"""Installs phi4rv, with the CUDA kernels of csrc/ where nvcc is found, else as pure Python."""
+
+import sys
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+sys.path.insert(0, str(Path(__file__).parent))
+from csrc import build
+
+
+class BuildWithKernels(build_py):
+    """Builds the library first, so that it is packed with the modules."""
+
+    def run(self) -> None:
+        print(build.build() or f"built {build.LIBRARY.name}")
+        super().run()
+
+
+class Wheel(bdist_wheel):
+    """With the library a wheel is for one platform, yet for every Python: the library knows nothing of it."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = build.nvcc() is None
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
 
 setup(
     name="phi4rv",
@@ -9,7 +37,8 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=["triton_kernels", "phi4rv", "train", "train.synthetic", "infer"],
-    package_data={"train": ["*.jinja"], "triton_kernels": ["tuned.json"]},
+    package_data={"train": ["*.jinja"], "triton_kernels": ["tuned.json"], "phi4rv": [f"lib/{build.LIBRARY.name}"]},
+    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": Wheel},
     install_requires=[
         "torch>=2.11,<2.14",
         "numpy>=2",
@@ -21,6 +50,7 @@ setup(
     ],
     extras_require={
         "triton": ["triton>=3.6"],
-        "dev": ["pytest", "pytest-xdist", "ninja", "transformers>=5", "ruff", "mypy"],
+        "dev": ["pytest", "pytest-xdist", "transformers>=5", "ruff", "mypy"],
+        "build": ["ninja"],
     },
 )

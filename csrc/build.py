@@ -106,13 +106,16 @@ def ninja_file(compiler: Path, build: Path, emulated: bool) -> str:
 
 
 def build(emulated: bool = False) -> str | None:
-    """Builds what changed. Returns why nothing was built, in one line, where there is no compiler.
+    """Builds what changed. Returns why nothing was built, in one line, where a tool is missing.
 
     The emulated library needs CUDA's headers, so it too is built only where nvcc is.
     """
     compiler = nvcc()
     if compiler is None:
         return "no nvcc: csrc/ is not built, the CUDA kernels are left out"
+    for module in ("torch", "ninja"):
+        if importlib.util.find_spec(module) is None:
+            return f"no {module} to build with: csrc/ is not built (install it, then `python csrc/build.py`)"
     folder = ROOT / "build" / ("emulated" if emulated else "csrc")
     folder.mkdir(parents=True, exist_ok=True)
     LIBRARY.parent.mkdir(exist_ok=True)
@@ -125,4 +128,7 @@ def build(emulated: bool = False) -> str | None:
 
 if __name__ == "__main__":
     emulated = "--emulated" in sys.argv[1:]
-    print(build(emulated) or f"built: {(EMULATED if emulated else LIBRARY).relative_to(ROOT)}")
+    try:
+        print(build(emulated) or f"built: {(EMULATED if emulated else LIBRARY).relative_to(ROOT)}")
+    except subprocess.CalledProcessError:
+        sys.exit("error: csrc/ does not compile; the compiler's own words are above")

@@ -93,6 +93,7 @@ class Operations:
 
     ``kernels``: ``auto`` (the fastest that is verified here) or one kind for every operation, and after it, separated
     by commas, exceptions such as ``packed_attention=flash_attn``; None reads PHI4RV_KERNELS and then means ``auto``.
+    ``cuda`` for every operation means csrc/'s kernels and, for operations that csrc/ has none of, Triton's.
     UserError if a kind asked for cannot run an operation, naming the reason.
     """
 
@@ -120,6 +121,8 @@ class Operations:
         self.chosen: dict[str, str] = {}
         for name, kinds in IMPLEMENTATIONS.items():
             kind = exceptions.get(name, default)
+            if kind == "cuda" and name not in exceptions and "cuda" not in kinds:
+                kind = "triton"
             if kind == "auto":
                 kind = _fastest_verified(name, torch.device(device))
             if kind not in kinds:

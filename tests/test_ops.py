@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from phi4rv import UserError, ops, reference
+from phi4rv import UserError, cuda, ops, reference
 from phi4rv.ops import IMPLEMENTATIONS, Operations
 
 CPU = torch.device("cpu")
@@ -15,6 +17,7 @@ CPU = torch.device("cpu")
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PHI4RV_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv(cuda.EMULATE, raising=False)
 
 
 def test_one_kind_for_all() -> None:
@@ -45,6 +48,16 @@ def test_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(Operations("rms_norm=torch").chosen.values()) == {"torch"}  # the rest: auto
     with pytest.raises(UserError, match=r"^--kernels: 'rmsnorm' is no operation, must be one of "):
         Operations("torch,rmsnorm=triton")
+
+
+def test_cuda_for_all_is_triton_where_csrc_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv(cuda.EMULATE, "1")
+    monkeypatch.setattr(cuda, "library", lambda: tmp_path)  # whatever is there
+    chosen = Operations("cuda").chosen
+    assert chosen == {name: "cuda" if "cuda" in kinds else "triton" for name, kinds in IMPLEMENTATIONS.items()}
+    with pytest.raises(UserError, match=r"^--kernels: rms_norm has no cuda implementation, only triton, torch"):
+        Operations("cuda,rms_norm=cuda")
 
 
 @pytest.mark.parametrize("kind", ["triton", "cuda", "flash_attn"])

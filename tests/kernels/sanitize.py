@@ -1,4 +1,4 @@
-"""compute-sanitizer's memcheck over every kernel: ``python -m tests.kernels.sanitize [NAME …]``.
+"""compute-sanitizer over every kernel, memcheck and then racecheck: ``python -m tests.kernels.sanitize [NAME …]``.
 
 Runs the tiny cases of each operation's benchmark, forward and backward. Every tensor gets memory of its own, so that
 an access behind its end is not hidden by the allocator. Exit status 77 where compute-sanitizer is not on the PATH.
@@ -26,7 +26,8 @@ from phi4rv import cuda
 
 ROOT = Path(__file__).parents[2]
 INSIDE = "--inside"
-SANITIZER = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", "--print-limit", "20"]
+SANITIZER = ["compute-sanitizer", "--error-exitcode", "1", "--print-limit", "20", "--tool"]
+TOOLS = ("memcheck", "racecheck")
 # The allocator would put tensors side by side in one block, where running over an end goes unseen.
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
 
@@ -37,16 +38,16 @@ def main(arguments: list[str]) -> int:
     if shutil.which(SANITIZER[0]) is None:
         print(f"{SANITIZER[0]} is not on the PATH: nothing was checked")
         return SKIPPED
-    return check(arguments or operations())
+    return max(check(tool, arguments or operations()) for tool in TOOLS)
 
 
-def check(names: list[str]) -> int:
-    """Runs the operations under the sanitizer. An illegal access ends a process; the next begins behind it."""
+def check(tool: str, names: list[str]) -> int:
+    """Runs the operations under one of the sanitizer's tools. An illegal access ends a process: the next goes on."""
     failed: list[str] = []
     status = 0
     while names:
         with tempfile.TemporaryFile("w+") as log:
-            command = [*SANITIZER, sys.executable, "-m", "tests.kernels.sanitize", INSIDE, *names]
+            command = [*SANITIZER, tool, sys.executable, "-m", "tests.kernels.sanitize", INSIDE, *names]
             code = subprocess.run(
                 command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log
             ).returncode
@@ -58,7 +59,7 @@ def check(names: list[str]) -> int:
         status = status or code
         failed += [name for name in begun if name not in passed]
         names = names[len(begun) :] if begun else []
-    print(f"memcheck: {'failed: ' + ', '.join(failed) if failed else 'failed' if status else 'no errors'}")
+    print(f"{tool}: {'failed: ' + ', '.join(failed) if failed else 'failed' if status else 'no errors'}")
     return 1 if status else 0
 
 
