@@ -4,15 +4,16 @@
 //
 // The memory's speed is 13 bytes a clock and multiprocessor, and covers its latency with 20 KB in flight. Each lane
 // copies the very pieces that it will multiply into a ring of its own (cp.async: no registers, no barriers, any tail),
-// 80 KB a block and always full, which evens out blocks with a tile more. One block's worth of shared memory and registers
-// stays free, so that the next kernel's block stands beside this one and its ring is full before this one has ended:
-// 80 KB are what the memory delivers in 3.6 us, longer than the last sums, the end and the next kernel's norm take.
+// 80 KB a block and always full, so that the last blocks, with 8 rows more than others, have them on their way when the
+// others end. Half of a multiprocessor's shared memory and registers stays free: when a block has asked for its last
+// bytes, the next kernel's block comes beside it and asks for its first 80 KB. They take 3.6 us to arrive, longer than
+// the last sums, the end of this kernel and the next one's norm: the memory never rests.
 //
 // Sixteen rows of w are the tall side of an m16n8k16 product and x is the narrow one: 1 row costs what 8 do, and nothing
 // of the tall side is wasted. A product may take its terms in any order if both operands do, so 16 adjacent bytes of
 // each row go to one lane and no value changes lanes. Codes become 16-bit floats exactly, in 1.4 (int4), 2 (int8) or 2.5
-// (fp8) instructions; with the product and its operands that is 1.6 issued a clock of 4 for int4, at the memory's speed.
-// A group's scale multiplies its sum, a row's the row's: weights are never rounded.
+// (fp8) instructions each. At the memory's speed a loop issues 0.7 (16-bit), 1.6 (fp8) or 2.1 (int4) instructions a
+// clock of 4. A group's scale multiplies its sum and a row's the row's: weights are never rounded.
 //
 // The warps share the columns of a tile of 16 rows and add their parts in a fixed order: nothing is atomic.
 
@@ -281,7 +282,6 @@ __global__ void __launch_bounds__(THREADS, 2) decode_gemv_kernel(const DecodeGem
   if (NORM) load_norm(g, s.norm);
   for (int i = 0; i < STAGES; i++) ahead.load(ring[i]);
   wait_for_previous_kernel();
-  let_next_kernel_start();
   if (NORM) normalise<T>(g, s.sums, s.norm);
 
   // Row lane / 4 of x. Where there is none, and past k, any number will do: no one reads the sums, or w is zero there.
@@ -314,6 +314,7 @@ __global__ void __launch_bounds__(THREADS, 2) decode_gemv_kernel(const DecodeGem
         }
       if (GROUPED<W>) __syncwarp();
       ahead.load(ring[at]);
+      if (ahead.tile == share.tiles()) let_next_kernel_start();
       at = (at + 1) % STAGES;
 #pragma unroll
       for (int u = 0; u < UNITS; u++) {

@@ -48,6 +48,7 @@ constexpr int group_bytes(Weight w) { return w == Weight::int4_zero ? 544 : 528;
 
 // y = f(norm(x) w^T) + residual for 1 to 8 rows. norm: RMSNorm with this weight, or null for none. f: silu(gate) up of the
 // two halves of w's rows if swiglu, else nothing. residual: null for none. k a multiple of 32, n of 8 (of 16 with swiglu).
+// w and norm are read before the kernel in front has ended: it may not be what writes them.
 struct DecodeGemv {
   const void* x;           // (rows, k)
   const void* w;           // (n, k), or groups (n / 8, k / 128 rounded up, group_bytes)

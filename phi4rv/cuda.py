@@ -110,8 +110,9 @@ def decode_gemv(
     """As ``reference.decode_gemv``, where a quantised weight is ``repack``ed first.
 
     1 to 8 rows of bfloat16 or float16, K a multiple of 32, N of 8 (16 with swiglu); everything contiguous and at
-    multiples of 16 bytes. A row's bits do not depend on the others. No gradient. RuntimeError that names any other
-    argument, TypeError for a weight that is not repacked.
+    multiples of 16 bytes. w and norm are read before the kernel in front of this one has ended, so it may not be what
+    writes them. A row's bits do not depend on the other rows. No gradient. RuntimeError that names any other argument,
+    TypeError for a weight that is not repacked.
     """
     load()
     if isinstance(w, QuantizedWeight):
