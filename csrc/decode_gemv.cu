@@ -287,18 +287,22 @@ __global__ void __launch_bounds__(THREADS, 2) decode_gemv_kernel(const DecodeGem
   // Row lane / 4 of x. Where there is none, and past k, any number will do: no one reads the sums, or w is zero there.
   const int pieces = g.k / 8, row = min(lane / 4, g.rows - 1);
   const uint4* x = NORM ? s.norm + pieces + row * (pieces + 1) : static_cast<const uint4*>(g.x) + int64_t(row) * pieces;
+  uint4 values[UNITS][X];
+  const auto load_values = [&](int unit) {
+#pragma unroll
+    for (int u = 0; u < UNITS; u++)
+#pragma unroll
+      for (int i = 0; i < X; i++) values[u][i] = x[min(((unit + u) * 4 + lane % 4) * X + i, pieces - 1)];
+  };
+  load_values(warp * UNITS);
   int at = 0;
   for (int tile = 0; tile < share.tiles(); tile++) {
     const Element<T, W> element(g, share, tile);
     float sum[UNITS][4] = {};
     for (int unit = warp * UNITS; unit < ahead.units; unit += WARPS * UNITS) {
-      uint4 values[UNITS][X], codes[UNITS][PARTS];
+      uint4 codes[UNITS][PARTS];
       float scales[UNITS][PARTS];
       uint32_t zeros[UNITS][PARTS];
-#pragma unroll
-      for (int u = 0; u < UNITS; u++)
-#pragma unroll
-        for (int i = 0; i < X; i++) values[u][i] = x[min(((unit + u) * 4 + lane % 4) * X + i, pieces - 1)];
       copy_wait<STAGES - 1>();
       if (GROUPED<W>) __syncwarp();  // scales come by other lanes' copies
 #pragma unroll
@@ -326,6 +330,8 @@ __global__ void __launch_bounds__(THREADS, 2) decode_gemv_kernel(const DecodeGem
           multiply_unit<T, W>(sum[u], codes[u], values[u], zeros[u]);
         }
       }
+      const int next = unit + WARPS * UNITS;  // its x comes while this waits for w
+      load_values(next < ahead.units ? next : warp * UNITS);
     }
     __syncthreads();  // the last tile's parts have been read
 #pragma unroll
