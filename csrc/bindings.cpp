@@ -160,8 +160,8 @@ Tensor decode_gemv(
                         norm->scalar_type() == x.scalar_type() && on(*norm, x) &&
                         reinterpret_cast<uintptr_t>(norm->data_ptr()) % 16 == 0,
                     "decode_gemv: norm must be (", g.k, "), of the dtype and on the device of x, at 16 bytes");
-    STD_TORCH_CHECK(phi4rv::norm_elements(g.rows, g.k) <= phi4rv::MOST_NORM_ELEMENTS, "decode_gemv: norm of ", g.rows, " rows of ", g.k,
-                    ": k + rows (k + 8) must be at most ", phi4rv::MOST_NORM_ELEMENTS);
+    STD_TORCH_CHECK(phi4rv::staged_elements(g.rows, g.k, true) <= phi4rv::MOST_STAGED, "decode_gemv: norm of ", g.rows,
+                    " rows of ", g.k, ": k + rows (k + 8) must be at most ", phi4rv::MOST_STAGED);
   }
   if (residual) check_matrix(*residual, x, g.rows, out, "decode_gemv: residual");
   STD_TORCH_CHECK(on_device(x), "decode_gemv: x must be on a CUDA device");

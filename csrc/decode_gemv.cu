@@ -59,7 +59,7 @@ struct Shared {
   Stage<W> ring[WARPS][STAGES];
   float parts[WARPS][TILE][ROWS];
   float sums[WARPS][ROWS];
-  uint4 norm[];  // with one: its weight, then x after it, 8 elements between rows
+  uint4 room[];  // for the norm's weight, if there is one, and the rows of x, 8 elements between them
 };
 
 // What is a block's: an even share of y's columns, in eights. A tile is two eights of w's rows: with SwiGLU one of the
@@ -183,10 +183,11 @@ __device__ inline void multiply_unit(
   }
 }
 
-// ---- RMSNorm, by the whole block; each thread has the same pieces of 8 from the copy of the weight to the result
+// ---- x into shared memory, with its norm, by the whole block; a thread has the same pieces of 8 from first to last
 
 __device__ inline void load_norm(const DecodeGemv& g, uint4* norm) {
-  for (int i = threadIdx.x; i < g.k / 8; i += THREADS) copy_async(norm + i, static_cast<const uint4*>(g.norm) + i);
+  if (g.norm)
+    for (int i = threadIdx.x; i < g.k / 8; i += THREADS) copy_async(norm + i, static_cast<const uint4*>(g.norm) + i);
   copy_commit();
 }
 
@@ -201,25 +202,42 @@ __device__ inline uint32_t normed(uint32_t both, float scale, uint32_t weight) {
   return pack<T>(v.x * scale * w.x, v.y * scale * w.y);
 }
 
+// Rows of x to shared memory, and each warp's sums of their squares. Many loads at a time: they come one latency apart.
 template <typename T>
-__device__ inline void normalise(const DecodeGemv& g, float (&sums)[WARPS][ROWS], uint4* norm) {
+__device__ inline void stage_rows(const DecodeGemv& g, float (&sums)[WARPS][ROWS], uint4* to) {
+  constexpr int BATCH = 4;
   const int pieces = g.k / 8;
-  uint4* to = norm + pieces;
-  for (int row = 0; row < g.rows; row++) {
-    const uint4* x = static_cast<const uint4*>(g.x) + int64_t(row) * pieces;
-    float sum = 0;
-    for (int i = threadIdx.x; i < pieces; i += 2 * THREADS) {  // two loads at a time
-      const int j = i + THREADS;
-      const uint4 a = x[i], b = j < pieces ? x[j] : uint4{};
-      to[row * (pieces + 1) + i] = a;
-      if (j < pieces) to[row * (pieces + 1) + j] = b;
-      sum += squares<T>(a) + squares<T>(b);
+  for (int first = 0; first < g.rows; first += BATCH) {
+    float sum[BATCH] = {};
+    for (int begin = threadIdx.x; begin < pieces; begin += 2 * THREADS) {
+      uint4 v[BATCH][2];
+      const uint4* x = static_cast<const uint4*>(g.x);
+#pragma unroll
+      for (int r = 0; r < BATCH; r++)
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+          if (first + r < g.rows && begin + j * THREADS < pieces) v[r][j] = x[(first + r) * pieces + begin + j * THREADS];
+#pragma unroll
+      for (int r = 0; r < BATCH; r++)
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+          if (first + r < g.rows && begin + j * THREADS < pieces) {
+            to[(first + r) * (pieces + 1) + begin + j * THREADS] = v[r][j];
+            sum[r] += squares<T>(v[r][j]);
+          }
     }
-    for (int apart = 16; apart; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32][row] = sum;
+#pragma unroll
+    for (int r = 0; r < BATCH; r++) {
+      if (first + r >= g.rows) break;
+      for (int apart = 16; apart; apart /= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], apart);
+      if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32][first + r] = sum[r];
+    }
   }
-  copy_wait<STAGES>();  // all but the ring: the norm's weight is here
-  __syncthreads();
+}
+
+template <typename T>
+__device__ inline void normalise(const DecodeGemv& g, const float (&sums)[WARPS][ROWS], const uint4* norm, uint4* to) {
+  const int pieces = g.k / 8;
   for (int row = 0; row < g.rows; row++) {
     float sum = 0;
     for (int i = 0; i < WARPS; i++) sum += sums[i][row];
@@ -231,7 +249,6 @@ __device__ inline void normalise(const DecodeGemv& g, float (&sums)[WARPS][ROWS]
                      normed<T>(v.w, scale, w.w));
     }
   }
-  __syncthreads();
 }
 
 // ---- what is done to a tile's sums
@@ -271,7 +288,8 @@ struct Element {
   }
 };
 
-template <typename T, Weight W, bool NORM>
+// STAGED: x is read from shared memory, where it may have had its norm; else from where it is.
+template <typename T, Weight W, bool STAGED>
 __global__ void __launch_bounds__(THREADS, 2) decode_gemv_kernel(const DecodeGemv g) {
   constexpr int X = CODES<W> / 8;
   auto& s = hopper::block_shared<Shared<W>>();
@@ -279,14 +297,21 @@ __global__ void __launch_bounds__(THREADS, 2) decode_gemv_kernel(const DecodeGem
   auto& ring = s.ring[warp];
   const Share share(g);
   Walk<W> ahead(g, share, warp, lane);
-  if (NORM) load_norm(g, s.norm);
+  uint4* staged = s.room + (g.norm ? g.k / 8 : 0);
+  if (STAGED) load_norm(g, s.room);
   for (int i = 0; i < STAGES; i++) ahead.load(ring[i]);
   wait_for_previous_kernel();
-  if (NORM) normalise<T>(g, s.sums, s.norm);
+  if (STAGED) {
+    stage_rows<T>(g, s.sums, staged);
+    copy_wait<STAGES>();  // all but the ring: the norm's weight is here
+    __syncthreads();
+    if (g.norm) normalise<T>(g, s.sums, s.room, staged);
+    __syncthreads();
+  }
 
   // Row lane / 4 of x. Where there is none, and past k, any number will do: no one reads the sums, or w is zero there.
   const int pieces = g.k / 8, row = min(lane / 4, g.rows - 1);
-  const uint4* x = NORM ? s.norm + pieces + row * (pieces + 1) : static_cast<const uint4*>(g.x) + int64_t(row) * pieces;
+  const uint4* x = STAGED ? staged + row * (pieces + 1) : static_cast<const uint4*>(g.x) + row * pieces;
   uint4 values[UNITS][X];
   const auto load_values = [&](int unit) {
 #pragma unroll
@@ -343,23 +368,26 @@ __global__ void __launch_bounds__(THREADS, 2) decode_gemv_kernel(const DecodeGem
   }
 }
 
-// Two blocks of the decoder's 5120 columns, one kernel's and the next one's, fit a multiprocessor of 228 KB.
+// With the norm of 5120 columns, two blocks, this kernel's and the next one's, fit a multiprocessor of 228 KB.
 template <Weight W>
-constexpr int bytes_with_norm(int64_t elements) { return hopper::shared_bytes<Shared<W>> + 2 * int(elements); }
-static_assert(2 * (bytes_with_norm<Weight::int4_zero>(norm_elements(1, 5120)) + 1024) <= 228 * 1024);
-static_assert(bytes_with_norm<Weight::int4_zero>(MOST_NORM_ELEMENTS) <= 227 * 1024);
+constexpr int bytes_with(int staged) { return hopper::shared_bytes<Shared<W>> + 2 * staged; }
+static_assert(2 * (bytes_with<Weight::int4_zero>(staged_elements(1, 5120, true)) + 1024) <= 228 * 1024);
+static_assert(bytes_with<Weight::int4_zero>(MOST_STAGED) <= 227 * 1024);
 
-template <typename T, Weight W, bool NORM>
+template <typename T, Weight W, bool STAGED>
 cudaError_t launch(const DecodeGemv& g, cudaStream_t stream) {
-  const int bytes = bytes_with_norm<W>(NORM ? norm_elements(g.rows, g.k) : 0);
+  const int bytes = bytes_with<W>(STAGED ? int(staged_elements(g.rows, g.k, g.norm)) : 0);
   const int blocks = min(g.multiprocessors, g.n / (g.swiglu ? 16 : 8));
   return launch_kernel({.blocks = blocks, .threads = THREADS, .shared = bytes, .early = true}, stream,
-                       decode_gemv_kernel<T, W, NORM>, g);
+                       decode_gemv_kernel<T, W, STAGED>, g);
 }
 
+// One row without a norm stays where it is, in L1 for the most part: its copy would only take time. More rows would not
+// stay in L1. What is too much for shared memory comes from L2, again for each tile.
 template <typename T, Weight W>
 cudaError_t launch(const DecodeGemv& g, cudaStream_t stream) {
-  return g.norm ? launch<T, W, true>(g, stream) : launch<T, W, false>(g, stream);
+  const bool staged = g.norm || (g.rows > 1 && staged_elements(g.rows, g.k, false) <= MOST_STAGED);
+  return staged ? launch<T, W, true>(g, stream) : launch<T, W, false>(g, stream);
 }
 
 template <typename T>

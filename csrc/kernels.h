@@ -64,9 +64,9 @@ struct DecodeGemv {
   Type type;
 };
 
-// What a block keeps of a norm: its weight and the rows, in elements. There is room for this many.
-constexpr int MOST_NORM_ELEMENTS = 65536;
-constexpr int64_t norm_elements(int rows, int k) { return k + int64_t(rows) * (k + 8); }
+// What a block may keep in shared memory, in elements: rows of x and the norm's weight.
+constexpr int MOST_STAGED = 65536;
+constexpr int64_t staged_elements(int rows, int k, bool norm) { return int64_t(rows) * (k + 8) + (norm ? k : 0); }
 
 cudaError_t decode_gemv(const DecodeGemv& arguments, cudaStream_t stream);
 
