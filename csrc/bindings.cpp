@@ -116,7 +116,7 @@ void check_matrix(const Tensor& t, const Tensor& like, int64_t rows, int64_t col
 }
 
 // By dtype and shape, as phi4rv/cuda.py gives it.
-phi4rv::Weight weight_of(const Tensor& w, const Tensor& x) {
+phi4rv::Weight weight_of(const Tensor& w) {
   if (w.dim() == 3)
     return w.size(2) == phi4rv::group_bytes(phi4rv::Weight::int4) ? phi4rv::Weight::int4 : phi4rv::Weight::int4_zero;
   if (w.scalar_type() == ScalarType::Char) return phi4rv::Weight::int8;
@@ -124,12 +124,12 @@ phi4rv::Weight weight_of(const Tensor& w, const Tensor& x) {
 }
 
 Tensor decode_gemv(
-    const Tensor& x, const Tensor& w, const std::optional<Tensor>& scales, const std::optional<Tensor>& norm, double eps,
-    const std::optional<Tensor>& residual, bool swiglu) {
+    const Tensor& x, const Tensor& w, const std::optional<Tensor>& scales, const std::optional<Tensor>& norm,
+    double eps, const std::optional<Tensor>& residual, bool swiglu) {
   phi4rv::DecodeGemv g{};
   g.type = short_float(x, "decode_gemv: x");
   STD_TORCH_CHECK(x.dim() == 2 && (w.dim() == 2 || w.dim() == 3), "decode_gemv: x must be (rows, k) and w (n, k)");
-  g.weight = weight_of(w, x);
+  g.weight = weight_of(w);
   const bool by_row = g.weight == phi4rv::Weight::int8 || g.weight == phi4rv::Weight::float8;
   g.rows = x.size(0), g.k = x.size(1), g.n = w.size(0) * (grouped(g.weight) ? 8 : 1), g.eps = eps, g.swiglu = swiglu;
   STD_TORCH_CHECK(g.rows >= 1 && g.rows <= 8, "decode_gemv: x has ", g.rows, " rows, must have 1 to 8");
@@ -180,7 +180,8 @@ Tensor decode_gemv(
 STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
   m.def("packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, bool causal) -> (Tensor, Tensor)");
   m.def(
-      "decode_gemv(Tensor x, Tensor w, Tensor? scales, Tensor? norm, float eps, Tensor? residual, bool swiglu) -> Tensor");
+      "decode_gemv(Tensor x, Tensor w, Tensor? scales, Tensor? norm, float eps, Tensor? residual, bool swiglu) -> "
+      "Tensor");
 }
 
 // On a CPU too, where every call ends at a check unless the library is the emulated one.

@@ -9,11 +9,11 @@
 // bytes, the next kernel's block comes beside it and asks for its first 80 KB. They take 3.6 us to arrive, longer than
 // the last sums, the end of this kernel and the next one's norm: the memory never rests.
 //
-// Sixteen rows of w are the tall side of an m16n8k16 product and x is the narrow one: 1 row costs what 8 do, and nothing
-// of the tall side is wasted. A product may take its terms in any order if both operands do, so 16 adjacent bytes of
-// each row go to one lane and no value changes lanes. Codes become 16-bit floats exactly, in 1.4 (int4), 2 (int8) or 2.5
-// (fp8) instructions each. At the memory's speed a loop issues 0.7 (16-bit), 1.6 (fp8) or 2.1 (int4) instructions a
-// clock of 4. A group's scale multiplies its sum and a row's the row's: weights are never rounded.
+// Sixteen rows of w are the tall side of an m16n8k16 product and x is the narrow one: 1 row costs what 8 do, and
+// nothing of the tall side is wasted. A product may take its terms in any order if both operands do, so 16 adjacent
+// bytes of each row go to one lane and no value changes lanes. Codes become 16-bit floats exactly, in 1.4 (int4), 2
+// (int8) or 2.5 (fp8) instructions each. At the memory's speed the loop issues 0.7 (16-bit), 1.7 (fp8) or 2.1 (int4)
+// instructions a clock of 4. A group's scale multiplies its sum and a row's the row's: weights are never rounded.
 //
 // The warps share the columns of a tile of 16 rows and add their parts in a fixed order: nothing is atomic.
 
@@ -23,7 +23,6 @@
 #include "kernels.h"
 #include "launch.cuh"
 #include "warp.cuh"
-
 
 namespace phi4rv {
 namespace {
@@ -163,25 +162,58 @@ __device__ inline void unpack_word(uint32_t word, uint32_t zero, uint32_t* to) {
   }
 }
 
-// d (16 x 8) += a unit's 16 rows times x: the 16 bytes that a lane has of both its rows, and their 16-bit x.
+// What a lane has of a step: 16 bytes of both its rows for each unit, and what a group's codes mean.
 template <typename T, Weight W>
-__device__ inline void multiply_unit(
-    float (&d)[4], const uint4 (&codes)[PARTS], const uint4 (&x)[CODES<W> / 8], const uint32_t (&zero)[PARTS]) {
-  constexpr int PAIRS = CODES<W> / 8;  // of a word
-  uint32_t w[PARTS][4 * PAIRS];
+struct Step {
+  static constexpr int PAIRS = CODES<W> / 8;  // of a word; and pieces of 8 values of x that belong to 16 bytes
+  uint4 codes[UNITS][PARTS];
+  float scales[UNITS][PARTS];
+  uint32_t zeros[UNITS][PARTS];
+
+  __device__ Step(const Stage<W>& stage, int lane) {
 #pragma unroll
-  for (int part = 0; part < PARTS; part++) {
-    unpack_word<T, W>(codes[part].x, zero[part], w[part]);
-    unpack_word<T, W>(codes[part].y, zero[part], w[part] + PAIRS);
-    unpack_word<T, W>(codes[part].z, zero[part], w[part] + 2 * PAIRS);
-    unpack_word<T, W>(codes[part].w, zero[part], w[part] + 3 * PAIRS);
-  }
+    for (int u = 0; u < UNITS; u++)
 #pragma unroll
-  for (int i = 0; i < PAIRS; i++) {
-    multiply(d, {w[0][4 * i], w[1][4 * i], w[0][4 * i + 1], w[1][4 * i + 1]}, {x[i].x, x[i].y}, T());
-    multiply(d, {w[0][4 * i + 2], w[1][4 * i + 2], w[0][4 * i + 3], w[1][4 * i + 3]}, {x[i].z, x[i].w}, T());
+      for (int part = 0; part < PARTS; part++) {
+        codes[u][part] = stage.codes[u][part][lane];
+        if (!GROUPED<W>) continue;
+        const auto* tail = reinterpret_cast<const uint16_t*>(stage.tails[u][part]) + lane / 4;
+        scales[u][part] = __uint_as_float(uint32_t(tail[0]) << 16);
+        const uint32_t zero = W == Weight::int4_zero ? tail[8] : 8;
+        zeros[u][part] = (COUNTING<T> & 0xFF00FF00) | zero | zero << 16;
+      }
   }
-}
+
+  // d (16 x 8) += the 16 rows of unit u times x.
+  __device__ void multiply_unit(float (&d)[4], int u, const uint4 (&x)[PAIRS]) const {
+    uint32_t w[PARTS][4 * PAIRS];
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+      unpack_word<T, W>(codes[u][part].x, zeros[u][part], w[part]);
+      unpack_word<T, W>(codes[u][part].y, zeros[u][part], w[part] + PAIRS);
+      unpack_word<T, W>(codes[u][part].z, zeros[u][part], w[part] + 2 * PAIRS);
+      unpack_word<T, W>(codes[u][part].w, zeros[u][part], w[part] + 3 * PAIRS);
+    }
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+      warp::multiply(d, {w[0][4 * i], w[1][4 * i], w[0][4 * i + 1], w[1][4 * i + 1]}, {x[i].x, x[i].y}, T());
+      warp::multiply(d, {w[0][4 * i + 2], w[1][4 * i + 2], w[0][4 * i + 3], w[1][4 * i + 3]}, {x[i].z, x[i].w}, T());
+    }
+  }
+
+  __device__ void multiply(float (&sum)[UNITS][4], const uint4 (&x)[UNITS][PAIRS]) const {
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+      if (GROUPED<W>) {
+        float group[4] = {};
+        multiply_unit(group, u, x[u]);
+        for (int i = 0; i < 4; i++) sum[u][i] += scales[u][i / 2] * group[i];
+      } else {
+        multiply_unit(sum[u], u, x[u]);
+      }
+    }
+  }
+};
 
 // ---- x into shared memory, with its norm, by the whole block; a thread has the same pieces of 8 from first to last
 
@@ -216,7 +248,8 @@ __device__ inline void stage_rows(const DecodeGemv& g, float (&sums)[WARPS][ROWS
       for (int r = 0; r < BATCH; r++)
 #pragma unroll
         for (int j = 0; j < 2; j++)
-          if (first + r < g.rows && begin + j * THREADS < pieces) v[r][j] = x[(first + r) * pieces + begin + j * THREADS];
+          if (first + r < g.rows && begin + j * THREADS < pieces)
+            v[r][j] = x[(first + r) * pieces + begin + j * THREADS];
 #pragma unroll
       for (int r = 0; r < BATCH; r++)
 #pragma unroll
@@ -291,7 +324,7 @@ struct Element {
 // STAGED: x is read from shared memory, where it may have had its norm; else from where it is.
 template <typename T, Weight W, bool STAGED>
 __global__ void __launch_bounds__(THREADS, 2) decode_gemv_kernel(const DecodeGemv g) {
-  constexpr int X = CODES<W> / 8;
+  constexpr int X = Step<T, W>::PAIRS;
   auto& s = hopper::block_shared<Shared<W>>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   auto& ring = s.ring[warp];
@@ -325,36 +358,14 @@ __global__ void __launch_bounds__(THREADS, 2) decode_gemv_kernel(const DecodeGem
     const Element<T, W> element(g, share, tile);
     float sum[UNITS][4] = {};
     for (int unit = warp * UNITS; unit < ahead.units; unit += WARPS * UNITS) {
-      uint4 codes[UNITS][PARTS];
-      float scales[UNITS][PARTS];
-      uint32_t zeros[UNITS][PARTS];
       copy_wait<STAGES - 1>();
       if (GROUPED<W>) __syncwarp();  // scales come by other lanes' copies
-#pragma unroll
-      for (int u = 0; u < UNITS; u++)
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-          codes[u][part] = ring[at].codes[u][part][lane];
-          if (!GROUPED<W>) continue;
-          const auto* tail = reinterpret_cast<const uint16_t*>(ring[at].tails[u][part]) + lane / 4;
-          scales[u][part] = __uint_as_float(uint32_t(tail[0]) << 16);
-          const uint32_t zero = W == Weight::int4_zero ? tail[8] : 8;
-          zeros[u][part] = (COUNTING<T> & 0xFF00FF00) | zero | zero << 16;
-        }
+      const Step<T, W> step(ring[at], lane);
       if (GROUPED<W>) __syncwarp();
       ahead.load(ring[at]);
       if (ahead.tile == share.tiles()) let_next_kernel_start();
       at = (at + 1) % STAGES;
-#pragma unroll
-      for (int u = 0; u < UNITS; u++) {
-        if (GROUPED<W>) {
-          float group[4] = {};
-          multiply_unit<T, W>(group, codes[u], values[u], zeros[u]);
-          for (int i = 0; i < 4; i++) sum[u][i] += scales[u][i / 2] * group[i];
-        } else {
-          multiply_unit<T, W>(sum[u], codes[u], values[u], zeros[u]);
-        }
-      }
+      step.multiply(sum, values);
       const int next = unit + WARPS * UNITS;  // its x comes while this waits for w
       load_values(next < ahead.units ? next : warp * UNITS);
     }
