@@ -175,6 +175,105 @@ Tensor decode_gemv(
   return y;
 }
 
+phi4rv::Integers integers(const Tensor& x, const Tensor& q, const char* name) {
+  const int words = x.element_size() / 4;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int || x.scalar_type() == ScalarType::Long, name,
+                  " must be int32 or int64");
+  STD_TORCH_CHECK(x.get_device_index() == q.get_device_index(), name, " must be on the device of q");
+  return {static_cast<const int*>(x.data_ptr()), x.stride(-1) * words};
+}
+
+// k or v, whose last two dimensions are (heads, head_dim): rows anywhere, whole copies of 16 bytes.
+void check_cache(const Tensor& x, const Tensor& q, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, " must have the dtype of k");
+  STD_TORCH_CHECK(x.dim() == like.dim() && x.size(-1) == q.size(3), name, " must have k's dimensions and q's head_dim");
+  STD_TORCH_CHECK(x.get_device_index() == q.get_device_index(), name, " must be on the device of q");
+  STD_TORCH_CHECK(x.stride(-1) == 1, name, ": channels must be adjacent in memory");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, " must start at a multiple of 16 bytes");
+  for (int i = 0; i < x.dim(); i++) {
+    STD_TORCH_CHECK(x.size(i) == like.size(i), name, " must have the shape of k");
+    const int64_t bytes = x.stride(i) * x.element_size();
+    STD_TORCH_CHECK(i == x.dim() - 1 || x.size(i) == 1 || bytes % 16 == 0, name,
+                    ": heads and rows must lie multiples of 16 bytes apart");
+  }
+}
+
+std::tuple<const float*, int> scale_of(const std::optional<Tensor>& x, const Tensor& q, int heads, const char* name) {
+  if (!x) return {nullptr, 0};
+  const bool fits = x->dim() == 0 || (x->dim() == 1 && x->size(0) == heads);
+  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && fits, name,
+                  " must be float32, a scalar or one for each of ", heads, " key heads");
+  STD_TORCH_CHECK(x->get_device_index() == q.get_device_index(), name, " must be on the device of q");
+  return {static_cast<const float*>(x->data_ptr()), x->dim() ? x->stride(0) : 0};
+}
+
+// With ``pages`` k and v are (pages, page size, heads, head_dim), else (rows, heads, head_dim) from ``starts`` on.
+Tensor decode(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor* starts, const Tensor* pages, const Tensor& lengths,
+    const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  phi4rv::DecodeAttention a{};
+  a.type = short_float(q, "decode_attention: q");
+  STD_TORCH_CHECK(q.dim() == 4, "decode_attention: q must be (documents, tokens, heads, head_dim)");
+  a.documents = q.size(0), a.tokens = q.size(1), a.heads = q.size(2), a.head_dim = q.size(3);
+  STD_TORCH_CHECK(q.stride(3) == 1, "decode_attention: the channels of q must be adjacent in memory");
+  STD_TORCH_CHECK(k.dim() == (pages ? 4 : 3), "decode_attention: k must be (", pages ? "pages, page size" : "rows",
+                  ", key heads, head_dim)");
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() || k.scalar_type() == ScalarType::Float8_e4m3fn,
+                  "decode_attention: k must have the dtype of q, or float8_e4m3fn");
+  a.stored = k.scalar_type() == q.scalar_type() ? a.type : phi4rv::Type::float8;
+  check_cache(k, q, k, "decode_attention: k");
+  check_cache(v, q, k, "decode_attention: v");
+  STD_TORCH_CHECK(a.head_dim == 64 || (a.head_dim == 72 && a.stored == a.type) || a.head_dim == 80 || a.head_dim == 128,
+                  "decode_attention: head_dim is ", a.head_dim, ", must be 64, 72 (not with float8), 80 or 128");
+  a.kv_heads = k.size(-2);
+  STD_TORCH_CHECK(a.kv_heads > 0 && a.heads % a.kv_heads == 0,
+                  "decode_attention: q has ", a.heads, " heads, must be a multiple of k's ", a.kv_heads);
+  STD_TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == a.documents,
+                  "decode_attention: lengths must be (documents)");
+  a.lengths = integers(lengths, q, "decode_attention: lengths");
+  if (starts) {
+    STD_TORCH_CHECK(starts->dim() == 1 && starts->size(0) == a.documents,
+                    "decode_attention: starts must be (documents)");
+    a.starts = integers(*starts, q, "decode_attention: starts");
+  }
+  if (pages) {
+    STD_TORCH_CHECK(pages->dim() == 2 && pages->size(0) == a.documents,
+                    "decode_attention: page_table must be (documents, most pages)");
+    STD_TORCH_CHECK(k.size(1) > 0, "decode_attention: k has pages of no rows");
+    a.pages = integers(*pages, q, "decode_attention: page_table"), a.pages_document = pages->stride(0) * (pages->element_size() / 4);
+    a.page_size = k.size(1), a.k_page = k.stride(0), a.v_page = v.stride(0);
+  }
+  a.most_keys = pages ? pages->size(1) * k.size(1) : k.size(0);
+  a.q_document = q.stride(0), a.q_token = q.stride(1), a.q_head = q.stride(2);
+  a.k_row = k.stride(-3), a.k_head = k.stride(-2), a.v_row = v.stride(-3), a.v_head = v.stride(-2);
+  std::tie(a.k_scale, a.k_scale_head) = scale_of(k_scale, q, a.kv_heads, "decode_attention: k_scale");
+  std::tie(a.v_scale, a.v_scale_head) = scale_of(v_scale, q, a.kv_heads, "decode_attention: v_scale");
+  STD_TORCH_CHECK(on_device(q), "decode_attention: q must be on a CUDA device");
+  const DeviceGuard guard(q);
+  a.multiprocessors = multiprocessors(q), a.scale = 1.0f / std::sqrt(float(a.head_dim));
+  Tensor out = torch::stable::new_empty(q, {a.documents, a.tokens, a.heads, a.head_dim});
+  if (out.numel() == 0) return out;
+  const int64_t rows = int64_t(phi4rv::decode_blocks(a)) * phi4rv::decode_kept(a);
+  Tensor partial = torch::stable::new_empty(q, {rows, a.head_dim}, ScalarType::Float);
+  Tensor levels = torch::stable::new_empty(q, {rows, 2}, ScalarType::Float);
+  a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr(), a.out = out.data_ptr();
+  a.partial = static_cast<float*>(partial.data_ptr()), a.levels = static_cast<float*>(levels.data_ptr());
+  check(phi4rv::decode_attention(a, stream_of(q)), "decode_attention");
+  return out;
+}
+
+Tensor decode_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, const Tensor& lengths,
+    const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  return decode(q, k, v, &starts, nullptr, lengths, k_scale, v_scale);
+}
+
+Tensor paged_decode_attention(
+    const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& page_table, const Tensor& lengths,
+    const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  return decode(q, k_pages, v_pages, nullptr, &page_table, lengths, k_scale, v_scale);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
@@ -182,11 +281,19 @@ STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
   m.def(
       "decode_gemv(Tensor x, Tensor w, Tensor? scales, Tensor? norm, float eps, Tensor? residual, bool swiglu) -> "
       "Tensor");
+  m.def(
+      "decode_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor lengths, Tensor? k_scale, Tensor? v_scale) "
+      "-> Tensor");
+  m.def(
+      "paged_decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor lengths, "
+      "Tensor? k_scale, Tensor? v_scale) -> Tensor");
 }
 
 // On a CPU too, where every call ends at a check unless the library is the emulated one.
 #define IMPLEMENTATIONS(m)                                  \
   m.impl("packed_attention", TORCH_BOX(&packed_attention)); \
+  m.impl("decode_attention", TORCH_BOX(&decode_attention)); \
+  m.impl("paged_decode_attention", TORCH_BOX(&paged_decode_attention)); \
   m.impl("decode_gemv", TORCH_BOX(&decode_gemv));
 
 STABLE_TORCH_LIBRARY_IMPL(phi4rv_cuda, CPU, m) { IMPLEMENTATIONS(m) }

@@ -152,9 +152,9 @@ __device__ inline void unpack_word(uint32_t word, uint32_t zero, uint32_t* to) {
   if constexpr (W == Weight::full) {
     to[0] = word;
   } else if constexpr (W == Weight::int8) {
-    to[0] = unpack_int8<T>(bytes<0x4140>(word, COUNTING<T>)), to[1] = unpack_int8<T>(bytes<0x4342>(word, COUNTING<T>));
+    to[0] = unpack_int8<T>(permute<0x4140>(word, COUNTING<T>)), to[1] = unpack_int8<T>(permute<0x4342>(word, COUNTING<T>));
   } else if constexpr (W == Weight::float8) {
-    to[0] = unpack_float8<T>(bytes<0x1404>(word, 0)), to[1] = unpack_float8<T>(bytes<0x3424>(word, 0));
+    to[0] = unpack_float8<T>(permute<0x1404>(word, 0)), to[1] = unpack_float8<T>(permute<0x3424>(word, 0));
   } else {  // repacked: the low halves' codes 0, 2, 4, 6 and the high halves' 1, 3, 5, 7
 #pragma unroll
     for (int i = 0; i < 4; i++)  // (word & mask) | counting

@@ -70,4 +70,63 @@ constexpr int64_t staged_elements(int rows, int k, bool norm) { return int64_t(r
 
 cudaError_t decode_gemv(const DecodeGemv& arguments, cudaStream_t stream);
 
+// A vector of int32, or of int64 that fit: their low halves.
+struct Integers {
+  const int* data;
+  int64_t stride;
+};
+
+// New tokens against a cache: softmax(q k^T scale) v, where token m of ``tokens`` sees its document's first
+// length - tokens + m + 1 rows; zeros for a document of length 0. Strides in elements; those of k and v and their
+// pointers in multiples of 16 bytes. head_dim 64, 72 (not float8), 80 or 128. stored: as type, or float8.
+struct DecodeAttention {
+  const void* q;     // (documents, tokens, heads, head_dim), channels adjacent
+  const void *k, *v; // (rows, kv_heads, head_dim), or with pages (pages, page_size, kv_heads, head_dim)
+  void* out;         // as q, contiguous
+  const float *k_scale, *v_scale;  // null, one (stride 0) or one for each of kv_heads
+  float* partial;    // (decode_blocks, decode_kept, head_dim), at a multiple of 16 bytes
+  float* levels;     // (decode_blocks, decode_kept, 2): highest exponent and sum
+  Integers lengths, starts, pages;  // (documents) twice; pages: (documents, most pages)
+  int64_t pages_document;           // from a document's pages to the next one's
+  int64_t q_document, q_token, q_head;
+  int64_t k_page, k_row, k_head, v_page, v_row, v_head;
+  int k_scale_head, v_scale_head;
+  int page_size;  // 0: no pages
+  int64_t most_keys;  // of a document, as far as shapes tell
+  int documents, tokens, heads, kv_heads, head_dim;
+  int multiprocessors;
+  float scale;
+  Type type, stored;
+};
+
+constexpr int DECODE_WARPS = 4, DECODE_RESIDENT = 2;  // of a block; blocks a multiprocessor
+constexpr int DECODE_KEYS = 16;                       // of a warp's step; parts begin at multiples of it
+
+// A block's rows: query heads of one key head, times tokens. Blocks are units times slots for parts of documents: twice
+// as many as documents, and whole waves.
+constexpr int decode_rows(const DecodeAttention& a) {
+  return a.tokens * (a.heads / a.kv_heads) > 16 ? 32 : 16;
+}
+constexpr int decode_tiles(const DecodeAttention& a) {
+  return (a.tokens * (a.heads / a.kv_heads) + decode_rows(a) - 1) / decode_rows(a);
+}
+// Those of a block's rows that are there.
+constexpr int decode_kept(const DecodeAttention& a) {
+  const int rows = a.tokens * (a.heads / a.kv_heads);
+  return rows < decode_rows(a) ? rows : decode_rows(a);
+}
+constexpr int decode_units(const DecodeAttention& a) { return a.kv_heads * decode_tiles(a); }
+constexpr int decode_slots(const DecodeAttention& a) {
+  const int units = decode_units(a), wave = DECODE_RESIDENT * a.multiprocessors;
+  return (2 * a.documents * units + wave - 1) / wave * wave / units;
+}
+// Fewer blocks where no document has so many steps.
+constexpr int decode_blocks(const DecodeAttention& a) {
+  const int keys = DECODE_WARPS * DECODE_KEYS;
+  const int64_t most = a.documents * int64_t((a.most_keys + keys - 1) / keys), slots = decode_slots(a);
+  return int(slots < most ? slots : most) * decode_units(a);
+}
+
+cudaError_t decode_attention(const DecodeAttention& arguments, cudaStream_t stream);
+
 }  // namespace phi4rv

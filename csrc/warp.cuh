@@ -70,11 +70,11 @@ __device__ inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
-// Bytes of a (0 to 3) and b (4 to 7): SELECT's hexadecimal digits, the lowest first.
-template <int SELECT>
-__device__ inline uint32_t bytes(uint32_t a, uint32_t b) {
+// Four of the 8 bytes of b and a, chosen by four hexadecimal digits: as PTX's prmt.
+template <int BYTES>
+__device__ inline uint32_t permute(uint32_t a, uint32_t b) {
   uint32_t d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "n"(SELECT));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "n"(BYTES));
   return d;
 }
 

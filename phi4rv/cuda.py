@@ -41,10 +41,18 @@ def why_not(device: torch.device) -> str | None:
 
 @functools.cache
 def load() -> None:
-    """Registers the library's operators, ``phi4rv_cuda::…``, with their fakes and gradients."""
+    """Registers the library's operators, ``phi4rv_cuda::…``, with their fakes and gradients.
+
+    A caller that torch.compile traces must have been preceded by a call: tracing cannot load a library.
+    """
+    if torch.compiler.is_compiling():
+        return
     torch.ops.load_library(library())
     torch.library.register_fake("phi4rv_cuda::packed_attention", _fake_attention)
     torch.library.register_fake("phi4rv_cuda::decode_gemv", _fake_gemv)
+    for decode in ("phi4rv_cuda::decode_attention", "phi4rv_cuda::paged_decode_attention"):
+        torch.library.register_fake(decode, _fake_decode)
+        torch.library.register_autograd(decode, _no_gradient)
     torch.library.register_autograd("phi4rv_cuda::packed_attention", _differentiate, setup_context=_save)
 
 
@@ -120,6 +128,52 @@ def decode_gemv(
     data, scales = (w.data, w.scales) if isinstance(w, RepackedWeight) else (w, None)
     y: Tensor = torch.ops.phi4rv_cuda.decode_gemv(x, data, scales, norm, eps, residual, swiglu)
     return y
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """As ``reference.decode_attention``: q bfloat16 or float16, head dim 64, 72 (not with float8), 80 or 128.
+
+    k and v are of q's dtype, or float8_e4m3fn; they may be views whose channels are adjacent and whose heads and rows
+    lie multiples of 16 bytes apart. starts, lengths: int32 or int64. No gradient. RuntimeError names a wrong argument.
+    """
+    load()
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    out: Tensor = torch.ops.phi4rv_cuda.decode_attention(q, k, v, starts, lengths, k_scale, v_scale)
+    return out
+
+
+def paged_decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """As ``reference.paged_decode_attention``, with the limits of ``decode_attention``; page_table int32 or int64."""
+    load()
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    out: Tensor = torch.ops.phi4rv_cuda.paged_decode_attention(
+        q, k_pages, v_pages, page_table, lengths, k_scale, v_scale
+    )
+    return out
+
+
+def _fake_decode(q: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _no_gradient(ctx: Any, dout: Tensor) -> None:
+    raise RuntimeError("decode_attention has no autograd formula: it is for inference")
 
 
 def _fake_gemv(

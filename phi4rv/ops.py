@@ -66,8 +66,14 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "flash_attn": Implementation("phi4rv.flash_attn", "packed_attention", flash_attn.why_not),
         **_operation("packed_attention"),
     },
-    "decode_attention": _operation("decode_attention"),
-    "paged_decode_attention": _operation("paged_decode_attention", "decode_attention"),
+    "decode_attention": {
+        "cuda": Implementation("phi4rv.cuda", "decode_attention", cuda.why_not),
+        **_operation("decode_attention"),
+    },
+    "paged_decode_attention": {
+        "cuda": Implementation("phi4rv.cuda", "paged_decode_attention", cuda.why_not),
+        **_operation("paged_decode_attention", "decode_attention"),
+    },
     "rms_norm": _operation("rms_norm"),
     "layer_norm": _operation("layer_norm"),
     "rope": _operation("rope"),

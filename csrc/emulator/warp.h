@@ -44,14 +44,14 @@ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
     if (LUT >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
   return d;
 }
-
-template <int SELECT>
-uint32_t bytes(uint32_t a, uint32_t b) {
+template <int BYTES>
+uint32_t permute(uint32_t a, uint32_t b) {
   const uint64_t both = uint64_t(b) << 32 | a;
   uint32_t d = 0;
-  for (int i = 0; i < 4; i++) d |= uint32_t(both >> (SELECT >> 4 * i & 7) * 8 & 255) << 8 * i;
+  for (int i = 0; i < 4; i++) d |= uint32_t(both >> 8 * (BYTES >> 4 * i & 7) & 0xFF) << 8 * i;
   return d;
 }
+
 template <typename T>
 uint32_t subtract(uint32_t a, uint32_t b) {
   const float2 x = unpack<T>(a), y = unpack<T>(b);

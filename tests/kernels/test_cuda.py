@@ -69,6 +69,12 @@ def test_machine_code(compiled: Path) -> None:
     for code in gemvs:
         before = code[: code.index("ACQBULK")]  # griddepcontrol.wait
         assert "LDGSTS.E.BYPASS.LTC256B.128" in before and "HMMA.16816.F32" in code
+    parts = {name: code for name, code in functions.items() if "decode_attention" in name and "4partI" in name}
+    assert len(parts) == 28  # two dtypes, their caches of four head dims and float8's of three, one tile and two
+    for name, code in parts.items():
+        assert set(re.findall(r"LDGSTS\S+", code)) == {"LDGSTS.E.BYPASS.LTC256B.128"}, name
+        assert "HMMA.16816.F32" in code and "LDSM.16.MT88.4" in code and "LDL" not in code, name
+        assert ("F2FP.F16.E4M3.UNPACK_B" in code) == ("fp8" in name), name
 
 
 def offsets(lengths: list[int], device: str = "cpu") -> Tensor:

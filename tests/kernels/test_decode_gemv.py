@@ -242,8 +242,11 @@ def test_operator(place: Place, form: str) -> None:
     data, scales = (w, None) if isinstance(w, Tensor) else (w.data, w.scales)
     arguments = (x, data, scales, norm, EPS, residual, True)
     torch.library.opcheck(torch.ops.phi4rv_cuda.decode_gemv.default, arguments)
-    compiled = torch.compile(lambda x: cuda.decode_gemv(x, w, norm, EPS, residual, True), backend="aot_eager")
-    assert torch.equal(compiled(x), cuda.decode_gemv(x, w, norm, EPS, residual, True))
+
+    def run(x: Tensor) -> Tensor:
+        return cuda.decode_gemv(x, w, norm, EPS, residual, True)
+
+    assert torch.equal(torch.compile(run, backend="aot_eager", fullgraph=True)(x), run(x))
 
 
 @pytest.mark.gpu
