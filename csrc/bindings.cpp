@@ -157,41 +157,73 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
   return {dq, dk, dv};
 }
 
+bool on(const Tensor& t, const Tensor& like) { return t.get_device_index() == like.get_device_index(); }
+
 void check_matrix(const Tensor& t, const Tensor& like, int64_t rows, int64_t columns, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous(), name, " must be (", rows,
                   ", ", columns, "), adjacent");
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of x");
-  STD_TORCH_CHECK(t.get_device_index() == like.get_device_index(), name, " must be on the device of x");
+  STD_TORCH_CHECK(on(t, like), name, " must be on the device of x");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name, " must start at a multiple of 16 bytes");
 }
 
-Tensor gemv(
-    const Tensor& x, const Tensor& w, const std::optional<Tensor>& norm, double eps, const std::optional<Tensor>& residual,
-    bool swiglu) {
-  phi4rv::Gemv g{};
-  g.type = short_float(x, "gemv: x");
-  STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2, "gemv: x must be (rows, k) and w (n, k)");
-  g.rows = x.size(0), g.k = x.size(1), g.n = w.size(0), g.eps = eps, g.swiglu = swiglu;
-  STD_TORCH_CHECK(g.rows >= 1 && g.rows <= 8, "gemv: x has ", g.rows, " rows, must have 1 to 8");
-  STD_TORCH_CHECK(g.k % 32 == 0, "gemv: k is ", g.k, ", must be a multiple of 32");
-  STD_TORCH_CHECK(g.n % (swiglu ? 16 : 8) == 0, "gemv: n is ", g.n, ", must be a multiple of ", swiglu ? 16 : 8);
+// By dtype and shape, as phi4rv/cuda.py gives it.
+phi4rv::Weight weight_of(const Tensor& w) {
+  if (w.dim() == 3)
+    return w.size(2) == phi4rv::group_bytes(phi4rv::Weight::int4) ? phi4rv::Weight::int4 : phi4rv::Weight::int4_zero;
+  if (w.scalar_type() == ScalarType::Char) return phi4rv::Weight::int8;
+  return w.scalar_type() == ScalarType::Byte ? phi4rv::Weight::float8 : phi4rv::Weight::full;
+}
+
+Tensor decode_gemv(
+    const Tensor& x, const Tensor& w, const std::optional<Tensor>& scales, const std::optional<Tensor>& norm,
+    double eps, const std::optional<Tensor>& residual, bool swiglu) {
+  phi4rv::DecodeGemv g{};
+  g.type = short_float(x, "decode_gemv: x");
+  STD_TORCH_CHECK(x.dim() == 2 && (w.dim() == 2 || w.dim() == 3), "decode_gemv: x must be (rows, k) and w (n, k)");
+  g.weight = weight_of(w);
+  const bool by_row = g.weight == phi4rv::Weight::int8 || g.weight == phi4rv::Weight::float8;
+  g.rows = x.size(0), g.k = x.size(1), g.n = w.size(0) * (grouped(g.weight) ? 8 : 1), g.eps = eps, g.swiglu = swiglu;
+  STD_TORCH_CHECK(g.rows >= 1 && g.rows <= 8, "decode_gemv: x has ", g.rows, " rows, must have 1 to 8");
+  STD_TORCH_CHECK(g.k > 0 && g.k % 32 == 0, "decode_gemv: k is ", g.k, ", must be a multiple of 32");
+  STD_TORCH_CHECK(g.n > 0 && g.n % (swiglu ? 16 : 8) == 0, "decode_gemv: n is ", g.n, ", must be a multiple of ",
+                  swiglu ? 16 : 8);
   const int out = swiglu ? g.n / 2 : g.n;
-  check_matrix(x, x, g.rows, g.k, "gemv: x");
-  check_matrix(w, x, g.n, g.k, "gemv: w");
+  check_matrix(x, x, g.rows, g.k, "decode_gemv: x");
+  if (g.weight == phi4rv::Weight::full) {
+    check_matrix(w, x, g.n, g.k, "decode_gemv: w");
+  } else if (by_row) {
+    check_matrix(w, w, g.n, g.k, "decode_gemv: w");
+  } else {
+    const int groups = (g.k + 127) / 128;
+    STD_TORCH_CHECK(w.scalar_type() == ScalarType::Byte && w.size(1) == groups &&
+                        w.size(2) == phi4rv::group_bytes(g.weight) && w.is_contiguous() &&
+                        reinterpret_cast<uintptr_t>(w.data_ptr()) % 16 == 0,
+                    "decode_gemv: w must be (n / 8, ", groups, ", 528 or 544) uint8, as cuda.repack makes it");
+  }
+  STD_TORCH_CHECK(on(w, x), "decode_gemv: w must be on the device of x");
+  STD_TORCH_CHECK(scales.has_value() == by_row, "decode_gemv: scales are for an int8 or fp8 w, which needs them");
+  if (scales)
+    STD_TORCH_CHECK(scales->dim() == 1 && scales->size(0) == g.n && scales->is_contiguous() &&
+                        scales->scalar_type() == ScalarType::Float && on(*scales, x),
+                    "decode_gemv: scales must be (", g.n, ") float32, on the device of x");
   if (norm) {
     STD_TORCH_CHECK(norm->dim() == 1 && norm->size(0) == g.k && norm->is_contiguous() &&
-                        norm->scalar_type() == x.scalar_type() && norm->get_device_index() == x.get_device_index(),
-                    "gemv: norm must be (k), of the dtype and on the device of x");
-    STD_TORCH_CHECK(g.rows * g.k <= 80 * 1024, "gemv: norm with ", g.rows, " rows of ", g.k, ", must be at most 81920 values");
+                        norm->scalar_type() == x.scalar_type() && on(*norm, x) &&
+                        reinterpret_cast<uintptr_t>(norm->data_ptr()) % 16 == 0,
+                    "decode_gemv: norm must be (", g.k, "), of the dtype and on the device of x, at 16 bytes");
+    STD_TORCH_CHECK(phi4rv::staged_elements(g.rows, g.k, true) <= phi4rv::MOST_STAGED, "decode_gemv: norm of ", g.rows,
+                    " rows of ", g.k, ": k + rows (k + 8) must be at most ", phi4rv::MOST_STAGED);
   }
-  if (residual) check_matrix(*residual, x, g.rows, out, "gemv: residual");
-  STD_TORCH_CHECK(on_device(x), "gemv: x must be on a CUDA device");
+  if (residual) check_matrix(*residual, x, g.rows, out, "decode_gemv: residual");
+  STD_TORCH_CHECK(on_device(x), "decode_gemv: x must be on a CUDA device");
   const DeviceGuard guard(x);
   g.multiprocessors = multiprocessors(x);
   Tensor y = torch::stable::new_empty(x, {g.rows, out});
   g.x = x.data_ptr(), g.w = w.data_ptr(), g.y = y.data_ptr();
+  g.scales = scales ? static_cast<const float*>(scales->data_ptr()) : nullptr;
   g.norm = norm ? norm->data_ptr() : nullptr, g.residual = residual ? residual->data_ptr() : nullptr;
-  check(phi4rv::gemv(g, stream_of(x)), "gemv");
+  check(phi4rv::decode_gemv(g, stream_of(x)), "decode_gemv");
   return y;
 }
 
@@ -420,7 +452,9 @@ STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
   m.def(
       "packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
       "int max_seqlen, bool causal) -> (Tensor, Tensor, Tensor)");
-  m.def("gemv(Tensor x, Tensor w, Tensor? norm, float eps, Tensor? residual, bool swiglu) -> Tensor");
+  m.def(
+      "decode_gemv(Tensor x, Tensor w, Tensor? scales, Tensor? norm, float eps, Tensor? residual, bool swiglu) -> "
+      "Tensor");
   m.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor lengths, Tensor? k_scale, Tensor? v_scale) "
       "-> Tensor");
@@ -439,7 +473,7 @@ STABLE_TORCH_LIBRARY(phi4rv_cuda, m) {
   m.impl("packed_attention_backward", TORCH_BOX(&packed_attention_backward)); \
   m.impl("decode_attention", TORCH_BOX(&decode_attention));                   \
   m.impl("paged_decode_attention", TORCH_BOX(&paged_decode_attention));       \
-  m.impl("gemv", TORCH_BOX(&gemv));                                           \
+  m.impl("decode_gemv", TORCH_BOX(&decode_gemv));                             \
   m.impl("projector", TORCH_BOX(&projector));                                 \
   m.impl("project_into", TORCH_BOX(&project_into));                           \
   m.impl("quantized_projector", TORCH_BOX(&quantized_projector));

@@ -148,6 +148,13 @@ __device__ inline void store_wait() {
 // Orders this thread's ordinary accesses to shared memory before what the copy engine and wgmma do there next.
 __device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// What only sm_90a has. The library may be compiled for more architectures; kernels with these run on Hopper alone.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define SM90A(...) asm volatile(__VA_ARGS__)
+#else
+#define SM90A(...) __trap()
+#endif
+
 // ---- threads, registers, clusters
 
 // Named barriers 1 to 15 of a block (0 is __syncthreads); ``threads`` counts all that sync or arrive, whole warps.
@@ -160,11 +167,11 @@ __device__ inline void arrive_threads(int barrier, int threads) {
 
 template <int REGISTERS>
 __device__ inline void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+  SM90A("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 template <int REGISTERS>
 __device__ inline void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+  SM90A("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
 __device__ inline int cluster_rank() {
@@ -178,11 +185,11 @@ __device__ inline void cluster_sync() {
 
 // ---- warpgroup products
 
-__device__ inline void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ inline void product_fence() { SM90A("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void product_commit() { SM90A("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>
 __device__ inline void product_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+  SM90A("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
 // Keeps the compiler from moving accumulators across the asynchronous products that own them.
@@ -246,7 +253,7 @@ enum Major { K_MAJOR = 0, MN_MAJOR = 1 };
 #define PRODUCT_SHARED(N, REGISTERS, FLOATS, A, B, P, TA, TB, TYPE, NAME)                                          \
   template <Major A_MAJOR = K_MAJOR, Major B_MAJOR = K_MAJOR>                                                      \
   __device__ inline void product(float (&d)[N / 2], uint64_t a, uint64_t b, bool add, TYPE) {                      \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                                       \
+    SM90A("{.reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                                       \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGISTERS "}, " A ", " B     \
                  ", p, 1, 1, " TA ", " TB ";}\n"                                                                   \
                  : FLOATS(d)                                                                                       \
@@ -256,7 +263,7 @@ enum Major { K_MAJOR = 0, MN_MAJOR = 1 };
 #define PRODUCT_REGISTERS(N, REGISTERS, FLOATS, A, B, P, TB, TYPE, NAME)                                           \
   template <Major B_MAJOR>                                                                                         \
   __device__ inline void product(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add, TYPE) {          \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                                       \
+    SM90A("{.reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                                       \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGISTERS "}, {" A "}, " B   \
                  ", p, 1, 1, " TB ";}\n"                                                                           \
                  : FLOATS(d)                                                                                       \
@@ -265,7 +272,7 @@ enum Major { K_MAJOR = 0, MN_MAJOR = 1 };
 // Steps of 32 for 8-bit floats, always along K.
 #define PRODUCT_FLOAT8(N, REGISTERS, FLOATS, A, B, P)                                                              \
   __device__ inline void product(float (&d)[N / 2], uint64_t a, uint64_t b, bool add, __nv_fp8_e4m3) {             \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                                       \
+    SM90A("{.reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                                       \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" REGISTERS "}, " A ", " B             \
                  ", p, 1, 1;}\n"                                                                                   \
                  : FLOATS(d)                                                                                       \
@@ -291,6 +298,7 @@ PRODUCT_FLOAT8(128, S64, D64, "%64", "%65", "%66")
 PRODUCT_FLOAT8(256, S128, D128, "%128", "%129", "%130")
 
 #undef PRODUCTS
+#undef SM90A
 
 }  // namespace phi4rv::hopper
 

@@ -71,10 +71,20 @@ __host__ __device__ constexpr int row_tiles(const AttentionBackward& b) { return
 
 cudaError_t attention_backward(const AttentionBackward& arguments, cudaStream_t stream);
 
+// How the weight of decode_gemv is kept: full is in x's type, the others as phi4rv/quantized.py has them.
+enum class Weight { full, int8, float8, int4, int4_zero };
+
+constexpr bool grouped(Weight w) { return w == Weight::int4 || w == Weight::int4_zero; }
+// Bytes of 8 rows' codes of one group of 128 columns, with their scales and zeros (phi4rv/cuda.py, repack).
+constexpr int group_bytes(Weight w) { return w == Weight::int4_zero ? 544 : 528; }
+
 // y = f(norm(x) w^T) + residual for 1 to 8 rows. norm: RMSNorm with this weight, or null for none. f: silu(gate) up of the
 // two halves of w's rows if swiglu, else nothing. residual: null for none. k a multiple of 32, n of 8 (of 16 with swiglu).
-struct Gemv {
-  const void *x, *w;       // (rows, k), (n, k)
+// w and norm are read before the kernel in front has ended: it may not be what writes them.
+struct DecodeGemv {
+  const void* x;           // (rows, k)
+  const void* w;           // (n, k), or groups (n / 8, k / 128 rounded up, group_bytes)
+  const float* scales;     // (n) of int8 and float8
   const void* norm;        // (k)
   const void* residual;    // as y
   void* y;                 // (rows, n), or (rows, n / 2) with swiglu
@@ -82,10 +92,15 @@ struct Gemv {
   int multiprocessors;
   float eps;
   bool swiglu;
+  Weight weight;
   Type type;
 };
 
-cudaError_t gemv(const Gemv& arguments, cudaStream_t stream);
+// What a block may keep in shared memory, in elements: rows of x and the norm's weight.
+constexpr int MOST_STAGED = 65536;
+constexpr int64_t staged_elements(int rows, int k, bool norm) { return int64_t(rows) * (k + 8) + (norm ? k : 0); }
+
+cudaError_t decode_gemv(const DecodeGemv& arguments, cudaStream_t stream);
 
 // A vector of int32, or of int64 that fit: their low halves.
 struct Integers {

@@ -24,6 +24,9 @@ cudaError_t launch_kernel(const Launch& l, cudaStream_t stream, void (*kernel)(P
   return emulator::run(l.blocks, l.threads, l.shared, l.cluster, [&] { kernel(arguments...); });
 #else
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared);
+  // A multiprocessor divides itself into L1 and shared memory anew only when it is empty: kernels that overlap ask alike.
+  if (!error && l.early)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error) return error;
   cudaLaunchAttribute attributes[2]{};
   int count = 0;

@@ -85,6 +85,36 @@ __device__ inline uint32_t permute(uint32_t a, uint32_t b) {
   return d;
 }
 
+// Two 16-bit floats at a time, to nearest; subnormals count.
+template <typename T>
+__device__ inline uint32_t subtract(uint32_t a, uint32_t b);
+template <>
+__device__ inline uint32_t subtract<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+template <>
+__device__ inline uint32_t subtract<__half>(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+template <typename T>
+__device__ inline uint32_t scale(uint32_t a, uint32_t by);
+template <>
+__device__ inline uint32_t scale<__nv_bfloat16>(uint32_t a, uint32_t by) {
+  uint32_t d;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(by));
+  return d;
+}
+template <>
+__device__ inline uint32_t scale<__half>(uint32_t a, uint32_t by) {
+  uint32_t d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(by));
+  return d;
+}
+
 // ---- products of a warp: d (16 x 8) += a (16 x 16) b (16 x 8)
 // a[2j + h]: row lane / 4 + 8h, columns 8j + lane % 4 * 2 and the next; b[j]: the same rows of K, column lane / 4;
 // d[2h + i]: row lane / 4 + 8h, column lane % 4 * 2 + i.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from phi4rv.quantized import QuantizedWeight
+from phi4rv.quantized import GROUP, QuantizedWeight
 
 # Set to 1, the kernels run on CPU tensors, emulated thread by thread (csrc/emulator/): for tests, very slowly.
 EMULATE = "PHI4RV_EMULATE"
@@ -49,7 +50,7 @@ def load() -> None:
     torch.ops.load_library(library())
     torch.library.register_fake("phi4rv_cuda::packed_attention", _fake_attention)
     torch.library.register_fake("phi4rv_cuda::packed_attention_backward", _fake_attention_backward)
-    torch.library.register_fake("phi4rv_cuda::gemv", _fake_gemv)
+    torch.library.register_fake("phi4rv_cuda::decode_gemv", _fake_gemv)
     for decode in ("phi4rv_cuda::decode_attention", "phi4rv_cuda::paged_decode_attention"):
         torch.library.register_fake(decode, _fake_decode)
         torch.library.register_autograd(decode, _no_gradient)
@@ -113,22 +114,56 @@ def packed_attention_backward(
     return grads
 
 
-def gemv(
+@dataclass(frozen=True)
+class RepackedWeight:
+    """A ``QuantizedWeight`` in the order that ``decode_gemv`` reads it in: what ``repack`` returns."""
+
+    data: Tensor
+    scales: Tensor | None
+
+
+def repack(q: QuantizedWeight) -> RepackedWeight:
+    """``q`` for ``decode_gemv``; once, when a model is loaded. The 8-bit formats share q's memory, the others copy it.
+
+    int4 and int4_zero: data (N/8, G, 528 or 544) uint8, one group of eight rows after another: 64 bytes of codes a
+    row, eight bfloat16 scales and, with zero points, eight int16. A word's codes 0, 2, 4, 6 are in its low half and
+    1, 3, 5, 7 in its high half, so that one mask takes out two neighbours. ValueError if N is no multiple of 8.
+    """
+    if q.shape[0] % 8:
+        raise ValueError(f"repack: the weight has {q.shape[0]} rows, must have a multiple of 8")
+    if q.format in ("int8", "fp8"):
+        data = q.data.view(torch.uint8) if q.format == "fp8" else q.data
+        return RepackedWeight(data.contiguous(), q.scales.contiguous())
+    words = q.data.unflatten(1, (-1, 4))
+    nibbles = torch.cat([words & 15, words >> 4], -1)
+    codes = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+    pieces = [codes.flatten(1).unflatten(1, (-1, GROUP // 2)), q.scales[..., None].view(torch.uint8)]
+    if q.zeros is not None:
+        pieces.append(q.zeros[..., None].short().view(torch.uint8))
+    eights = [piece.unflatten(0, (-1, 8)).transpose(1, 2).flatten(2) for piece in pieces]
+    return RepackedWeight(torch.cat(eights, -1), None)
+
+
+def decode_gemv(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | RepackedWeight,
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
     swiglu: bool = False,
 ) -> Tensor:
-    """f(norm(x) wᵀ) + residual for 1 to 8 rows: one of a decoder layer's products with what stands around it.
+    """As ``reference.decode_gemv``, where a quantised weight is ``repack``ed first.
 
-    x (M, K) and w (N, K), bfloat16 or float16, K a multiple of 32, N of 8 (16 with swiglu). norm (K,): x is
-    RMS-normalised with this weight and eps first. swiglu: f is silu(gate) · up of the row's halves, else nothing.
-    Returns (M, N) or (M, N/2), as ``residual`` is. RuntimeError that names any other argument. No gradient.
+    1 to 8 rows of bfloat16 or float16, K a multiple of 32, N of 8 (16 with swiglu); everything contiguous and at
+    multiples of 16 bytes. w and norm are read before the kernel in front of this one has ended, so it may not be what
+    writes them. A row's bits do not depend on the other rows. No gradient. RuntimeError that names any other argument,
+    TypeError for a weight that is not repacked.
     """
     load()
-    y: Tensor = torch.ops.phi4rv_cuda.gemv(x, w, norm, eps, residual, swiglu)
+    if isinstance(w, QuantizedWeight):
+        raise TypeError("decode_gemv: w is a QuantizedWeight; give cuda.repack(w), made once")
+    data, scales = (w.data, w.scales) if isinstance(w, RepackedWeight) else (w, None)
+    y: Tensor = torch.ops.phi4rv_cuda.decode_gemv(x, data, scales, norm, eps, residual, swiglu)
     return y
 
 
@@ -244,8 +279,17 @@ def _differentiate_into(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return differentiate_into(ctx, dout)
 
 
-def _fake_gemv(x: Tensor, w: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, swiglu: bool) -> Tensor:
-    return x.new_empty(x.shape[0], w.shape[0] // 2 if swiglu else w.shape[0])
+def _fake_gemv(
+    x: Tensor,
+    w: Tensor,
+    scales: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    swiglu: bool,
+) -> Tensor:
+    columns = w.shape[0] * 8 if w.ndim == 3 else w.shape[0]
+    return x.new_empty(x.shape[0], columns // 2 if swiglu else columns)
 
 
 def _fake_attention(

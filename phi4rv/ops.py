@@ -93,6 +93,10 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "scatter_rows": _operation("scatter_rows", "projector"),
     "linear_cross_entropy": _operation("linear_cross_entropy"),
     "quantized_linear": _operation("quantized_linear"),
+    "decode_gemv": {
+        "cuda": Implementation("phi4rv.cuda", "decode_gemv", cuda.why_not),
+        **_operation("decode_gemv", "quantized_linear"),
+    },
     "adamw": _operation("adamw"),
 }
 
@@ -122,6 +126,7 @@ class Operations:
     scatter_rows: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
     quantized_linear: Callable[..., Any]
+    decode_gemv: Callable[..., Any]
     adamw: Callable[..., Any]
 
     def __init__(self, kernels: str | None = None, device: torch.device | str = "cpu"):

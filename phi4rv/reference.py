@@ -313,3 +313,25 @@ def _store(target: Tensor | Moment8, x: Tensor, bits: Tensor | None, signed: boo
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x (…, K) · weightᵀ (N, K) + bias (N,), the weight dequantised to x's dtype. The weight gets no gradient."""
     return F.linear(x, dequantize(weight, x.dtype), bias)
+
+
+def decode_gemv(
+    x: Tensor,
+    w: Tensor | QuantizedWeight,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> Tensor:
+    """f(norm(x) wᵀ) + residual for 1 to 8 rows: one of a decoder layer's products with what stands around it.
+
+    x (M, K), w (N, K). norm (K,): x is RMS-normalised with this weight and eps first. swiglu: f is silu(gate) · up
+    of a row's halves, else nothing. Returns (M, N) or (M, N/2), as residual is.
+    """
+    if norm is not None:
+        x = rms_norm(x, norm, eps)[0]
+    y = quantized_linear(x, w) if isinstance(w, QuantizedWeight) else F.linear(x, w)
+    if swiglu:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return y if residual is None else y + residual

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from phi4rv import reference
+from phi4rv.quantized import dequantize, quantize
 
 F32 = 1e-5  # bound for float32 against float64
 
@@ -142,6 +143,18 @@ def test_pointwise() -> None:
     tanh = 0.5 * wide * (1 + (math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)).tanh())
     assert relative(reference.gelu_tanh(x), tanh) < F32
     assert gradcheck(reference.swiglu, leaf(2, 6)) and gradcheck(reference.gelu_tanh, leaf(2, 3))
+
+
+def test_decode_gemv() -> None:
+    x, w, norm = random(3, 160) * 2, random(12, 160, seed=1), random(160, seed=2)
+    for given, columns in ((w, w.double()), (q := quantize(w, "int4"), dequantize(q, torch.float64))):
+        sums = naive_rms_norm(x, norm, 1e-5) @ columns.T
+        gated = sums[:, :6] / (1 + (-sums[:, :6]).exp()) * sums[:, 6:]
+        for swiglu, expected in ((False, sums), (True, gated)):
+            residual = random(*expected.shape, seed=3)
+            y = reference.decode_gemv(x, given, norm, 1e-5, residual, swiglu)
+            assert relative(y, expected + residual.double()) < F32
+        assert relative(reference.decode_gemv(x, given), x.double() @ columns.T) < F32
 
 
 def test_projector() -> None:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from phi4rv.quantized import FORMATS, GROUP, QuantizedWeight, dequantize, part
 from triton_kernels.launch import multiprocessors, require, require_float, rows
+from triton_kernels.rms_norm import rms_norm
+from triton_kernels.swiglu import swiglu as silu_times
 from triton_kernels.tuning import Space
 
 ROW = Space(
@@ -380,3 +382,20 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     """
     data = weight.data.view(torch.uint8)
     return forward(x, weight.format, data, weight.scales, weight.zeros, *weight.shape, bias)
+
+
+def decode_gemv(
+    x: Tensor,
+    w: Tensor | QuantizedWeight,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> Tensor:
+    """See ``reference.decode_gemv``: one kernel after another, and the library's product for a weight in full."""
+    if norm is not None:
+        x = rms_norm(x, norm, eps)[0]
+    y = quantized_linear(x, w) if isinstance(w, QuantizedWeight) else torch.nn.functional.linear(x, w)
+    if swiglu:
+        y = silu_times(y)
+    return y if residual is None else y + residual

@@ -54,6 +54,17 @@ uint32_t permute(uint32_t a, uint32_t b) {
 }
 
 template <typename T>
+uint32_t subtract(uint32_t a, uint32_t b) {
+  const float2 x = unpack<T>(a), y = unpack<T>(b);
+  return pack<T>(x.x - y.x, x.y - y.y);
+}
+template <typename T>
+uint32_t scale(uint32_t a, uint32_t by) {
+  const float2 x = unpack<T>(a), y = unpack<T>(by);
+  return pack<T>(x.x * y.x, x.y * y.y);
+}
+
+template <typename T>
 void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
   uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const auto* all = emulator::exchange(mine, sizeof(mine));

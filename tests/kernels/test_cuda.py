@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from csrc import build
-from phi4rv import cuda, reference
-from tests.kernels.check import CUDA_PLACES, Place, draw, parity
+from phi4rv import cuda
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 needs_nvcc = pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")
@@ -48,7 +46,7 @@ def test_loads_without_a_gpu(compiled: Path) -> None:
     """The compiled library registers its operators and checks arguments where PyTorch has no CUDA."""
     code = (
         "import torch; from phi4rv import cuda; cuda.load(); x = torch.zeros(1, 64, dtype=torch.bfloat16)\n"
-        "try: cuda.gemv(x, torch.zeros(8, 64, dtype=torch.bfloat16))\n"
+        "try: cuda.decode_gemv(x, torch.zeros(8, 64, dtype=torch.bfloat16))\n"
         "except RuntimeError as error: print(error)"
     )
     environment = {**os.environ, "PHI4RV_EMULATE": "0", "CUDA_VISIBLE_DEVICES": ""}
@@ -79,11 +77,13 @@ def test_machine_code_of_attention(functions: dict[str, str]) -> None:
 
 
 @needs_nvcc
-def test_machine_code_of_gemv(functions: dict[str, str]) -> None:
-    """It does not wait for x."""
-    for name, code in functions.items():
-        if "gemv" in name:
-            assert "LDG.E.NA.LTC256B.128" in code[: code.index("ACQBULK")], name
+def test_machine_code_of_decode_gemv(functions: dict[str, str]) -> None:
+    """The first weights are asked for before it waits for the kernel in front."""
+    gemvs = [code for name, code in functions.items() if "decode_gemv" in name]
+    assert len(gemvs) == 20  # two dtypes, five kinds of weight, with a norm or without
+    for code in gemvs:
+        before = code[: code.index("ACQBULK")]  # griddepcontrol.wait
+        assert "LDGSTS.E.BYPASS.LTC256B.128" in before and "HMMA.16816.F32" in code
 
 
 @needs_nvcc
@@ -134,47 +134,6 @@ def test_attention_checks() -> None:
         cuda.packed_attention(q, q, q, ends, 4, True, ends)
 
 
-def test_gemv_checks() -> None:
-    x, w = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(16, 64, dtype=torch.bfloat16)
-    for arguments, message in [
-        ((torch.zeros(9, 64, dtype=torch.bfloat16), w), "x has 9 rows, must have 1 to 8"),
-        ((x[:, :40].contiguous(), w[:, :40].contiguous()), "k is 40, must be a multiple of 32"),
-        ((x, w[:12]), "n is 12, must be a multiple of 8"),
-        ((x, w.half()), "w must have the dtype of x"),
-        ((x, w, x[0, :32]), "norm must be"),
-        ((x, w, None, 0.0, x), r"residual must be \(2, 16\)"),
-    ]:
-        with pytest.raises(RuntimeError, match=message):
-            cuda.gemv(*arguments)
-
-
 def test_fakes() -> None:
     q, k = (torch.zeros(5, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
     assert cuda.packed_attention(q, k, k, offsets([5]).to("meta"), 5, True).shape == (5, 4, 128)
-    x, w = (torch.zeros(rows, 64, dtype=torch.bfloat16, device="meta") for rows in (3, 32))
-    assert (cuda.gemv(x, w).shape, cuda.gemv(x, w, swiglu=True).shape) == ((3, 32), (3, 16))
-
-
-@pytest.mark.parametrize("place", CUDA_PLACES)
-@pytest.mark.parametrize("rows", [1, 2, 7, 8])
-@pytest.mark.parametrize(("N", "K"), [(8, 32), (7680, 5120), (5120, 17920), (24, 4000)])
-def test_gemv(place: Place, rows: int, N: int, K: int) -> None:
-    x, w, residual = draw(place, rows, K), draw(place, N, K, scale=K**-0.5), draw(place, rows, N)
-    parity(
-        lambda x, w, r: cuda.gemv(x, w, residual=r),
-        lambda x, w, r: F.linear(x, w) + r,
-        (x, w, residual),
-        gradients=False,
-    )
-
-
-@pytest.mark.parametrize("place", CUDA_PLACES)
-@pytest.mark.parametrize("rows", [1, 8])
-def test_gemv_with_norm_and_swiglu(place: Place, rows: int) -> None:
-    x, norm, w = draw(place, rows, 5120), draw(place, 5120), draw(place, 2 * 1600, 5120, scale=5120**-0.5)
-    parity(
-        lambda x, n, w: cuda.gemv(x, w, n, 1e-5, swiglu=True),
-        lambda x, n, w: reference.swiglu(F.linear(reference.rms_norm(x, n, 1e-5)[0], w)),
-        (x, norm, w),
-        gradients=False,
-    )
