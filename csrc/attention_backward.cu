@@ -436,7 +436,7 @@ cudaError_t launch(const AttentionBackward& b, cudaStream_t stream) {
   a.count = b.schedule, a.tiles = reinterpret_cast<const int2*>(b.schedule + 2);
   a.tokens = b.tokens, a.places = row_tiles(b), a.kv_heads = b.kv_heads, a.heads_per_key = b.heads / b.kv_heads;
   a.scale = b.scale;
-  error = schedule_keys(b.cu_seqlens, b.documents, KEYS, CAUSAL, b.schedule, stream);
+  error = schedule_keys(b.cu_seqlens, b.documents, KEYS, CAUSAL, schedule_bound(b), b.schedule, stream);
   if (!error) error = prepare(b, stream);
   const int most = schedule_bound(b) * b.kv_heads;
   if (!error)

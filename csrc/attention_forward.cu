@@ -444,7 +444,7 @@ cudaError_t launch(const AttentionForward& f, cudaStream_t stream) {
   a.count = f.schedule, a.tiles = reinterpret_cast<const int2*>(f.schedule + 2);
   a.tokens = f.tokens, a.heads = f.heads, a.heads_per_key = f.heads / f.kv_heads;
   a.scale = f.scale, a.scale2 = f.scale * LOG2E;
-  error = schedule(f.cu_seqlens, f.documents, S::ROWS, CAUSAL, f.schedule, stream);
+  error = schedule(f.cu_seqlens, f.documents, S::ROWS, CAUSAL, schedule_bound(f), f.schedule, stream);
   if (error) return error;
   const int most = schedule_bound(f) * (f.heads / CLUSTER), clusters = min(most, f.multiprocessors / CLUSTER);
   const Launch grid{clusters * CLUSTER, S::THREADS, shared_bytes<Shared<T, D>>, CLUSTER, true};

@@ -212,6 +212,7 @@ def _spread(
     dy: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, w0, b0, w1 and b1, None where not wanted."""
+    require_float(x, "projector's gradient: x")
     grads = iter(backward(dy, x, w0, b0, w1, list(wanted)) if any(wanted) else [])
     return tuple(next(grads) if of else None for of in wanted)
 

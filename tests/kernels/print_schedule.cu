@@ -14,7 +14,7 @@ int main(int count, char** words) {
     offsets.push_back(offsets.back() + length), tiles += (length + rows - 1) / rows;
   }
   std::vector<int> out(2 + 2 * tiles, -1);
-  if (phi4rv::schedule(offsets.data(), documents, rows, std::atoi(words[2]), out.data(), nullptr)) return 1;
+  if (phi4rv::schedule(offsets.data(), documents, rows, std::atoi(words[2]), tiles, out.data(), nullptr)) return 1;
   if (out[0] != tiles) return 2;
   for (int i = 0; i < tiles; i++) std::printf("%d %d\n", out[2 + 2 * i], out[3 + 2 * i]);
 }
