@@ -369,6 +369,23 @@ def test_wrong_arguments_are_named() -> None:
         reference.packed_attention(q, k, v, cu_seqlens, 4, False, torch.ones(4, dtype=torch.int32))
 
 
+def test_wrong_arguments_of_csrc_are_named(csrc: None) -> None:
+    q, ends = torch.zeros(4, 2, 72, dtype=torch.bfloat16), torch.tensor([0, 4], dtype=torch.int32)
+    for message, arguments in {
+        "q must be bfloat16 or float16": (q.float(), q, q, ends),
+        "k must have the dtype of q": (q, q.half(), q, ends),
+        "k must have q's tokens and head_dim": (q, q[:3], q, ends),
+        "heads of a row must follow each other": (q[..., :40], q[..., :40], q[..., :40], ends),
+        "those of k and v, which must be equal": (q, q, q[:, :1], ends),
+        r"cu_seqlens must be \(documents \+ 1\) int32": (q, q, q, ends.long()),
+        "head_dim is 96, must be 64, 72, 80 or 128": (*(q.new_zeros(4, 2, 96),) * 3, ends),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            cuda.packed_attention(*arguments, max_seqlen=4, causal=False)
+    with pytest.raises(ValueError, match="has no key_ends"):
+        cuda.packed_attention(q, q, q, ends, 4, True, ends)
+
+
 def test_flash_attn_says_why_not() -> None:
     q = torch.ones(4, 1, 16)
     cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
