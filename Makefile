@@ -37,7 +37,7 @@ recipe: setup
 	$(TORCHRUN) train/main.py --stage 3 --checkpoint out/recipe/stage-2/model --output out/recipe/stage-3
 
 test: dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 bench: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run

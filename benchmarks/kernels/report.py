@@ -13,7 +13,7 @@ Record = dict[str, Any]
 
 WIDTH, SHAPE = 138, 50
 STATUS = {"failed": "failed", "wrong": "wrong", "not measured": "not run"}
-CPU = "On a CPU, interpreted at tiny shapes: what counts is that everything runs; the times say nothing."
+CPU = "On a CPU, interpreted or emulated at tiny shapes: what counts is that everything runs; the times say nothing."
 LEGEND = (
     "ms: median of interleaved rounds over inputs larger than the L2; ±%: half of the rounds lie within this width",
     "MiB: most memory above the inputs, a backward pass with its forward; ceiling: share of the copy bandwidth or the",
@@ -110,7 +110,7 @@ def chart(result: dict[str, Any], title: str, file: Path) -> None:
     image = Image.new("RGB", (LABEL + BAR + NOTE, TOP + ROW * len(rows) + BOTTOM), PAPER)
     draw = ImageDraw.Draw(image)
     text, small = ImageFont.load_default(14), ImageFont.load_default(12)
-    draw.text((12, 10), "Triton kernels: share of the speed of light", INK, ImageFont.load_default(20))
+    draw.text((12, 10), "Kernels: share of the speed of light", INK, ImageFont.load_default(20))
     draw.text((12, 38), title, INK, small)
     _key(draw, small)
     bottom = TOP + ROW * len(rows)
