@@ -181,6 +181,7 @@ __device__ inline void produce(const Arguments& a, Shared<T, D>& s) {
     load_tile(s.k, &a.k, &s.kv_full, w.head, w.first);
     load_tile(s.v, &a.v, &s.kv_full, w.head, w.first);
     Tile t = first_tile(a, w);
+#pragma unroll 1
     for (int i = 0; i < w.tiles; i++, next_tile(w, t), stage.next()) {
       wait(&s.q_empty[stage.at], stage.odd ^ 1);
       arrive_expecting(&s.q_full[stage.at], sizeof(s.q[0]) + sizeof(s.rows[0]));

@@ -13,8 +13,9 @@
 // rest and that nobody attends to loosen the bound by as much: up to a factor of 2^13 in a document of 200 rows, 2^9
 // at 3600, 2^7 at 16384 the roundings stay under bfloat16's. Past that dq loses bits, but always the same ones.
 //
-// What is not finite, dq_i included, gives NaN. Infinities of one document also reach dk and dv of the one before,
-// whose last tile of rows holds them with weight zero.
+// What is not finite, dq_i included, gives NaN. A document's last tiles also hold rows of the next with weight zero:
+// what is not finite there reaches its dq, dk and dv. The weights must sum to about 1, that is, lse must be forward's:
+// of scores over 2^22 it has too few bits for that, and sums could wrap.
 #pragma once
 
 #include <cuda_runtime.h>

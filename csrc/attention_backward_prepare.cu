@@ -152,18 +152,19 @@ __global__ void __launch_bounds__(THREADS, 4) finish_tile(const __grid_constant_
   const float* norms = b.rows + ((int64_t(t.head) * row_tiles(b) + t.place) * ROW_VALUES + NORM) * ROWS;
   float unit[8];
 #pragma unroll
-  for (int j = 0; j < 8; j++) unit[j] = column_bound<D>(bounds, column + j) * 0x1p-30f;
+  for (int j = 0; j < 8; j++) unit[j] = column_bound<D>(bounds, column + j);
   for (int row = t.first + threadIdx.x / LANES; row < t.last; row += THREADS / LANES) {
     const float norm = norms[row - t.first] * b.scale;
     const int64_t half = t.head * (D / WIDTH) + column / WIDTH;
     const int block = exchanged<WIDTH>(column % WIDTH / 8, row);
     const auto* sums = reinterpret_cast<const int4*>(b.sums + (half * b.tokens + row) * WIDTH + block * 8);
     const int4 low = sums[0], high = sums[1];
+    const auto real = [](int sum) { return sum * 0x1p-30f; };  // first: with the norm it might be subnormal
     uint4 dq;
-    dq.x = pack<T>(low.x * (norm * unit[0]), low.y * (norm * unit[1]));
-    dq.y = pack<T>(low.z * (norm * unit[2]), low.w * (norm * unit[3]));
-    dq.z = pack<T>(high.x * (norm * unit[4]), high.y * (norm * unit[5]));
-    dq.w = pack<T>(high.z * (norm * unit[6]), high.w * (norm * unit[7]));
+    dq.x = pack<T>(real(low.x) * (norm * unit[0]), real(low.y) * (norm * unit[1]));
+    dq.y = pack<T>(real(low.z) * (norm * unit[2]), real(low.w) * (norm * unit[3]));
+    dq.z = pack<T>(real(high.x) * (norm * unit[4]), real(high.y) * (norm * unit[5]));
+    dq.w = pack<T>(real(high.z) * (norm * unit[6]), real(high.w) * (norm * unit[7]));
     *reinterpret_cast<uint4*>(static_cast<T*>(b.dq) + (int64_t(row) * b.heads + t.head) * D + column) = dq;
   }
 }

@@ -59,13 +59,17 @@ phi4rv::Type short_float(const Tensor& x, const char* name) {
   return x.scalar_type() == ScalarType::BFloat16 ? phi4rv::Type::bfloat16 : phi4rv::Type::float16;
 }
 
+// Of a single row it may be anything.
+int64_t row_stride(const Tensor& x) { return x.size(0) > 1 ? x.stride(0) : x.size(1) * x.size(2); }
+
 // A (rows, heads, channels) view whose rows may lie apart: what the copy engine can read.
 void check_heads(const Tensor& x, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(x.dim() == 3, name, " must be (tokens, heads, head_dim)");
   STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, " must have the dtype of q");
   STD_TORCH_CHECK(x.size(0) == like.size(0) && x.size(2) == like.size(2), name, " must have q's tokens and head_dim");
-  STD_TORCH_CHECK(x.stride(2) == 1 && x.stride(1) == x.size(2), name, ": the heads of a row must follow each other");
-  STD_TORCH_CHECK(x.stride(0) % 8 == 0, name, ": rows must start at multiples of 8 elements");
+  STD_TORCH_CHECK(x.stride(2) == 1 && (x.size(1) == 1 || x.stride(1) == x.size(2)), name,
+                  ": the heads of a row must follow each other");
+  STD_TORCH_CHECK(row_stride(x) % 8 == 0, name, ": rows must start at multiples of 8 elements");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, " must start at a multiple of 16 bytes");
 }
 
@@ -89,7 +93,9 @@ std::tuple<Tensor, Tensor> packed_attention(
                       cu_seqlens.get_device_index() == q.get_device_index(),
                   "packed_attention: q, k, v and cu_seqlens must be on one CUDA device");
   f.documents = cu_seqlens.size(0) - 1;
-  f.q_stride = q.stride(0), f.k_stride = k.stride(0), f.v_stride = v.stride(0);
+  f.q_stride = row_stride(q), f.k_stride = row_stride(k), f.v_stride = row_stride(v);
+  STD_TORCH_CHECK(max_seqlen > 0 || q.size(0) == 0, "packed_attention: max_seqlen is ", max_seqlen,
+                  ", must be the longest document's length or more");
   f.max_seqlen = max_seqlen, f.causal = causal;
   f.scale = 1.0f / std::sqrt(float(f.head_dim));
   const DeviceGuard guard(q);
@@ -134,7 +140,9 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
     together = together && on_device(*x) && x->get_device_index() == q.get_device_index();
   STD_TORCH_CHECK(together, "packed_attention_backward: all tensors must be on one CUDA device");
   b.documents = cu_seqlens.size(0) - 1;
-  b.dout_stride = dout.stride(0), b.q_stride = q.stride(0), b.k_stride = k.stride(0), b.v_stride = v.stride(0);
+  b.dout_stride = row_stride(dout), b.q_stride = row_stride(q), b.k_stride = row_stride(k), b.v_stride = row_stride(v);
+  STD_TORCH_CHECK(max_seqlen > 0 || q.size(0) == 0, "packed_attention_backward: max_seqlen is ", max_seqlen,
+                  ", must be the longest document's length or more");
   b.max_seqlen = max_seqlen, b.causal = causal;
   b.scale = 1.0f / std::sqrt(float(b.head_dim));
   const DeviceGuard guard(q);

@@ -41,11 +41,12 @@ __device__ inline void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// At the same barrier of another block of the cluster.
+// At the same barrier of another block of the cluster. As in CUTLASS without .release.cluster, which costs a fence of the
+// whole GPU: enough where what comes before are products that have been waited for.
 __device__ inline void arrive_at(uint64_t* barrier, int rank) {
   asm volatile(
-      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, "
-      "[there];}" ::"r"(shared_address(barrier)),
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(
+          shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
@@ -55,13 +56,14 @@ __device__ inline void arrive_expecting(uint64_t* barrier, uint32_t bytes) {
                : "memory");
 }
 
-// Returns once the phase of this parity is complete; a fresh barrier counts as having completed parity 1.
+// Returns once the phase of this parity is complete; a fresh barrier counts as having completed parity 1. Acquires for
+// the block, not for the cluster, which would empty L1.
 __device__ inline void wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}\n" ::"r"(shared_address(barrier)),
       "r"(parity)

@@ -49,6 +49,11 @@ cudaError_t tensor_map(
     CUtensorMap& map, const void* data, Type type, std::initializer_list<int64_t> sizes,
     std::initializer_list<int64_t> strides, std::initializer_list<int> box, bool swizzled) {
   if (!encoder()) return cudaErrorSymbolNotFound;
+  // The encoder needs a current context, which a new thread gets only by its first call that sets the device.
+  int device;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaSetDevice(device);
+  if (error) return error;
   cuuint64_t extents[4], steps[3];
   cuuint32_t boxes[4], every[4] = {1, 1, 1, 1};
   std::copy(sizes.begin(), sizes.end(), extents);
@@ -58,7 +63,7 @@ cudaError_t tensor_map(
       &map, kind(type), sizes.size(), const_cast<void*>(data), extents, steps, boxes, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
       swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidResourceHandle;
 }
 
 #endif

@@ -382,6 +382,8 @@ def test_wrong_arguments_of_csrc_are_named(csrc: None) -> None:
     }.items():
         with pytest.raises(RuntimeError, match=message):
             cuda.packed_attention(*arguments, max_seqlen=4, causal=False)
+    with pytest.raises(RuntimeError, match="max_seqlen is 0, must be the longest"):
+        cuda.packed_attention(q, q, q, ends, 0, False)
     with pytest.raises(ValueError, match="has no key_ends"):
         cuda.packed_attention(q, q, q, ends, 4, True, ends)
 
