@@ -151,7 +151,8 @@ class Processor:
             patches=torch.empty(0, PATCH_INPUTS),
             grids=torch.tensor(list(grids), dtype=torch.int32).view(-1, 2),
             image_positions=torch.tensor(positions, dtype=torch.int64),
-            reasoning=labelled and any(m.role == "assistant" and m.content.lstrip().startswith(THINK) for m in messages),
+            reasoning=labelled
+            and any(m.role == "assistant" and m.content.lstrip().startswith(THINK) for m in messages),
         )
 
     def decode(self, ids: Sequence[int]) -> str:
