@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from torch import nn
 
@@ -69,6 +70,7 @@ class Sizes:
     ends: int
 
     @staticmethod
+    @cache
     def of(config: Config, stage: Stage) -> Sizes:
         """Counted on the meta device: nothing is allocated."""
         model = empty_model(config, "cpu", DTYPES[config.dtype], "torch")
@@ -202,7 +204,7 @@ def sample_operations(config: Config, stage: Stage, data: Data, setting: Setting
 
 
 def micro_steps(stage: Stage, data: Data, setting: Setting) -> tuple[float, int]:
-    """Packed sequences of a GPU in a step, on average, and how often it runs to take them ``setting.rows`` at a time."""
+    """Packed sequences of a GPU in a step, on average, and how often it runs, ``setting.rows`` of them at a time."""
     rows = stage.global_batch * data.tokens / stage.sequence_length / setting.gpus
     return rows, max(1, math.ceil(rows / setting.rows - 1e-9))
 
@@ -233,8 +235,8 @@ def link_seconds(sent: float, gpu: GPU, gpus: int) -> tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of a step: products, collectives, update; days of the stage, the collectives hidden behind the products
-    as far as they go, and with nothing hidden.
+    """Seconds of a global batch: products, collectives, update; days of the stage, the collectives hidden behind the
+    products as far as they go, and with nothing hidden.
     """
 
     compute: float
@@ -265,6 +267,8 @@ def time(config: Config, stage: Stage, sizes: Sizes, data: Data, setting: Settin
     seconds = total * stage.global_batch * whole / setting.gpus / (efficiency * gpu.tflops * 1e12)
     links = link_seconds(sum(collectives(sizes, setting, times).values()), gpu, setting.gpus)[2]
     trained = setting.lora_rank * sizes.ends if setting.lora_rank else sizes.trained
-    # Read gradient, master and moments; write master, moments and weight: 30 bytes a parameter, at the memory's speed.
-    update = trained / setting.gpus * 30 / (gpu.bandwidth * 1e9)
+    # At the memory's speed. adamw reads gradient, master and moments and writes master, moments and weight, 30 bytes a
+    # parameter; layerwise, after every row, reads gradient, weight and moments and writes weight and moments.
+    traffic = 10 * times if setting.optimizer == "layerwise" else 30
+    update = trained / setting.gpus * traffic / (gpu.bandwidth * 1e9)
     return Time(seconds, links, update, data.samples / stage.global_batch)

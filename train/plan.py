@@ -18,6 +18,7 @@ from train import estimate, recipe
 from train.estimate import Data, Setting, Sizes
 from train.hardware import GPUS
 from train.metrics import finite, read_metrics
+from train.plan_table import GIGA, text
 from train.recipe import Stage
 
 # The report's tables: samples and tokens of each stage. Its run: GPUs, their kind, days (the model card).
@@ -25,9 +26,7 @@ REPORTED = {1: (2.0e6, 1.4e9), 2: (62.8e6, 188.5e9), 3: (3.2e6, 12e9)}
 REPORT_RUN = (240, "b200", 4.0)
 # Shares of the tokens that the report does not give: assumptions, each an option, or taken from --measured.
 IMAGE_SHARE, LABELLED_SHARE, EFFICIENCY = 0.5, 0.25, 0.4
-SMALL_GPUS = (80, 48)  # GB, of the cards that one-GPU settings are held to
-LORA_RANK = 16
-GIGA = 1e9
+LORA_RANK = 16  # of the adapters that --gpus 1 looks at
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -136,15 +135,17 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     shares = {**defaults, **found, **given}
     data, sizes = mean_sample(args.stage, shares), Sizes.of(config, stage)
     gpu = replace(GPUS[args.gpu], memory=args.memory or GPUS[args.gpu].memory)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    looked_at: list[Setting] = []
     for setting in settings(args):
         parts = estimate.memory(config, stage, sizes, data, setting)
         time = estimate.time(config, stage, sizes, data, setting, gpu, shares["efficiency"])
         total = sum(parts.values())
         row = {"options": option_line(setting), "memory": parts, "total": total, "fits": total <= gpu.memory * GIGA}
         rows.append(row | {"step_seconds": time.step, "days": time.days, "setting": asdict(setting)})
-    first = next((row for row in rows if row["fits"]), None)
-    chosen = Setting(**(first or rows[-1])["setting"])
+        looked_at.append(setting)
+    fitting = [number for number, row in enumerate(rows) if row["fits"]]
+    chosen = looked_at[fitting[0] if fitting else -1]
     return {
         **{"gpus": args.gpus, "gpu": args.gpu, "gpu_stated": asdict(gpu), "stage": args.stage},
         **{"sequence_length": stage.sequence_length, "global_batch": stage.global_batch},
@@ -152,7 +153,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         "shares": {n: {"value": v, "from": "given" if n in given else "measured" if n in found else "assumed"}
                    for n, v in shares.items()},
         "settings": rows,
-        "first_fit": first and first["options"],
+        "first_fit": option_line(chosen) if fitting else None,
         "chosen": details(config, stage, sizes, data, chosen, gpu, shares["efficiency"]),
         "report": report_run(shares),
     }  # fmt: skip
@@ -186,22 +187,20 @@ def report_run(shares: dict[str, float]) -> dict[str, float]:
     gpus, kind, days = REPORT_RUN
     config, tokens = Config(), sum(tokens for _, tokens in REPORTED.values())
     seconds, peak = gpus * days * 86400 * 1e12, GPUS[kind].tflops
-    parameters = Sizes.of(config, recipe.STAGES[2]).all
-    useful = 0.0
-    for number, (samples, _) in REPORTED.items():
-        stage, data = recipe.STAGES[number], mean_sample(number, shares)
-        useful += samples * estimate.sample_operations(config, stage, data, Setting())[0]
-    six = 6.0 * parameters * tokens
+    stages = {n: (recipe.STAGES[n], Sizes.of(config, recipe.STAGES[n]), mean_sample(n, shares)) for n in REPORTED}
+    useful = sum(d.samples * estimate.sample_operations(config, s, d, Setting())[0] for s, _, d in stages.values())
+    six = 6.0 * stages[2][1].all * tokens
+    share = useful / seconds / peak
+    times = [estimate.time(config, s, z, d, Setting(gpus), GPUS[kind], share) for s, z, d in stages.values()]
     return {
+        "days_planned": sum(time.days for time in times),
         **{"gpus": gpus, "days": days, "tokens": tokens, "tflops_6pd": six / seconds},
         **{"share_6pd": six / seconds / peak, "tflops_useful": useful / seconds},
-        "share_useful": useful / seconds / peak,
+        "share_useful": share,
     }
 
 
 def run(argv: Sequence[str] | None) -> None:
-    from train.plan_table import text
-
     args = arguments(argv)
     made = plan(args)
     print(json.dumps(made, indent=2) if args.json else text(made))

@@ -37,7 +37,7 @@ def _memory(plan: dict[str, Any]) -> str:
     rows = plan["settings"]
     kinds = list(rows[0]["memory"])
     width = max(len(row["options"]) for row in rows)
-    heads = "".join(f"{kind:>12}" for kind in [*kinds, "total", "s/step"])
+    heads = "".join(f"{kind:>12}" for kind in [*kinds, "total", "s/batch"])
     lines = ["memory of a GPU, GB (10⁹ bytes)", f"{'':{width}}{heads}  fits"]
     for row in rows:
         cells = [f"{row['memory'][kind] / GIGA:.1f}" for kind in kinds]
@@ -69,7 +69,7 @@ def _one_gpu(plan: dict[str, Any]) -> str:
 
 def _step(plan: dict[str, Any]) -> str:
     c = plan["chosen"]
-    lines = [f"a step with {c['options']}"]
+    lines = [f"a global batch with {c['options']}"]
     lines.append(f"{c['rows_per_gpu']:.2f} rows a GPU, run in {c['micro_steps']} times forward and backward")
     if c["sent"]:
         sent = ", ".join(f"{name} {size / GIGA:.1f} GB" for name, size in c["sent"].items())
@@ -78,12 +78,12 @@ def _step(plan: dict[str, Any]) -> str:
             f"{c['to_other_nodes'] / GIGA:.1f} GB to others: {c['link_seconds']:.2f} s"
         )
     lines.append(
-        f"products {c['compute_seconds']:.2f} s, update {c['update_seconds']:.2f} s; {c['step_seconds']:.2f} s with the "
-        f"sending hidden behind the products; {c['tokens_per_second']:,.0f} tokens/s, "
+        f"products {c['compute_seconds']:.2f} s, update {c['update_seconds']:.2f} s; {c['step_seconds']:.2f} s with "
+        f"the sending hidden behind the products; {c['tokens_per_second']:,.0f} tokens/s, "
         f"{c['useful_tflops']:.0f} useful TFLOP/s a GPU"
     )
-    lines.append(f"{c['steps']:,.0f} steps: {c['days']:.2f} days; {c['days_nothing_hidden']:.2f} with nothing hidden")
-    days = ", ".join(f"{share:.0%}: {d:.2f}" for share, d in c["days_by_efficiency"].items())
+    lines.append(f"{c['steps']:,.0f} batches: {c['days']:.2f} days; {c['days_nothing_hidden']:.2f} with nothing hidden")
+    days = ", ".join(f"{100 * share:.3g} %: {d:.2f}" for share, d in c["days_by_efficiency"].items())
     lines.append(f"days by efficiency: {days}")
     return "\n".join(lines)
 
@@ -91,7 +91,10 @@ def _step(plan: dict[str, Any]) -> str:
 def _report(plan: dict[str, Any]) -> str:
     r = plan["report"]
     return (
-        f"the report: {r['tokens'] / GIGA:.1f} B tokens on {r['gpus']} B200 in {r['days']:g} days; by 6 operations a "
-        f"parameter and token {r['tflops_6pd']:.0f} TFLOP/s a GPU, {r['share_6pd']:.1%} of the stated peak; by the useful "
-        f"products, with the shares above, {r['tflops_useful']:.0f}, {r['share_useful']:.1%}"
+        f"the report's run: {r['tokens'] / GIGA:.1f} B tokens on {r['gpus']} B200 in {r['days']:g} days\n"
+        f"by 6 operations a parameter and token {r['tflops_6pd']:.0f} TFLOP/s a GPU, {r['share_6pd']:.1%} of the "
+        f"stated peak; by the useful products, with the shares above, {r['tflops_useful']:.0f}, "
+        f"{r['share_useful']:.1%}\n"
+        f"this plan at {r['share_useful']:.1%}, three stages, --shard optimizer --checkpointing none: "
+        f"{r['days_planned']:.2f} days"
     )
