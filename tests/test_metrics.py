@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from phi4rv.errors import UserError
 from train.cost import operations
 from train.data import Corpus, run_steps
 from train.guard import LEAST
-from train.metrics import Progress, peak_memory, read_metrics, speed
+from train.metrics import Progress, Timed, peak_memory, read_metrics, speed
 from train.optimizer import Optimizer
 from train.recipe import Stage, stage
 from train.trainer import Ranks, take_step, train, trainable
@@ -88,6 +89,23 @@ def test_rates_by_hand() -> None:
     made = speed({"operations": 8e12, "tokens": 300, "images": 7}, 0.5, 4, 20.0)
     assert made == {"seconds": 0.5, "tokens_per_second": 600, "images_per_second": 14, "tflops": 4.0, "mfu": 0.2}
     assert speed({"operations": 1, "tokens": 1, "images": 0}, 1.0, 1, None)["mfu"] is None
+
+
+def test_waiting_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that the test sets: 2 an item and for the end; what is done with an item, 50, does not count."""
+    now = [0.0]
+    monkeypatch.setattr("train.metrics.time.perf_counter", lambda: now[0])
+
+    def slow() -> Iterator[int]:
+        for number in range(3):
+            now[0] += 2
+            yield number
+        now[0] += 2
+
+    timed = Timed(slow())
+    for _ in timed:
+        now[0] += 50
+    assert timed.seconds == 8
 
 
 def test_memory_grows_with_what_is_held() -> None:

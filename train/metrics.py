@@ -6,8 +6,10 @@ import json
 import math
 import resource
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -15,11 +17,26 @@ from tqdm import tqdm
 from phi4rv.errors import UserError
 from train.guard import Spikes
 
+T = TypeVar("T")
 # What TensorBoard draws of a step, where a number is given.
 DRAWN = (
     *("loss", "loss_reasoning", "loss_direct", "grad_norm", "lr", "skipped_steps"),
     *("tokens_per_second", "images_per_second", "tflops", "mfu", "data_wait", "memory"),
 )
+
+
+class Timed(Iterator[T]):
+    """Passes an iterator's items on and adds up the seconds that it takes to give them."""
+
+    def __init__(self, items: Iterable[T]):
+        self.items, self.seconds = iter(items), 0.0
+
+    def __next__(self) -> T:
+        began = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 def speed(counted: dict[str, float], seconds: float, world: int, peak: float | None) -> dict[str, float | None]:

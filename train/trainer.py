@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
 from train.cost import operations
 from train.data import Corpus, Planned, Step, prefetch
-from train.metrics import peak_memory, speed
+from train.metrics import Timed, peak_memory, speed
 from train.optimizer import Optimizer, learning_rate
 from train.recipe import PARTS, Stage
 
@@ -60,12 +60,12 @@ def train(
     ``peak``: a device's TFLOP/s, which MFU is a share of.
     """
     start = optimizer.steps
-    ahead = prefetch(islice(source(), start, total), corpus, ranks.rank, ranks.world)
+    ahead = Timed(prefetch(islice(source(), start, total), corpus, ranks.rank, ranks.world))
     began = time.perf_counter()
     for number, (step, batches, skipped) in enumerate(ahead, start + 1):
-        waited = time.perf_counter() - began
+        rows = Timed(batches)
         rate = learning_rate(optimizer.stage, number - 1, total)
-        metrics = take_step(model, optimizer, batches, rate, ranks)
+        metrics = take_step(model, optimizer, rows, rate, ranks)
         seconds = time.perf_counter() - began
         counted = _count(step, optimizer.stage, model.config)
         on_step(
@@ -76,17 +76,17 @@ def train(
                 "lr": rate,
                 **counted,
                 **speed(counted, seconds, ranks.world, peak),
-                "data_wait": waited,
+                "data_wait": ahead.seconds + rows.seconds,
                 "memory": peak_memory(model.device),
                 "skipped": skipped,
                 "records": [planned.record.where for sequence in step for planned in sequence],
             }
         )
-        began = time.perf_counter()  # on_step may have saved
+        ahead.seconds, began = 0.0, time.perf_counter()  # on_step may have saved
 
 
 def take_step(
-    model: Phi4RV, optimizer: Optimizer, batches: list[PackedBatch], rate: float, ranks: Ranks
+    model: Phi4RV, optimizer: Optimizer, batches: Iterable[PackedBatch], rate: float, ranks: Ranks
 ) -> dict[str, Any]:
     """One update from this rank's batches. The losses are means over the labelled tokens of all ranks' batches.
 
