@@ -13,7 +13,7 @@ from small import small_checkpoint, write_jsonl
 from phi4rv.batch import Sample, pack
 from phi4rv.checkpoint import empty_model
 from phi4rv.config import Config, VisionConfig
-from train import estimate
+from train import duration, estimate
 from train.estimate import Data, Setting, Sizes
 from train.hardware import GPUS, named_peak, peak_tflops
 from train.plan import main, mean_sample
@@ -125,18 +125,18 @@ def test_collectives_by_hand() -> None:
     sizes = Sizes(1000, 1000, 0, 0, 0, 0)
     ring = 9 / 10
     for shard, gathers in (("optimizer", 1), ("gradients", 1), ("full", 2)):
-        sent = estimate.collectives(sizes, Setting(10, shard), 1)
+        sent = duration.collectives(sizes, Setting(10, shard), 1)
         assert sent == pytest.approx({"reduce-scatter": ring * 4000, "all-gather": ring * 2000 * gathers})
-    sent = [sum(estimate.collectives(sizes, Setting(10, shard), 3).values()) / ring for shard in estimate.SHARDS]
+    sent = [sum(duration.collectives(sizes, Setting(10, shard), 3).values()) / ring for shard in estimate.SHARDS]
     assert sent == pytest.approx([4000 + 2000, 3 * 4000 + 2000, 3 * (4000 + 2 * 2000)])
 
 
 def test_links_by_hand() -> None:
     gpu = replace(GPUS["h100"], nvlink=400, network=50, node=8)
-    inside, across, seconds = estimate.link_seconds(80e9, gpu, 16)
+    inside, across, seconds = duration.link_seconds(80e9, gpu, 16)
     assert (inside, across) == (70e9, 10e9)
-    assert seconds == pytest.approx(max(70 / 400, 10 / 50) / estimate.LINKS)
-    assert estimate.link_seconds(80e9, gpu, 8) == pytest.approx((80e9, 0, 80 / 400 / estimate.LINKS))
+    assert seconds == pytest.approx(max(70 / 400, 10 / 50) / duration.LINKS)
+    assert duration.link_seconds(80e9, gpu, 8) == pytest.approx((80e9, 0, 80 / 400 / duration.LINKS))
 
 
 def test_time_by_hand() -> None:
@@ -144,19 +144,19 @@ def test_time_by_hand() -> None:
     stage = replace(STAGES[2], global_batch=24, sequence_length=1000)
     config, data = Config(), Data(samples=2400, tokens=1000, patches=0, labelled=0)
     sizes = Sizes.of(config, stage)
-    useful, computed = estimate.sample_operations(config, stage, data, Setting(8))
+    useful, computed = duration.sample_operations(config, stage, data, Setting(8))
     assert useful == computed == pytest.approx(6 * sizes.linear * 1000 + 6 * 40 * 5120 * 1000 * 1001)
-    made = estimate.time(config, stage, sizes, data, Setting(8), GPUS["h100"], 0.5)
+    made = duration.time(config, stage, sizes, data, Setting(8), GPUS["h100"], 0.5)
     assert made.compute == pytest.approx(3 * useful / (0.5 * 989.5e12))
     assert made.days == pytest.approx(100 * (made.compute + made.update) / 86400)
     assert made.update == pytest.approx(sizes.trained / 8 * 30 / 3350e9)
     halves = replace(data, tokens=900)
-    assert estimate.micro_steps(stage, halves, Setting(8)) == (pytest.approx(2.7), 3)
-    assert estimate.sample_operations(config, stage, data, Setting(8, checkpointing="full")) == (
+    assert duration.micro_steps(stage, halves, Setting(8)) == (pytest.approx(2.7), 3)
+    assert duration.sample_operations(config, stage, data, Setting(8, checkpointing="full")) == (
         useful,
         pytest.approx(useful * 4 / 3),
     )
-    lora = estimate.sample_operations(config, stage, data, Setting(lora_rank=8))[0]
+    lora = duration.sample_operations(config, stage, data, Setting(lora_rank=8))[0]
     assert lora == useful - 2 * sizes.linear * 1000
 
 

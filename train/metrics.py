@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,7 +76,7 @@ class Progress:
     def __init__(self, path: Path, start: int, total: int):
         before = read_metrics(path) if path.exists() else []
         self.spikes = Spikes(e["loss"] for e in before if e.get("loss") is not None and not e.get("not_finite"))
-        self.file = path.open("a", encoding="utf-8")
+        self.path, self.file = path, path.open("a", encoding="utf-8")
         self.events = tensorboard(path.parent / "tensorboard", start)
         often = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log keeps every state of the bar
         self.bar = tqdm(total=total, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=often)
@@ -109,12 +110,16 @@ class Progress:
     def write(self, entry: dict[str, Any]) -> None:
         """JSON has no NaN: null."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        self.file.write(json.dumps(plain) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(plain) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room, then --resume") from None
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        with suppress(OSError):  # what could not be written has been said
+            self.file.close()
         if self.events:
             self.events.close()
 

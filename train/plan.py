@@ -14,7 +14,7 @@ from typing import Any
 from phi4rv.command import Parser, exit_status
 from phi4rv.config import Config
 from phi4rv.errors import UserError
-from train import estimate, recipe
+from train import duration, estimate, recipe
 from train.estimate import Data, Setting, Sizes
 from train.hardware import GPUS
 from train.metrics import finite, read_metrics
@@ -70,7 +70,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def measured(path: Path) -> dict[str, float]:
     """Efficiency and shares of a run, over all its steps but the first tenth: useful operations by what the devices
-    would have done at their peak in the same time.
+    would have done at their peak in the same time. What a run computes again is not in its mfu: one with full
+    checkpointing makes other settings look slower than they are.
     """
     if not path.is_file():
         raise UserError(f"--measured: {path} is no file; give a run's metrics.jsonl")
@@ -139,7 +140,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     looked_at: list[Setting] = []
     for setting in settings(args):
         parts = estimate.memory(config, stage, sizes, data, setting)
-        time = estimate.time(config, stage, sizes, data, setting, gpu, shares["efficiency"])
+        time = duration.time(config, stage, sizes, data, setting, gpu, shares["efficiency"])
         total = sum(parts.values())
         row = {"options": option_line(setting), "memory": parts, "total": total, "fits": total <= gpu.memory * GIGA}
         rows.append(row | {"step_seconds": time.step, "days": time.days, "setting": asdict(setting)})
@@ -163,13 +164,13 @@ def details(
     config: Config, stage: Stage, sizes: Sizes, data: Data, setting: Setting, gpu: Any, efficiency: float
 ) -> dict[str, Any]:
     """Communication and time of one setting, and its days at other efficiencies."""
-    rows, times = estimate.micro_steps(stage, data, setting)
-    sent = estimate.collectives(sizes, setting, times) if setting.gpus > 1 else {}
-    inside, across, _ = estimate.link_seconds(sum(sent.values()), gpu, setting.gpus)
-    time = estimate.time(config, stage, sizes, data, setting, gpu, efficiency)
-    useful = estimate.sample_operations(config, stage, data, setting)[0] * stage.global_batch
+    rows, times = duration.micro_steps(stage, data, setting)
+    sent = duration.collectives(sizes, setting, times) if setting.gpus > 1 else {}
+    inside, across, _ = duration.link_seconds(sum(sent.values()), gpu, setting.gpus)
+    time = duration.time(config, stage, sizes, data, setting, gpu, efficiency)
+    useful = duration.sample_operations(config, stage, data, setting)[0] * stage.global_batch
     tries = sorted({0.1, 0.2, 0.3, 0.4, 0.5, round(efficiency, 4)})
-    days = {x: estimate.time(config, stage, sizes, data, setting, gpu, x).days for x in tries}
+    days = {x: duration.time(config, stage, sizes, data, setting, gpu, x).days for x in tries}
     return {
         **{"options": option_line(setting), "rows_per_gpu": rows, "micro_steps": times, "sent": sent},
         **{"to_own_node": inside, "to_other_nodes": across, "compute_seconds": time.compute},
@@ -188,10 +189,10 @@ def report_run(shares: dict[str, float]) -> dict[str, float]:
     config, tokens = Config(), sum(tokens for _, tokens in REPORTED.values())
     seconds, peak = gpus * days * 86400 * 1e12, GPUS[kind].tflops
     stages = {n: (recipe.STAGES[n], Sizes.of(config, recipe.STAGES[n]), mean_sample(n, shares)) for n in REPORTED}
-    useful = sum(d.samples * estimate.sample_operations(config, s, d, Setting())[0] for s, _, d in stages.values())
+    useful = sum(d.samples * duration.sample_operations(config, s, d, Setting())[0] for s, _, d in stages.values())
     six = 6.0 * stages[2][1].all * tokens
     share = useful / seconds / peak
-    times = [estimate.time(config, s, z, d, Setting(gpus), GPUS[kind], share) for s, z, d in stages.values()]
+    times = [duration.time(config, s, z, d, Setting(gpus), GPUS[kind], share) for s, z, d in stages.values()]
     return {
         "days_planned": sum(time.days for time in times),
         **{"gpus": gpus, "days": days, "tokens": tokens, "tflops_6pd": six / seconds},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.estimate import LINKS
+from train.duration import LINKS
 
 GIGA = 1e9
 SIZES = (80, 48)  # GB, of the cards that one-GPU settings are held to
@@ -23,7 +23,7 @@ def _head(plan: dict[str, Any]) -> str:
         [
             f"stage {plan['stage']} on {plan['gpus']} {plan['gpu']}: {plan['parameters']:,} parameters, "
             f"{plan['trained']:,} trained",
-            f"a GPU as stated: {gpu['tflops']:,.0f} TFLOP/s, {gpu['memory']:g} GB, {gpu['bandwidth']:,.0f} GB/s; to "
+            f"a GPU as stated: {gpu['tflops']:,g} TFLOP/s, {gpu['memory']:g} GB, {gpu['bandwidth']:,.0f} GB/s; to "
             f"others {gpu['nvlink']:g} GB/s in a node of {gpu['node']}, {gpu['network']:g} GB/s outside, of which "
             f"{LINKS:.0%} are assumed reached",
             f"rows of {plan['sequence_length']:,} tokens, {plan['global_batch']:,} samples a step, "
