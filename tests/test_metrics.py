@@ -155,10 +155,10 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
 def test_a_full_disk(tmp_path: Path) -> None:
     progress = Progress(tmp_path / "m.jsonl", 0, 3)
-    progress.file = Path("/dev/full").open("a")
-    with pytest.raises(UserError, match=r"m\.jsonl: cannot be written \(No space left on device\)"):
-        progress.step(entry(1, 2.0))
-    progress.close()
+    with Path("/dev/full").open("a") as progress.file:
+        with pytest.raises(UserError, match=r"m\.jsonl: cannot be written \(No space left on device\)"):
+            progress.step(entry(1, 2.0))
+        progress.close()
 
 
 def test_tensorboard_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
