@@ -1,8 +1,8 @@
 """What a sample costs: the floating-point operations that its forward and backward products need, and no others.
 
 A multiplication with its addition counts as two operations. Only matrix products count (not norms, rotary embedding,
-softmax, activations or the position table's interpolation), each as often as the mathematics asks for it: no padding, no
-recomputation (activation checkpointing, attention's scores in its backward pass), no output layer on tokens without
+softmax, activations or the position table's interpolation), each as often as the mathematics asks for it: no padding,
+no recomputation (activation checkpointing, attention's scores in its backward pass), no output layer on tokens without
 a label, no upper triangle of causal attention. The sum is what MFU divides by time, and what packing shares out.
 
 Notation, from the configuration: C hidden size, I intermediate size, L layers, H heads and G key heads of
