@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,9 +15,12 @@ import torch.distributed as dist
 from phi4rv.batch import PackedBatch
 from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
-from train.data import Corpus, Planned, Step, prefetch
+from train.data import Corpus
+from train.loader import on_device, prefetch
 from train.optimizer import Optimizer, learning_rate
+from train.reader import Planned
 from train.recipe import PARTS, Stage
+from train.stream import Step
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,16 @@ def train(
     source: Callable[[], Iterator[Step]],
     total: int,
     ranks: Ranks,
-    on_step: Callable[[dict[str, Any]], None],
+    on_step: Callable[[dict[str, Any], Step], None],
 ) -> None:
-    """Runs from the optimizer's step count to ``total``; ``on_step`` gets each step's metrics (every rank calls it)."""
+    """Runs from the optimizer's step count to ``total``; ``on_step`` gets each step and its metrics on every rank."""
     start = optimizer.steps
-    ahead = prefetch(islice(source(), start, total), corpus, ranks.rank, ranks.world)
-    for number, (step, batches, skipped) in enumerate(ahead, start + 1):
+    remaining = islice((step for step in source() if step.number > start), total - start)
+    for ready in prefetch(remaining, corpus, ranks.rank, ranks.world, model.device.type == "cuda"):
+        step, number = ready.step, ready.step.number
         began = time.perf_counter()
         rate = learning_rate(optimizer.stage, number - 1, total)
-        metrics = take_step(model, optimizer, batches, rate, ranks)
+        metrics = take_step(model, optimizer, ready.batches, rate, ranks)
         seconds = time.perf_counter() - began
         counted = _count(step, optimizer.stage)
         on_step(
@@ -70,24 +74,24 @@ def train(
                 "seconds": seconds,
                 "tokens_per_second": counted["tokens"] / seconds,
                 "images_per_second": counted["images"] / seconds,
-                "skipped": skipped,
-            }
+                "skipped": ready.skipped,
+            },
+            step,
         )
 
 
 def take_step(
-    model: Phi4RV, optimizer: Optimizer, batches: list[PackedBatch], rate: float, ranks: Ranks
+    model: Phi4RV, optimizer: Optimizer, batches: Iterable[PackedBatch], rate: float, ranks: Ranks
 ) -> dict[str, float]:
     """One update from this rank's batches. The loss is the mean over the labelled tokens of all ranks' batches."""
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, labelled tokens
-    for batch in batches:
-        loss, labelled = model.loss_sum(batch.to(model.device, non_blocking=True))
+    sums = torch.zeros(2, dtype=torch.float64, device=model.device)  # loss, labelled tokens
+    for batch in on_device(batches, model.device):
+        loss, labelled = model.loss_sum(batch)
         if loss.requires_grad:  # not where stage 1 meets text alone: nothing that it trains was used
             loss.backward()
         optimizer.accumulate()
-        sums += torch.stack([loss.detach().double(), labelled.double()]).cpu()
+        sums += torch.stack([loss.detach().double(), labelled.double()])  # not read here: the device would wait
     if ranks.world > 1:
-        sums = sums.to(model.device)
         dist.all_reduce(sums)
     total, labelled_tokens = sums.tolist()
     if not labelled_tokens:
@@ -102,12 +106,12 @@ def take_step(
 def _count(step: Step, stage: Stage) -> dict[str, float]:
     """What the whole step held, on all ranks."""
     samples: list[Planned] = [planned for sequence in step for planned in sequence]
-    tokens = sum(len(p.sample) for p in samples)
+    tokens = sum(map(len, samples))
     return {
         "samples": len(samples),
         "sequences": len(step),
         "tokens": tokens,
         "filling": tokens / (len(step) * stage.sequence_length),
-        "images": sum(len(p.sample.grids) for p in samples),
-        "patches": sum(len(p.sample.image_positions) for p in samples),
+        "images": sum(len(p.grids) for p in samples),
+        "patches": sum(sum(p.patches) for p in samples),
     }
