@@ -87,7 +87,8 @@ class Corpus:
         count = len(self.lines[source])
         if self.stage.order == "file" and epoch == 0:
             return range(count)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch + (source << 48))
+        # Of the sum only 32 bits count.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch + source * 2_654_435_761)
         return torch.randperm(count, generator=generator)  # type: ignore[return-value]
 
     def plans(self, lines: Iterator[Line]) -> Iterator[list[Planned | Skipped]]:

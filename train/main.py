@@ -264,6 +264,7 @@ def run(args: argparse.Namespace) -> None:
 
     try:
         train(model, optimizer, corpus, source, total, ranks, on_step)
+        corpus.unreadable = sum(corpus.gather(corpus.unreadable))
         if progress:
             finish(model, processor, output, questions, progress)
             say(f"data: {corpus.summary()}")

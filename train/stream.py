@@ -143,6 +143,10 @@ def run_steps(corpus: Corpus, seed: int, position: Position | None = None) -> Ca
 
 def count_steps(corpus: Corpus, seed: int) -> int:
     """How many steps the stage's epochs give: measures every record once, and tells what is bad."""
-    steps = sum(1 for _ in run_steps(corpus, seed)())
+    try:
+        steps = sum(1 for _ in run_steps(corpus, seed)())
+    except BaseException:
+        corpus.close()
+        raise
     corpus.told = True
     return steps

@@ -85,6 +85,11 @@ class Workers:
         """Ends the processes; what was asked and not answered is forgotten."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+            children = multiprocessing.active_children()  # nobody else here starts any
+            for process in children:
+                process.terminate()
+            for process in children:
+                process.join(5)
             self._pool = None
 
 
