@@ -210,6 +210,12 @@ def test_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert table[2].split() == ["--optimizer", "layerwise", "--checkpointing", "full", "no"]
 
 
+def test_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    made = read(capsys, "--gpus", 8, "--lora", 4, "--frozen-weights", "int4")
+    assert made["trained"] == 4 * 3_481_600
+    assert made["first_fit"] == "--shard optimizer --lora-rank 4 --frozen-weights int4 --checkpointing none"
+
+
 def test_the_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--gpus", "240", "--gpu", "b200", "--stage", "3"]) == 0
     said = capsys.readouterr().out
