@@ -280,5 +280,6 @@ def test_peaks_by_name() -> None:
     assert named_peak("NVIDIA H100 80GB HBM3") == named_peak("NVIDIA H200") == 989.5
     assert named_peak("NVIDIA B200") == 2250
     assert named_peak("NVIDIA A100-SXM4-80GB") == 312
+    assert named_peak("NVIDIA GB200") is None, "another clock"
     assert named_peak("NVIDIA H100 PCIe") is named_peak("NVIDIA GeForce RTX 4090") is None
     assert peak_tflops(torch.device("cpu")) is None
