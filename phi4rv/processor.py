@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from phi4rv.answers import DIRECT_SPELLINGS
 from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
-from phi4rv.chat import IMAGE_MARK, ChatTemplate, Message, match_images
+from phi4rv.chat import IMAGE_MARK, THINK, ChatTemplate, Message, match_images
 from phi4rv.config import Config, read_json
 from phi4rv.errors import UserError
 from phi4rv.images import PATCH_INPUTS, image_to_patches, open_image, target_grid
@@ -129,6 +129,7 @@ class Processor:
         is its own label; otherwise the row ends where the answer begins. The answer is tokenized apart from what
         precedes it, as it is when it is generated.
         """
+        answers = [message.content for message in messages if message.role == "assistant"]
         rendered = self.template.render(messages, mode, add_generation_prompt=not labelled)
         match_images(rendered.text, len(grids))
         ids: list[int] = []
@@ -151,6 +152,7 @@ class Processor:
             patches=torch.empty(0, PATCH_INPUTS),
             grids=torch.tensor(list(grids), dtype=torch.int32).view(-1, 2),
             image_positions=torch.tensor(positions, dtype=torch.int64),
+            reasoning=labelled and answers[0].lstrip().startswith(THINK),
         )
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,9 +15,13 @@ import torch.distributed as dist
 from phi4rv.batch import PackedBatch
 from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
-from train.data import Corpus, Planned, Step, prefetch
+from train.data import Corpus
+from train.loader import on_device, prefetch
+from train.metrics import Timed, peak_memory, speed
 from train.optimizer import Optimizer, learning_rate
+from train.reader import Planned
 from train.recipe import PARTS, Stage
+from train.stream import Step
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,21 @@ def train(
     source: Callable[[], Iterator[Step]],
     total: int,
     ranks: Ranks,
-    on_step: Callable[[dict[str, Any]], None],
+    on_step: Callable[[dict[str, Any], Step], None],
+    peak: float | None = None,
 ) -> None:
-    """Runs from the optimizer's step count to ``total``; ``on_step`` gets each step's metrics (every rank calls it)."""
+    """Runs from the optimizer's step count to ``total``; ``on_step`` gets each step and its metrics on every rank.
+
+    ``peak``: a device's TFLOP/s, which MFU is a share of.
+    """
     start = optimizer.steps
-    ahead = prefetch(islice(source(), start, total), corpus, ranks.rank, ranks.world)
-    for number, (step, batches, skipped) in enumerate(ahead, start + 1):
-        began = time.perf_counter()
+    remaining = islice((step for step in source() if step.number > start), total - start)
+    ahead = Timed(prefetch(remaining, corpus, ranks.rank, ranks.world, model.device.type == "cuda"))
+    began = time.perf_counter()
+    for ready in ahead:
+        step, number, rows = ready.step, ready.step.number, Timed(ready.batches)
         rate = learning_rate(optimizer.stage, number - 1, total)
-        metrics = take_step(model, optimizer, batches, rate, ranks)
+        metrics = take_step(model, optimizer, rows, rate, ranks)
         seconds = time.perf_counter() - began
         counted = _count(step, optimizer.stage)
         on_step(
@@ -67,47 +77,64 @@ def train(
                 **metrics,
                 "lr": rate,
                 **counted,
-                "seconds": seconds,
-                "tokens_per_second": counted["tokens"] / seconds,
-                "images_per_second": counted["images"] / seconds,
-                "skipped": skipped,
-            }
+                **speed(counted, seconds, ranks.world, peak),
+                "data_wait": ahead.seconds + rows.seconds,
+                "memory": peak_memory(model.device),
+                "skipped": ready.skipped,
+                "records": [planned.where for sequence in step for planned in sequence],
+            },
+            step,
         )
+        ahead.seconds, began = 0.0, time.perf_counter()  # on_step may have saved
 
 
 def take_step(
-    model: Phi4RV, optimizer: Optimizer, batches: list[PackedBatch], rate: float, ranks: Ranks
-) -> dict[str, float]:
-    """One update from this rank's batches. The loss is the mean over the labelled tokens of all ranks' batches."""
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, labelled tokens
-    for batch in batches:
-        loss, labelled = model.loss_sum(batch.to(model.device, non_blocking=True))
+    model: Phi4RV, optimizer: Optimizer, batches: Iterable[PackedBatch], rate: float, ranks: Ranks
+) -> dict[str, Any]:
+    """One update from this rank's batches. The losses are means over the labelled tokens of all ranks' batches.
+
+    A step whose loss or gradient norm is not finite is skipped, on all ranks: ``skipped_steps`` counts them. The loss
+    of a mode that no document has is left out.
+    """
+    # Loss and labelled tokens of all documents and of those that reason; read once, after the last batch.
+    sums = torch.zeros(4, dtype=torch.float64, device=model.device)
+    for batch in on_device(batches, model.device):
+        loss, losses = model.loss_sum_by_mode(batch)
         if loss.requires_grad:  # not where stage 1 meets text alone: nothing that it trains was used
             loss.backward()
         optimizer.accumulate()
-        sums += torch.stack([loss.detach().double(), labelled.double()]).cpu()
+        sums += losses
     if ranks.world > 1:
-        sums = sums.to(model.device)
         dist.all_reduce(sums)
-    total, labelled_tokens = sums.tolist()
-    if not labelled_tokens:
+    total, labelled, reasoning, reasoned = sums.tolist()
+    if not labelled:
         raise UserError("a step without a single labelled token: the data has no answers to learn from")
-    loss_mean = total / labelled_tokens
-    if not math.isfinite(loss_mean):
-        raise UserError(f"step {optimizer.steps + 1}: the loss is {loss_mean}; lower --lr")
-    norm = optimizer.step(rate, int(labelled_tokens))
-    return {"loss": loss_mean, "grad_norm": norm, "labelled": labelled_tokens}
+    norm = math.nan
+    if math.isfinite(total):
+        norm = optimizer.step(rate, int(labelled))
+    else:
+        optimizer.skip()
+    modes = {"loss_reasoning": (reasoning, reasoned), "loss_direct": (total - reasoning, labelled - reasoned)}
+    return {
+        "loss": total / labelled,
+        **{name: part / count for name, (part, count) in modes.items() if count},
+        "grad_norm": norm,
+        "labelled": labelled,
+        "labelled_reasoning": reasoned,
+        "skipped_steps": optimizer.skipped,
+    }
 
 
 def _count(step: Step, stage: Stage) -> dict[str, float]:
-    """What the whole step held, on all ranks."""
+    """What the whole step held, on all ranks, and the useful operations that it takes."""
     samples: list[Planned] = [planned for sequence in step for planned in sequence]
-    tokens = sum(len(p.sample) for p in samples)
+    tokens = sum(map(len, samples))
     return {
         "samples": len(samples),
         "sequences": len(step),
         "tokens": tokens,
         "filling": tokens / (len(step) * stage.sequence_length),
-        "images": sum(len(p.sample.grids) for p in samples),
-        "patches": sum(len(p.sample.image_positions) for p in samples),
+        "images": sum(len(p.grids) for p in samples),
+        "patches": sum(sum(p.patches) for p in samples),
+        "operations": sum(step.costs),
     }
