@@ -187,6 +187,23 @@ def tricky_data(folder: Path) -> list[Path]:
     return [write_jsonl(folder / "one.jsonl", made[:20]), write_jsonl(folder / "two.jsonl", made[20:])]
 
 
+def test_data_that_has_grown_is_not_gone_on_with(processor: Processor, tmp_path: Path) -> None:
+    [file] = named_sources(tmp_path, {"a": 20})
+    [step] = itertools.islice(Stream(Corpus([file], processor, options()), 0).steps(), 1)
+    named_sources(tmp_path, {"a": 21})
+    with pytest.raises(UserError, match=r"--resume: the data had \[20\] records when the run was saved, not \[21\]"):
+        Stream(Corpus([file], processor, options()), 0, step.position)
+
+
+def test_a_data_file_that_vanishes_stops_even_with_skip_bad(processor: Processor, tmp_path: Path) -> None:
+    file = mixed_data(tmp_path, 20)
+    corpus = Corpus([file], processor, options(), skip_bad=True)
+    [step] = itertools.islice(Stream(corpus, 0).steps(), 1)
+    file.unlink()
+    with pytest.raises(UserError, match=r"data.jsonl: cannot be read"):
+        corpus.load(step.sequences[0])
+
+
 @pytest.mark.parametrize("mixed", [False, True], ids=["epochs", "mixture"])
 def test_a_stream_goes_on_from_the_position_of_any_step(processor: Processor, tmp_path: Path, mixed: bool) -> None:
     files = tricky_data(tmp_path)
