@@ -250,6 +250,8 @@ def run(args: argparse.Namespace) -> None:
     questions = [Question.of(record) for record in read_records(heldout)] if heldout and ranks.first else []
     before = read_json(step / saving.STATE) if step else {}
     source = run_steps(corpus, args.seed, before.get("position"))
+    if len(corpus) > 100_000 and not (stage.max_steps or step):
+        say("measuring every record once, to count the steps; --max-steps spares that")
     total = stage.max_steps or before.get("steps") or count_steps(corpus, args.seed)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in optimizer.params.values())
