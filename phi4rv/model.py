@@ -10,7 +10,11 @@ from phi4rv.config import Config
 from phi4rv.decoder import Attend, Decoder, packed
 from phi4rv.ops import Operations
 from phi4rv.projector import Projector
+from phi4rv.recompute import directly, recomputed
 from phi4rv.vision import VisionTower
+
+# Rows whose logits are held at one time where activations are recomputed.
+LOSS_ROWS = 1024
 
 
 class Phi4RV(nn.Module):
@@ -28,6 +32,13 @@ class Phi4RV(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.decoder.norm.weight.device
+
+    def set_checkpointing(self, kind: str) -> None:
+        """``full``: every layer of tower and decoder, and the loss, is computed again in the backward pass, and only
+        its input is kept; ``none``: everything is kept. The numbers are the same, but for the order in which ``full``
+        adds up the loss of more than LOSS_ROWS rows.
+        """
+        self.vision.run = self.decoder.run = recomputed if kind == "full" else directly
 
     def encode_images(self, batch: PackedBatch) -> Tensor:
         """(P, C): projected patches in patch order; (0, C) without images."""
@@ -49,7 +60,12 @@ class Phi4RV(nn.Module):
 
     def loss_sum(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Summed cross entropy over the labelled tokens (float32) and their count (int64)."""
-        return self.ops.linear_cross_entropy(self.hidden(batch), self.decoder.lm_head.weight, batch.targets())
+        hidden, weight, targets = self.hidden(batch), self.decoder.lm_head.weight, batch.targets()
+        if self.decoder.run is directly or self.ops.chosen["linear_cross_entropy"] != "torch":  # kernels hold no logits
+            return self.ops.linear_cross_entropy(hidden, weight, targets)
+        pieces = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
+        losses, counts = zip(*(recomputed(self.ops.linear_cross_entropy, h, weight, t) for h, t in pieces), strict=True)
+        return torch.stack(losses).sum(), torch.stack(counts).sum()
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Mean over the labelled tokens of this batch; nan if there is none."""

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from phi4rv.batch import PackedBatch
+from phi4rv.batch import NO_LABEL, PackedBatch
 from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
 from train.data import Corpus, Planned, Step, prefetch
+from train.layerwise import Layerwise
 from train.optimizer import Optimizer, learning_rate
 from train.recipe import PARTS, Stage
 
@@ -33,18 +34,22 @@ class Ranks:
 
 
 def trainable(model: Phi4RV, stage: Stage) -> dict[str, torch.nn.Parameter]:
-    """Freezes what the stage does not train; name -> parameter of the rest that a loss can reach."""
+    """Freezes what the stage does not train; name -> parameter of the rest that a loss can reach.
+
+    Under ``stage.lora_rank`` that is the adapters alone, which are there already.
+    """
     unused = {id(p) for p in model.vision.unused_parameters()}
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         assert part in PARTS, name
-        parameter.requires_grad_(part in stage.trains and id(parameter) not in unused)
+        if not stage.lora_rank:
+            parameter.requires_grad_(part in stage.trains and id(parameter) not in unused)
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def train(
     model: Phi4RV,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Layerwise,
     corpus: Corpus,
     source: Callable[[], Iterator[Step]],
     total: int,
@@ -57,7 +62,10 @@ def train(
     for number, (step, batches, skipped) in enumerate(ahead, start + 1):
         began = time.perf_counter()
         rate = learning_rate(optimizer.stage, number - 1, total)
-        metrics = take_step(model, optimizer, batches, rate, ranks)
+        if isinstance(optimizer, Layerwise):
+            metrics = take_layerwise_step(model, optimizer, batches, rate)
+        else:
+            metrics = take_step(model, optimizer, batches, rate, ranks)
         seconds = time.perf_counter() - began
         counted = _count(step, optimizer.stage)
         on_step(
@@ -90,13 +98,33 @@ def take_step(
         sums = sums.to(model.device)
         dist.all_reduce(sums)
     total, labelled_tokens = sums.tolist()
-    if not labelled_tokens:
-        raise UserError("a step without a single labelled token: the data has no answers to learn from")
-    loss_mean = total / labelled_tokens
-    if not math.isfinite(loss_mean):
-        raise UserError(f"step {optimizer.steps + 1}: the loss is {loss_mean}; lower --lr")
+    loss_mean = _mean(total, labelled_tokens, optimizer.steps + 1)
     norm = optimizer.step(rate, int(labelled_tokens))
     return {"loss": loss_mean, "grad_norm": norm, "labelled": labelled_tokens}
+
+
+def take_layerwise_step(
+    model: Phi4RV, optimizer: Layerwise, batches: list[PackedBatch], rate: float
+) -> dict[str, float]:
+    """One update from one batch, made while its backward pass runs; a loss that is not finite changes no weight."""
+    labelled = float(sum((batch.targets() != NO_LABEL).sum() for batch in batches))
+    if len(batches) > 1:
+        raise ValueError(f"{len(batches)} batches; without kept gradients a step has one")
+    loss = model.loss_sum(batches[0].to(model.device, non_blocking=True))[0] if batches else torch.zeros(())
+    loss_mean = _mean(float(loss), labelled, optimizer.steps + 1)
+    optimizer.begin(rate, int(labelled))
+    if loss.requires_grad:  # not where stage 1 meets text alone
+        loss.backward()
+    return {"loss": loss_mean, "grad_norm": optimizer.finish(), "labelled": labelled}
+
+
+def _mean(total: float, labelled: float, step: int) -> float:
+    """Loss of a labelled token. UserError if there is none or it is not finite."""
+    if not labelled:
+        raise UserError("a step without a single labelled token: the data has no answers to learn from")
+    if not math.isfinite(total / labelled):
+        raise UserError(f"step {step}: the loss is {total / labelled}; lower --lr")
+    return total / labelled
 
 
 def _count(step: Step, stage: Stage) -> dict[str, float]:
