@@ -36,7 +36,9 @@ def save_step(
     """
     path = output / f"step-{optimizer.steps}"
     with whole_folder(path) as folder:
-        save_result(folder, model, processor, optimizer.stage, run)
+        inner = folder / result_name(optimizer.stage)
+        inner.mkdir()
+        _write_result(inner, model, processor, optimizer.stage, run)
         save_file({k: v.cpu() for k, v in optimizer.state().items()}, folder / OPTIMIZER)
         state = {"step": optimizer.steps, "recipe": asdict(optimizer.stage), **run}
         (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
@@ -45,11 +47,19 @@ def save_step(
 
 def save_result(folder: Path, model: Phi4RV, processor: Processor, stage: Stage, run: dict[str, Any]) -> None:
     """What was trained: ``folder/model`` in the published layout, or ``folder/adapter`` in PEFT's."""
-    with whole_folder(folder / (ADAPTER if stage.lora_rank else MODEL)) as inner:
-        if stage.lora_rank:
-            write_adapter(model, inner, run["checkpoint"])
-        else:
-            write(model, processor, inner)
+    with whole_folder(folder / result_name(stage)) as inner:
+        _write_result(inner, model, processor, stage, run)
+
+
+def result_name(stage: Stage) -> str:
+    return ADAPTER if stage.lora_rank else MODEL
+
+
+def _write_result(folder: Path, model: Phi4RV, processor: Processor, stage: Stage, run: dict[str, Any]) -> None:
+    if stage.lora_rank:
+        write_adapter(model, folder, run["checkpoint"])
+    else:
+        write(model, processor, folder)
 
 
 def remove_broken(output: Path) -> None:

@@ -111,7 +111,7 @@ def take_layerwise_step(
     if len(batches) > 1:
         raise ValueError(f"{len(batches)} batches; without kept gradients a step has one")
     loss = model.loss_sum(batches[0].to(model.device, non_blocking=True))[0] if batches else torch.zeros(())
-    loss_mean = _mean(float(loss), labelled, optimizer.steps + 1)
+    loss_mean = _mean(float(loss.detach()), labelled, optimizer.steps + 1)
     optimizer.begin(rate, int(labelled))
     if loss.requires_grad:  # not where stage 1 meets text alone
         loss.backward()
