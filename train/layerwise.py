@@ -33,7 +33,9 @@ class Layerwise:
     def __init__(self, named: dict[str, nn.Parameter], stage: Stage, ops: Operations, seed: int):
         self.params, self.stage, self.ops = named, stage, ops
         self.steps = 0
-        self.norm = torch.zeros((), dtype=torch.float64)  # of the last step's gradient
+        # Squared norm of each parameter's gradient in the last step, and each one's place.
+        self.squares = torch.zeros(len(named), dtype=torch.float64)
+        self.places = {name: place for place, name in enumerate(named)}
         self.exp_avg = {n: Moment8.zeros(p.numel(), p.device) for n, p in named.items()}
         self.exp_avg_sq = {n: Moment8.zeros(p.numel(), p.device) for n, p in named.items()}
         self.seeds: dict[str, list[int]] = {}  # of each slice: sharing one would make roundings alike
@@ -45,19 +47,23 @@ class Layerwise:
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))
         self._waiting: set[str] = set()
 
-    def begin(self, lr: float, labelled: int) -> None:
-        """Before the backward pass of a loss summed over ``labelled`` tokens, by which gradients are divided."""
-        self._lr, self._labelled, self._squares = lr, labelled, 0.0
-        self._waiting = set(self.params)
+    def begin(self, lr: float, labelled: int, measure: bool = False) -> None:
+        """Before the backward pass of a loss summed over ``labelled`` tokens, by which gradients are divided.
+
+        ``measure``: no step; the pass only leaves its gradient's norms for the next one to be clipped by.
+        """
+        self._lr, self._labelled, self._measure = lr, labelled, measure
+        self._waiting, self._now = set(self.params), torch.zeros_like(self.squares)
+        self._seen = self._seen_before = 0.0
 
     def finish(self) -> float:
         """After it: parameters that got no gradient count it as zero. Returns the gradient's global norm."""
-        for name in [name for name in self.params if name in self._waiting]:
+        for name in [name for name in self.params if name in self._waiting and not self._measure]:
             self._update(name, None, 0.0)
         self._waiting.clear()
-        self.steps += 1
-        self.norm.fill_(math.sqrt(self._squares))
-        return float(self.norm)
+        self.steps += not self._measure
+        self.squares.copy_(self._now)
+        return math.sqrt(float(self.squares.sum()))
 
     def _arrived(self, name: str, parameter: Tensor) -> None:
         """Autograd calls it with a gradient that is complete: updates, and frees it."""
@@ -72,19 +78,24 @@ class Layerwise:
                 "already: go on with --resume from the last save, with a lower --lr"
             )
         self._waiting.discard(name)
-        self._update(name, gradient, self._clip(norm) / self._labelled)
+        self._now[self.places[name]] = norm * norm
+        factor = self._clip(self.places[name])
+        if not self._measure:
+            self._update(name, gradient, factor / self._labelled)
 
-    def _clip(self, norm: float) -> float:
-        """The factor for a gradient of this norm: ``stage.clip`` over the last step's global norm, or over the norm of
-        all that this backward pass has brought so far, this gradient included, whichever is larger; at most 1.
+    def _clip(self, place: int) -> float:
+        """``stage.clip`` over the gradient's global norm as far as it can be known when this one arrives; at most 1.
 
-        While norms change slowly this is clipping by the global norm. A sudden spike, which the last step's norm says
-        nothing of, still leaves no tensor with more than ``stage.clip``, and the whole with at most
-        clip · sqrt(1 + ln(S / s)), where s and S are the squared norm of the first tensor and of all; after it one
-        step is clipped too much, which Adam hardly sees.
+        The tensors that have arrived, this one included, have the squared norm s, and had s' in the last step, when
+        all had S'. So all are expected to have S' · s / s', and have s at least: the larger of the two is taken. It is
+        exact for the last tensor, and for all where the shares of the tensors are those of the last step. A spike that
+        comes in the first tensors is seen at once, and one that comes later leaves no tensor with a norm over
+        ``stage.clip``, nor all with one over clip · sqrt(1 + ln(S / s₁)), s₁ being the first tensor's s.
         """
-        self._squares += norm * norm
-        known = max(float(self.norm), math.sqrt(self._squares))
+        self._seen += float(self._now[place])
+        self._seen_before += float(self.squares[place])
+        expected = float(self.squares.sum()) * self._seen / self._seen_before if self._seen_before else 0.0
+        known = math.sqrt(max(expected, self._seen))
         return min(1.0, self.stage.clip / known) if known else 1.0
 
     @torch.no_grad()
@@ -100,11 +111,11 @@ class Layerwise:
             self.ops.adamw(w, g, first, second, self.steps + 1, self._lr, betas, EPS, decay, factor, seed=seed)
 
     def state(self) -> dict[str, Tensor]:
-        """Codes and scales of the moments by ``kind/part/name``, and the last norm."""
+        """Codes and scales of the moments by ``kind/part/name``, and the last step's squared norms."""
         kinds = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         state = {f"{kind}/codes/{n}": m.codes for kind, moments in kinds.items() for n, m in moments.items()}
         state |= {f"{kind}/scales/{n}": m.scales for kind, moments in kinds.items() for n, m in moments.items()}
-        return state | {"norm": self.norm}
+        return state | {"squares": self.squares}
 
     def load_state(self, state: dict[str, Tensor], steps: int) -> None:
         """The inverse of ``state``; the tensors are copied in. KeyError if one is missing."""

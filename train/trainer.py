@@ -110,12 +110,14 @@ def take_layerwise_step(
     labelled = float(sum((batch.targets() != NO_LABEL).sum() for batch in batches))
     if len(batches) > 1:
         raise ValueError(f"{len(batches)} batches; without kept gradients a step has one")
-    loss = model.loss_sum(batches[0].to(model.device, non_blocking=True))[0] if batches else torch.zeros(())
-    loss_mean = _mean(float(loss.detach()), labelled, optimizer.steps + 1)
-    optimizer.begin(rate, int(labelled))
-    if loss.requires_grad:  # not where stage 1 meets text alone
-        loss.backward()
-    return {"loss": loss_mean, "grad_norm": optimizer.finish(), "labelled": labelled}
+    for measure in (True, False) if not optimizer.squares.any() else (False,):  # the first step has no last one
+        loss = model.loss_sum(batches[0].to(model.device, non_blocking=True))[0] if batches else torch.zeros(())
+        loss_mean = _mean(float(loss.detach()), labelled, optimizer.steps + 1)
+        optimizer.begin(rate, int(labelled), measure)
+        if loss.requires_grad:  # not where stage 1 meets text alone
+            loss.backward()
+        norm = optimizer.finish()
+    return {"loss": loss_mean, "grad_norm": norm, "labelled": labelled}
 
 
 def _mean(total: float, labelled: float, step: int) -> float:
