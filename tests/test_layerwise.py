@@ -227,14 +227,15 @@ def test_a_resumed_run_is_the_run_in_one_go(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_loss_stays_within_one_percent_of_adamw(inputs: list[str], dtype: str, tmp_path: Path) -> None:
-    """40 steps from 7 nats down, float32 masters beside: the mean of each ten steps."""
+    """40 steps from 7.4 nats down to 2.3, float32 masters beside: the mean of each ten steps."""
+    data = mixed_data(tmp_path, 24)
     losses = {}
     for name in ("adamw", "layerwise"):
-        line = [*inputs, "--max-steps", "40", "--dtype", dtype, "--optimizer", name, "--output", str(tmp_path / name)]
-        assert main(line) == 0
+        line = [*inputs, "--data", str(data), "--max-steps", "40", "--lr", "5e-4", "--warmup", "10", "--dtype", dtype]
+        assert main([*line, "--optimizer", name, "--output", str(tmp_path / name)]) == 0
         losses[name] = torch.tensor([e["loss"] for e in read_metrics(tmp_path / name / "metrics.jsonl")]).view(4, -1)
     means = {name: values.mean(1) for name, values in losses.items()}
-    assert float(means["adamw"][-1]) < 0.7 * float(means["adamw"][0])
+    assert float(means["adamw"][-1]) < 0.5 * float(means["adamw"][0])
     torch.testing.assert_close(means["layerwise"], means["adamw"], rtol=0.01, atol=0)
 
 

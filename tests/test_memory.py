@@ -94,4 +94,5 @@ def test_the_loss_in_pieces(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch)
     assert model.loss_sum(batch)[1] == (batch.targets() != -100).sum()
     torch.testing.assert_close(pieces[0], whole[0], rtol=1e-6, atol=0)
     for name, grad in whole[1].items():
-        assert float((pieces[1][name] - grad).norm()) <= 1e-5 * float(grad.norm()), name
+        # Key biases, which softmax cancels, have a gradient of rounding alone.
+        assert float((pieces[1][name] - grad).norm()) <= 1e-5 * float(grad.norm()) + 1e-6, name
