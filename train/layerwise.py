@@ -87,16 +87,16 @@ class Layerwise:
         """``stage.clip`` over the gradient's global norm as far as it can be known when this one arrives; at most 1.
 
         The tensors that have arrived, this one included, have the squared norm s, and had s' in the last step, when
-        all had S'. So all are expected to have S' · s / s', and have s at least: the larger of the two is taken. It is
-        exact for the last tensor, and for all where the shares of the tensors are those of the last step. A spike that
-        comes in the first tensors is seen at once, and one that comes later leaves no tensor with a norm over
-        ``stage.clip``, nor all with one over clip · sqrt(1 + ln(S / s₁)), s₁ being the first tensor's s.
+        all had S': all are expected to have S' · s / s'. It is exact for the last tensor, and for every one while the
+        tensors' shares are those of the last step. It is never less than s, so that a spike that comes late still
+        leaves no tensor with a norm over ``stage.clip``, nor all of them with one over clip · sqrt(1 + ln(S / s₁)),
+        S and s₁ being the squared norm of all and of the first.
         """
         self._seen += float(self._now[place])
         self._seen_before += float(self.squares[place])
-        expected = float(self.squares.sum()) * self._seen / self._seen_before if self._seen_before else 0.0
-        known = math.sqrt(max(expected, self._seen))
-        return min(1.0, self.stage.clip / known) if known else 1.0
+        rest = float(self.squares.sum()) / self._seen_before if self._seen_before else 1.0
+        expected = math.sqrt(self._seen * rest)
+        return min(1.0, self.stage.clip / expected) if expected else 1.0
 
     @torch.no_grad()
     def _update(self, name: str, gradient: Tensor | None, factor: float) -> None:
