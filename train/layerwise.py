@@ -2,8 +2,8 @@
 
 No two gradients exist at once (LOMO, Lv et al. 2023); the moments take 8 bits each, and bfloat16 weights are rounded
 stochastically in place of float32 masters: 4 bytes a parameter and 1/32 for scales. What that costs: a step is one
-packed sequence on one process, as nothing is there to add up gradients in, and the gradient's global norm is known
-only when everything is updated, so that clipping by it is replaced by what ``_clip`` does.
+packed sequence on one process, as nothing is there to add up gradients in; and the gradient's global norm is known only
+when everything is updated, so that clipping by it takes a backward pass before, or is replaced by what ``_clip`` does.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ class Layerwise:
     def __init__(self, named: dict[str, nn.Parameter], stage: Stage, ops: Operations, seed: int):
         self.params, self.stage, self.ops = named, stage, ops
         self.steps = 0
-        # Squared norm of each parameter's gradient in the last step, and each one's place.
-        self.squares = torch.zeros(len(named), dtype=torch.float64)
-        self.places = {name: place for place, name in enumerate(named)}
+        self.norm = torch.zeros((), dtype=torch.float64)  # of the last pass's gradient
         self.exp_avg = {n: Moment8.zeros(p.numel(), p.device) for n, p in named.items()}
         self.exp_avg_sq = {n: Moment8.zeros(p.numel(), p.device) for n, p in named.items()}
         self.seeds: dict[str, list[int]] = {}  # of each slice: sharing one would make roundings alike
@@ -50,11 +48,10 @@ class Layerwise:
     def begin(self, lr: float, labelled: int, measure: bool = False) -> None:
         """Before the backward pass of a loss summed over ``labelled`` tokens, by which gradients are divided.
 
-        ``measure``: no step; the pass only leaves its gradient's norms for the next one to be clipped by.
+        ``measure``: no step; the pass only leaves its gradient's norm for the next one to be clipped by.
         """
         self._lr, self._labelled, self._measure = lr, labelled, measure
-        self._waiting, self._now = set(self.params), torch.zeros_like(self.squares)
-        self._seen = self._seen_before = 0.0
+        self._waiting, self._squares = set(self.params), 0.0
 
     def finish(self) -> float:
         """After it: parameters that got no gradient count it as zero. Returns the gradient's global norm."""
@@ -62,8 +59,8 @@ class Layerwise:
             self._update(name, None, 0.0)
         self._waiting.clear()
         self.steps += not self._measure
-        self.squares.copy_(self._now)
-        return math.sqrt(float(self.squares.sum()))
+        self.norm.fill_(math.sqrt(self._squares))
+        return float(self.norm)
 
     def _arrived(self, name: str, parameter: Tensor) -> None:
         """Autograd calls it with a gradient that is complete: updates, and frees it."""
@@ -78,25 +75,22 @@ class Layerwise:
                 "already: go on with --resume from the last save, with a lower --lr"
             )
         self._waiting.discard(name)
-        self._now[self.places[name]] = norm * norm
-        factor = self._clip(self.places[name])
+        factor = self._clip(norm)
         if not self._measure:
             self._update(name, gradient, factor / self._labelled)
 
-    def _clip(self, place: int) -> float:
-        """``stage.clip`` over the gradient's global norm as far as it can be known when this one arrives; at most 1.
+    def _clip(self, norm: float) -> float:
+        """``stage.clip`` over the last pass's global norm, or over the norm of all that this pass has brought so far,
+        this gradient included, whichever is larger; at most 1.
 
-        The tensors that have arrived, this one included, have the squared norm s, and had s' in the last step, when
-        all had S': all are expected to have S' · s / s'. It is exact for the last tensor, and for every one while the
-        tensors' shares are those of the last step. It is never less than s, so that a spike that comes late still
-        leaves no tensor with a norm over ``stage.clip``, nor all of them with one over clip · sqrt(1 + ln(S / s₁)),
-        S and s₁ being the squared norm of all and of the first.
+        The last pass is a measuring one of the same loss where ``stage.clipping`` is exact, and then this is clipping by
+        the global norm. ``delayed`` it is the last step's, which says nothing of a sudden spike; that still leaves no
+        tensor with a norm over ``stage.clip``, nor all of them with one over clip · sqrt(1 + ln(S / s)), S and s being
+        the squared norms of all and of the first. After it one step is clipped too much, which Adam hardly sees.
         """
-        self._seen += float(self._now[place])
-        self._seen_before += float(self.squares[place])
-        rest = float(self.squares.sum()) / self._seen_before if self._seen_before else 1.0
-        expected = math.sqrt(self._seen * rest)
-        return min(1.0, self.stage.clip / expected) if expected else 1.0
+        self._squares += norm * norm
+        known = max(float(self.norm), math.sqrt(self._squares))
+        return min(1.0, self.stage.clip / known) if known else 1.0
 
     @torch.no_grad()
     def _update(self, name: str, gradient: Tensor | None, factor: float) -> None:
@@ -111,11 +105,11 @@ class Layerwise:
             self.ops.adamw(w, g, first, second, self.steps + 1, self._lr, betas, EPS, decay, factor, seed=seed)
 
     def state(self) -> dict[str, Tensor]:
-        """Codes and scales of the moments by ``kind/part/name``, and the last step's squared norms."""
+        """Codes and scales of the moments by ``kind/part/name``, and the last norm."""
         kinds = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         state = {f"{kind}/codes/{n}": m.codes for kind, moments in kinds.items() for n, m in moments.items()}
         state |= {f"{kind}/scales/{n}": m.scales for kind, moments in kinds.items() for n, m in moments.items()}
-        return state | {"squares": self.squares}
+        return state | {"norm": self.norm}
 
     def load_state(self, state: dict[str, Tensor], steps: int) -> None:
         """The inverse of ``state``; the tensors are copied in. KeyError if one is missing."""

@@ -14,6 +14,7 @@ TOO_LONG = ("drop", "shorten")
 ORDERS = ("shuffled", "file")
 PARTS = ("vision", "projector", "decoder")
 OPTIMIZERS = ("adamw", "layerwise")
+CLIPPING = ("exact", "delayed")
 FROZEN = ("dtype", *FORMATS)
 
 
@@ -37,6 +38,9 @@ class Stage:
     order: str = "shuffled"  # or file: the first epoch as it is written, later ones shuffled
     too_long: str = "drop"  # a sample over sequence_length: drop it, or shorten it by its last turns
     optimizer: str = "adamw"  # float32 masters and moments; or layerwise: steps inside the backward pass, 8-bit moments
+    clipping: str = (
+        "exact"  # of layerwise: exact takes every backward pass twice; delayed clips by the last step's norm
+    )
     lora_rank: int = 0  # 0: the weights themselves train; else adapters of this rank on lora_targets, and they alone
     lora_alpha: float = 32.0  # the adapter's product is multiplied by lora_alpha / lora_rank
     lora_targets: str = "qkv_proj,o_proj,gate_up_proj,down_proj"  # last names, or more, of published module paths
@@ -102,7 +106,7 @@ def options() -> dict[str, type]:
 def _check(stage: Stage) -> None:
     """UserError naming the first option out of its range."""
     choices = {"schedule": SCHEDULES, "too_long": TOO_LONG, "order": ORDERS}
-    for name, allowed in (choices | {"optimizer": OPTIMIZERS, "frozen_weights": FROZEN}).items():
+    for name, allowed in (choices | {"optimizer": OPTIMIZERS, "clipping": CLIPPING, "frozen_weights": FROZEN}).items():
         if getattr(stage, name) not in allowed:
             raise UserError(f"{_flag(name)}: {getattr(stage, name)!r} is unknown, must be one of {', '.join(allowed)}")
     for name in ("lr", "clip", "global_batch", "sequence_length", "epochs", "lora_alpha"):
@@ -119,6 +123,8 @@ def _check(stage: Stage) -> None:
             raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be a finite number")
     if stage.frozen_weights != "dtype" and not stage.lora_rank:
         raise UserError(f"--frozen-weights: {stage.frozen_weights} needs adapters to train: give --lora-rank")
+    if stage.clipping == "delayed" and stage.optimizer != "layerwise":
+        raise UserError(f"--clipping: delayed is for --optimizer layerwise; {stage.optimizer} knows the norm in time")
     if stage.optimizer == "layerwise" and stage.lora_rank:
         raise UserError("--optimizer: layerwise is for training the weights themselves: leave --lora-rank out")
     if stage.optimizer == "layerwise" and stage.global_batch > 1:

@@ -110,7 +110,8 @@ def take_layerwise_step(
     labelled = float(sum((batch.targets() != NO_LABEL).sum() for batch in batches))
     if len(batches) > 1:
         raise ValueError(f"{len(batches)} batches; without kept gradients a step has one")
-    for measure in (True, False) if not optimizer.squares.any() else (False,):  # the first step has no last one
+    exact = optimizer.stage.clipping == "exact" or not optimizer.norm  # the first step has no last one
+    for measure in (True, False) if exact else (False,):
         loss = model.loss_sum(batches[0].to(model.device, non_blocking=True))[0] if batches else torch.zeros(())
         loss_mean = _mean(float(loss.detach()), labelled, optimizer.steps + 1)
         optimizer.begin(rate, int(labelled), measure)
