@@ -12,6 +12,7 @@ from small import mixed_data, small_checkpoint, small_model, timeless, weights
 from test_optimizer import example, loss_sum, network
 from test_resume import stop_at
 from test_train_command import the_error
+from test_training import batches
 from torch import Tensor, nn
 
 from phi4rv.errors import UserError
@@ -96,13 +97,14 @@ def test_the_norm_is_that_of_the_whole_gradient() -> None:
 class Factors(Layerwise):
     """Notes the factors and norms that clipping gave, and leaves the weights as they are."""
 
-    def __init__(self, net: nn.Module, clip: float):
-        chosen = stage(2, False, {"optimizer": "layerwise", "global_batch": 1, "clip": clip})
-        super().__init__(dict(net.named_parameters()), chosen, OPS, seed=0)
+    def __init__(self, net: nn.Module, clip: float, clipping: str = "exact"):
+        chosen = stage(2, False, {"optimizer": "layerwise", "global_batch": 1, "clip": clip, "clipping": clipping})
+        super().__init__({n: p for n, p in net.named_parameters() if p.requires_grad}, chosen, OPS, seed=0)
         self.clipped: list[float] = []
 
     def _update(self, name: str, gradient: Tensor | None, factor: float) -> None:
-        assert gradient is not None
+        if gradient is None:
+            return
         self.clipped.append(float(gradient.double().norm()) * factor)
 
 
@@ -119,6 +121,22 @@ def test_a_measured_norm_is_clipped_exactly() -> None:
     assert norm > 0.1
     assert len(optimizer.clipped) == 6
     assert math.hypot(*optimizer.clipped) == pytest.approx(0.01, rel=1e-5)
+
+
+@pytest.mark.parametrize("clipping", ["exact", "delayed"])
+def test_exact_clipping_measures_every_step(clipping: str, tmp_path: Path) -> None:
+    """Other records in each step: exact leaves clip of every gradient, delayed of the first, which is measured too."""
+    model, processor = small_model()
+    optimizer = Factors(model, 0.01, clipping)
+    left = []
+    for made in batches(processor, mixed_data(tmp_path, 4), [[1], [0, 2, 3]]):
+        optimizer.clipped.clear()
+        metrics = take_layerwise_step(model, optimizer, [made], 1e-3)
+        assert metrics["grad_norm"] > 0.1
+        left.append(math.hypot(*optimizer.clipped))
+    assert left[0] == pytest.approx(0.01, rel=1e-5)
+    assert (left[1] == pytest.approx(0.01, rel=1e-5)) == (clipping == "exact")
+    assert optimizer.steps == 2
 
 
 @pytest.mark.parametrize("last_step", [True, False])
@@ -184,8 +202,6 @@ def test_a_second_backward_pass_is_refused() -> None:
 
 
 def test_a_broken_loss_changes_nothing(tmp_path: Path) -> None:
-    from test_training import batches
-
     model, processor = small_model()
     with torch.no_grad():
         model.decoder.norm.weight[0] = float("nan")

@@ -83,8 +83,8 @@ class Layerwise:
         """``stage.clip`` over the last pass's global norm, or over the norm of all that this pass has brought so far,
         this gradient included, whichever is larger; at most 1.
 
-        The last pass is a measuring one of the same loss where ``stage.clipping`` is exact, and then this is clipping by
-        the global norm. ``delayed`` it is the last step's, which says nothing of a sudden spike; that still leaves no
+        Where ``stage.clipping`` is exact, the last pass is a measuring one of the same loss, and this is clipping by
+        the global norm. ``delayed``, it is the last step's, which says nothing of a sudden spike; that still leaves no
         tensor with a norm over ``stage.clip``, nor all of them with one over clip · sqrt(1 + ln(S / s)), S and s being
         the squared norms of all and of the first. After it one step is clipped too much, which Adam hardly sees.
         """
