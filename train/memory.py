@@ -3,7 +3,8 @@
 Weights, quantised weights, adapters and the optimizer's state are counted from the objects that a run would make.
 Activations assume ``--checkpointing full``, the definitions of ``phi4rv/reference.py`` (kernels need less), fused
 attention, and one packed sequence of which every token is labelled and is a patch too, which is more than any real
-one. The CUDA context, fragmentation and the batch itself are left out; take a gigabyte or two for them.
+one. The CUDA context, fragmentation and the batch itself are left out; take a gigabyte or two for them. Quantised
+weights are made from whole ones on the same GPU, which the unquantised model must fit while it is loaded.
 """
 
 from __future__ import annotations
