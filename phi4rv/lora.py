@@ -182,6 +182,8 @@ class Adapter:
 def read_adapter(folder: str | Path) -> Adapter:
     """An adapter in PEFT's layout. UserError if a file is missing or broken or it is no plain LoRA adapter."""
     folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder / CONFIG}: missing; an adapter folder in PEFT's layout has one")
     config = read_json(folder / CONFIG)
     for key, allowed in _FIXED.items():
         if config.get(key, allowed[0] if key != "peft_type" else None) not in allowed:
@@ -192,7 +194,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     try:
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError:
-        raise UserError(f"{folder / WEIGHTS}: missing; an adapter folder has one") from None
+        raise UserError(f"{folder / WEIGHTS}: missing; an adapter folder in PEFT's layout has one") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS}: not a whole safetensors file ({error})") from None
     sides: dict[str, dict[str, Tensor]] = {}
