@@ -19,6 +19,7 @@ from phi4rv.command import Parser, exit_status, usable_device
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
 from phi4rv.images import open_image
+from phi4rv.lora import merge_adapter
 from phi4rv.ops import KERNELS
 
 
@@ -26,6 +27,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m infer.main", description="Ask a checkpoint about pictures.")
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a folder in the published layout")
+    add("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's layout, merged into the weights as they are loaded")
     add("--image", action="append", default=[], metavar="FILE", help="one for each <image> mark, in order")
     add("--prompt", action="append", required=True, metavar="TEXT", help="repeat it to ask several at once")
     add("--mode", default="auto", choices=MODES, help="think first, answer directly, or let the model decide")
@@ -124,6 +126,8 @@ def run(args: argparse.Namespace) -> None:
     dtype = DTYPES[args.dtype] if args.dtype else None
     device = usable_device(args.device) if args.device else None
     model, processor = phi4rv.load(args.checkpoint, device, dtype, args.kernels)
+    if args.adapter:
+        merge_adapter(model, args.adapter)
     stream = Stream(processor) if not args.json and len(prompts) == 1 else None
     generations = generate(model, processor, prompts, args.max_new_tokens, sampling, stream)
     if stream:

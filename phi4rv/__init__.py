@@ -10,6 +10,7 @@ from phi4rv.chat import Message
 from phi4rv.checkpoint import load, save
 from phi4rv.config import Config, VisionConfig
 from phi4rv.errors import UserError
+from phi4rv.lora import merge_adapter
 from phi4rv.model import Phi4RV
 from phi4rv.processor import Processor, Prompt
 
@@ -24,6 +25,7 @@ __all__ = [
     "UserError",
     "VisionConfig",
     "load",
+    "merge_adapter",
     "pack",
     "save",
 ]

@@ -82,7 +82,10 @@ def save(model: Phi4RV, processor: Processor, path: str | Path) -> None:
 
 
 def write(model: Phi4RV, processor: Processor, folder: Path) -> None:
-    """The files of ``save`` into an existing folder."""
+    """The files of ``save`` into an existing folder. ValueError for a model with adapters or quantised layers."""
+    plain = empty_model(model.config, "cpu", torch.float32, "torch")
+    if dict(model.named_parameters()).keys() != dict(plain.named_parameters()).keys():
+        raise ValueError("the model's layers are not the published ones: merge its adapter into an unquantised base")
     tensors = {published_name(name): p.detach() for name, p in model.named_parameters()}
     shards = _shards(tensors)
     weight_map = {}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from phi4rv.config import Config
 from phi4rv.ops import Operations
+from phi4rv.recompute import Run, directly
 from phi4rv.reference import rope_table
 
 # attend(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D). Training packs documents, the engine keeps a
@@ -19,6 +20,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Config, ops: Operations):
         super().__init__()
         self.config, self.ops = config, ops
+        self.run: Run = directly
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, ops, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -29,7 +31,7 @@ class Decoder(nn.Module):
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         residual = None
         for layer in self.layers:
-            x, residual = layer(x, residual, cos, sin, attend)
+            x, residual = self.run(layer, x, residual, cos, sin, attend)
         return self.ops.rms_norm(x, self.norm.weight, self.config.rms_norm_eps, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -10,8 +10,12 @@ from phi4rv.config import Config
 from phi4rv.decoder import Attend, Decoder, packed
 from phi4rv.ops import Operations
 from phi4rv.projector import Projector
+from phi4rv.recompute import directly, recomputed
 from phi4rv.reference import NO_LABEL
 from phi4rv.vision import VisionTower
+
+# Rows whose logits are held at one time where activations are recomputed.
+LOSS_ROWS = 1024
 
 
 class Phi4RV(nn.Module):
@@ -29,6 +33,13 @@ class Phi4RV(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.decoder.norm.weight.device
+
+    def set_checkpointing(self, kind: str) -> None:
+        """``full``: every layer of tower and decoder, and the loss, is computed again in the backward pass, and only
+        its input is kept; ``none``: everything is kept. The numbers are the same, but for the order in which ``full``
+        adds up the loss of more than LOSS_ROWS rows.
+        """
+        self.vision.run = self.decoder.run = recomputed if kind == "full" else directly
 
     def encode_images(self, batch: PackedBatch) -> Tensor:
         """(P, C): projected patches in patch order; (0, C) without images."""
@@ -53,7 +64,14 @@ class Phi4RV(nn.Module):
         also the sum over the rows that it marks, without gradient.
         """
         hidden, weight, targets = self.hidden(batch), self.decoder.lm_head.weight, batch.targets()
-        return self.ops.linear_cross_entropy(hidden, weight, targets, marked=marked)
+        cross_entropy = self.ops.linear_cross_entropy
+        if self.decoder.run is directly or self.ops.chosen["linear_cross_entropy"] != "torch":  # kernels hold no logits
+            return cross_entropy(hidden, weight, targets, marked=marked)
+        rows, labels = hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS)
+        marks = [None] * len(rows) if marked is None else marked.split(LOSS_ROWS)
+        pieces = zip(rows, labels, marks, strict=True)
+        sums = zip(*(recomputed(cross_entropy, h, weight, t, 0.0, m) for h, t, m in pieces), strict=True)
+        return tuple(torch.stack(parts).sum() for parts in sums)
 
     def loss_sum_by_mode(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """``loss_sum``'s first, and (4,) float64 without gradient: loss and labelled tokens, of all documents and then

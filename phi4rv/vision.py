@@ -9,6 +9,7 @@ from phi4rv.batch import PackedBatch
 from phi4rv.config import VisionConfig
 from phi4rv.images import PATCH_INPUTS
 from phi4rv.ops import Operations
+from phi4rv.recompute import Run, directly
 
 
 class VisionTower(nn.Module):
@@ -19,6 +20,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig, ops: Operations):
         super().__init__()
         self.ops = ops
+        self.run: Run = directly
         self.embeddings = PatchEmbeddings(config, ops)
         layers = nn.ModuleList(VisionLayer(config, ops) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layers": layers})
@@ -29,7 +31,7 @@ class VisionTower(nn.Module):
         """(P, 768) patches of the batch -> (P, C) features in the weights' dtype."""
         x = self.embeddings(batch.patches, batch.grids)
         for layer in self.layers()[:-1]:
-            x = layer(x, batch.cu_patches, batch.max_patches)
+            x = self.run(layer, x, batch.cu_patches, batch.max_patches)
         return x
 
     def layers(self) -> list[nn.Module]:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import phi4rv
 from phi4rv.checkpoint import load
 from phi4rv.command import Parser, exit_status, usable_device
 from phi4rv.config import DTYPES, read_json
@@ -27,14 +26,18 @@ from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
 from phi4rv.ops import KERNELS
 from phi4rv.processor import Processor
+from phi4rv.recompute import CHECKPOINTING
 from train import recipe, saving
 from train.data import Corpus, alone
 from train.guard import Streak, check_weights
 from train.hardware import peak_tflops
 from train.heldout import Question, Scores, answers, score, shuffled
+from train.layerwise import Layerwise
+from train.lora import adapt
 from train.metrics import Progress, read_metrics
 from train.optimizer import Optimizer
 from train.plot import METRICS, Run, draw
+from train.recipe import Stage
 from train.records import read_records
 from train.sheet import prediction_sheet
 from train.sources import Source, sources
@@ -85,6 +88,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="of weights and activations: bfloat16 on a GPU, float32 on a CPU")
     add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
     add("--peak-tflops", type=float, metavar="X", help="of a device, for MFU; default: train/hardware.py's, by name")
+    add("--checkpointing", choices=CHECKPOINTING, default="none", help="full: compute activations twice, keep few")
     fields = parser.add_argument_group("the stage's hyperparameters (train/recipe.py), each to be overridden")
     for name, kind in recipe.options().items():
         fields.add_argument("--" + name.replace("_", "-"), type=kind)
@@ -187,14 +191,29 @@ def open_corpus(
 
 
 def starting_model(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, step: Path | None
+    args: argparse.Namespace, stage: Stage, device: torch.device, dtype: torch.dtype, step: Path | None
 ) -> tuple[Phi4RV, Processor]:
-    """The model to go on from: a save of this run, the checkpoint, or random weights."""
-    source = step / saving.MODEL if step else args.checkpoint
+    """The model to go on from: a save of this run, the checkpoint, or random weights; with its adapters, if any."""
+    if stage.lora_rank and not args.checkpoint:
+        raise UserError("--lora-rank: adapters belong to a base: name it with --checkpoint")
+    source = step / saving.MODEL if step and not stage.lora_rank else args.checkpoint
     if source:
-        return load(source, device, dtype, args.kernels)
-    model, processor = tiny_model(args.seed, texts(), args.kernels)
-    return model.to(device, dtype), processor
+        model, processor = load(source, device, dtype, args.kernels)
+    else:
+        model, processor = tiny_model(args.seed, texts(), args.kernels)
+        model = model.to(device, dtype)
+    if stage.lora_rank:
+        adapt(model, stage, args.seed, step / saving.ADAPTER if step else None)
+    model.set_checkpointing(args.checkpointing)
+    return model, processor
+
+
+def make_optimizer(model: Phi4RV, stage: Stage, seed: int, ranks: Ranks) -> Optimizer | Layerwise:
+    if stage.optimizer == "adamw":
+        return Optimizer(trainable(model, stage), stage, model.ops)
+    if ranks.world > 1:
+        raise UserError(f"--optimizer: layerwise trains in one process, here are {ranks.world}")
+    return Layerwise(trainable(model, stage), stage, model.ops, seed)
 
 
 def measure(model: Phi4RV, processor: Processor, questions: list[Question], output: Path) -> dict[str, Scores]:
@@ -227,9 +246,9 @@ def run(args: argparse.Namespace) -> None:
     data, heldout = data_files(args, output, ranks)
     step = saving.newest_step(output) if args.resume else None
     dtype = DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, processor = starting_model(args, device, dtype, step)
+    model, processor = starting_model(args, stage, device, dtype, step)
     check_weights(model.named_parameters(), str(step or args.checkpoint or "the model"))
-    optimizer = Optimizer(trainable(model, stage), stage, model.ops)
+    optimizer = make_optimizer(model, stage, args.seed, ranks)
     told = {
         "stage": args.stage,
         "seed": args.seed,
@@ -280,6 +299,7 @@ def run(args: argparse.Namespace) -> None:
         train(model, optimizer, corpus, source, total, ranks, on_step, peak)
         corpus.unreadable = sum(corpus.gather(corpus.unreadable))
         if progress:
+            saving.save_result(output, model, processor, stage, told)
             finish(model, processor, output, questions, progress)
             say(f"data: {corpus.summary()}")
     finally:
@@ -290,9 +310,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def finish(model: Phi4RV, processor: Processor, output: Path, questions: list[Question], progress: Progress) -> None:
-    """Model, loss curve and, where there is held-out data, its scores."""
+    """Loss curve and, where there is held-out data, its scores."""
     progress.bar.close()
-    phi4rv.save(model, processor, output / saving.MODEL)
     steps = [entry for entry in read_metrics(output / METRICS) if "loss" in entry]
     if steps:  # somebody may have taken metrics.jsonl away
         draw(output / "loss.png", [Run(str(output), steps)], ["loss"])

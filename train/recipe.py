@@ -7,11 +7,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from phi4rv.errors import UserError
+from phi4rv.quantized import FORMATS
 
 SCHEDULES = ("cosine", "constant")
 TOO_LONG = ("drop", "shorten")
 ORDERS = ("shuffled", "file")
 PARTS = ("vision", "projector", "decoder")
+OPTIMIZERS = ("adamw", "layerwise")
+CLIPPING = ("exact", "delayed")
+FROZEN = ("dtype", *FORMATS)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,14 @@ class Stage:
     order: str = "shuffled"  # or file: the first epoch as it is written, later ones shuffled
     too_long: str = "drop"  # a sample over sequence_length: drop it, or shorten it by its last turns
     sequence_multiple: int = 0  # sequences a step: a multiple of it; the ranks, for equal shares. 0: see multiple()
+    optimizer: str = "adamw"  # float32 masters and moments; or layerwise: steps inside the backward pass, 8-bit moments
+    clipping: str = (
+        "exact"  # of layerwise: exact takes every backward pass twice; delayed clips by the last step's norm
+    )
+    lora_rank: int = 0  # 0: the weights themselves train; else adapters of this rank on lora_targets, and they alone
+    lora_alpha: float = 32.0  # the adapter's product is multiplied by lora_alpha / lora_rank
+    lora_targets: str = "qkv_proj,o_proj,gate_up_proj,down_proj"  # last names, or more, of published module paths
+    frozen_weights: str = "dtype"  # under adapters, of the decoder's layers: as --dtype says, or in one of FORMATS
 
     def multiple(self) -> int:
         """``sequence_multiple``, or the largest power of two that is at most a 16th of the global batch.
@@ -102,21 +114,33 @@ def options() -> dict[str, type]:
 
 def _check(stage: Stage) -> None:
     """UserError naming the first option out of its range."""
-    for name, allowed in (("schedule", SCHEDULES), ("too_long", TOO_LONG), ("order", ORDERS)):
+    choices = {"schedule": SCHEDULES, "too_long": TOO_LONG, "order": ORDERS}
+    for name, allowed in (choices | {"optimizer": OPTIMIZERS, "clipping": CLIPPING, "frozen_weights": FROZEN}).items():
         if getattr(stage, name) not in allowed:
             raise UserError(f"{_flag(name)}: {getattr(stage, name)!r} is unknown, must be one of {', '.join(allowed)}")
-    for name in ("lr", "clip", "global_batch", "sequence_length", "epochs"):
+    for name in ("lr", "clip", "global_batch", "sequence_length", "epochs", "lora_alpha"):
         if not getattr(stage, name) > 0:
             raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be above 0")
-    for name in ("warmup", "weight_decay", "max_steps", "sequence_multiple"):
+    for name in ("warmup", "weight_decay", "max_steps", "sequence_multiple", "lora_rank"):
         if not getattr(stage, name) >= 0:
             raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be 0 or more")
     for name in ("min_lr_ratio", "beta1", "beta2"):
         if not 0 <= getattr(stage, name) < 1:
             raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be in [0, 1)")
-    for name in ("lr", "warmup", "weight_decay"):
+    for name in ("lr", "warmup", "weight_decay", "lora_alpha"):
         if math.isinf(getattr(stage, name)):
             raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be a finite number")
+    if stage.frozen_weights != "dtype" and not stage.lora_rank:
+        raise UserError(f"--frozen-weights: {stage.frozen_weights} needs adapters to train: give --lora-rank")
+    if stage.clipping == "delayed" and stage.optimizer != "layerwise":
+        raise UserError(f"--clipping: delayed is for --optimizer layerwise; {stage.optimizer} knows the norm in time")
+    if stage.optimizer == "layerwise" and stage.lora_rank:
+        raise UserError("--optimizer: layerwise is for training the weights themselves: leave --lora-rank out")
+    if stage.optimizer == "layerwise" and stage.global_batch > 1:
+        raise UserError(
+            f"--global-batch: {stage.global_batch} may need several sequences a step, and layerwise, which keeps no "
+            "gradients, takes a step from each: give --global-batch 1 and as long a --sequence-length as fits"
+        )
 
 
 def _flag(name: str) -> str:

@@ -16,26 +16,50 @@ from phi4rv.checkpoint import write
 from phi4rv.config import read_json
 from phi4rv.errors import UserError
 from phi4rv.files import whole_folder
+from phi4rv.lora import write_adapter
 from phi4rv.model import Phi4RV
 from phi4rv.processor import Processor
+from train.layerwise import Layerwise
 from train.optimizer import Optimizer
+from train.recipe import Stage
 
-STATE, OPTIMIZER, MODEL = "state.json", "optimizer.safetensors", "model"
+STATE, OPTIMIZER, MODEL, ADAPTER = "state.json", "optimizer.safetensors", "model", "adapter"
 
 
-def save_step(output: Path, model: Phi4RV, processor: Processor, optimizer: Optimizer, run: dict[str, Any]) -> Path:
+def save_step(
+    output: Path, model: Phi4RV, processor: Processor, optimizer: Optimizer | Layerwise, run: dict[str, Any]
+) -> Path:
     """Writes ``output/step-N``: the model in the published layout, the optimizer, and what the run was told.
 
+    Where adapters train, they stand in place of the model: their base is the checkpoint that the run names.
     Nothing else is random: the data's order follows from the seed and the step.
     """
     path = output / f"step-{optimizer.steps}"
     with whole_folder(path) as folder:
-        (folder / MODEL).mkdir()
-        write(model, processor, folder / MODEL)
+        inner = folder / result_name(optimizer.stage)
+        inner.mkdir()
+        _write_result(inner, model, processor, optimizer.stage, run)
         save_file({k: v.cpu() for k, v in optimizer.state().items()}, folder / OPTIMIZER)
         state = {"step": optimizer.steps, "skipped_steps": optimizer.skipped, "recipe": asdict(optimizer.stage), **run}
         (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
     return path
+
+
+def save_result(folder: Path, model: Phi4RV, processor: Processor, stage: Stage, run: dict[str, Any]) -> None:
+    """What was trained: ``folder/model`` in the published layout, or ``folder/adapter`` in PEFT's."""
+    with whole_folder(folder / result_name(stage)) as inner:
+        _write_result(inner, model, processor, stage, run)
+
+
+def result_name(stage: Stage) -> str:
+    return ADAPTER if stage.lora_rank else MODEL
+
+
+def _write_result(folder: Path, model: Phi4RV, processor: Processor, stage: Stage, run: dict[str, Any]) -> None:
+    if stage.lora_rank:
+        write_adapter(model, folder, run["checkpoint"])
+    else:
+        write(model, processor, folder)
 
 
 def remove_broken(output: Path) -> None:
@@ -62,7 +86,7 @@ def newest_step(output: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
 
 
-def resume(path: Path, optimizer: Optimizer, run: dict[str, Any]) -> None:
+def resume(path: Path, optimizer: Optimizer | Layerwise, run: dict[str, Any]) -> None:
     """Takes the optimizer back to ``path``. UserError if the run was told otherwise then, naming the option."""
     state = read_json(path / STATE)
     then, now = {**state.get("recipe", {}), **state}, {**asdict(optimizer.stage), **run}

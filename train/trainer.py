@@ -16,6 +16,7 @@ from phi4rv.batch import PackedBatch
 from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
 from train.data import Corpus
+from train.layerwise import Layerwise
 from train.loader import on_device, prefetch
 from train.metrics import Timed, peak_memory, speed
 from train.optimizer import Optimizer, learning_rate
@@ -37,18 +38,22 @@ class Ranks:
 
 
 def trainable(model: Phi4RV, stage: Stage) -> dict[str, torch.nn.Parameter]:
-    """Freezes what the stage does not train; name -> parameter of the rest that a loss can reach."""
+    """Freezes what the stage does not train; name -> parameter of the rest that a loss can reach.
+
+    Under ``stage.lora_rank`` that is the adapters alone, which are there already.
+    """
     unused = {id(p) for p in model.vision.unused_parameters()}
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         assert part in PARTS, name
-        parameter.requires_grad_(part in stage.trains and id(parameter) not in unused)
+        if not stage.lora_rank:
+            parameter.requires_grad_(part in stage.trains and id(parameter) not in unused)
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def train(
     model: Phi4RV,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Layerwise,
     corpus: Corpus,
     source: Callable[[], Iterator[Step]],
     total: int,
@@ -67,7 +72,10 @@ def train(
     for ready in ahead:
         step, number, rows = ready.step, ready.step.number, Timed(ready.batches)
         rate = learning_rate(optimizer.stage, number - 1, total)
-        metrics = take_step(model, optimizer, rows, rate, ranks)
+        if isinstance(optimizer, Layerwise):
+            metrics = take_layerwise_step(model, optimizer, rows, rate)
+        else:
+            metrics = take_step(model, optimizer, rows, rate, ranks)
         seconds = time.perf_counter() - began
         counted = _count(step, optimizer.stage)
         on_step(
@@ -106,14 +114,52 @@ def take_step(
         sums += losses
     if ranks.world > 1:
         dist.all_reduce(sums)
-    total, labelled, reasoning, reasoned = sums.tolist()
-    if not labelled:
-        raise UserError("a step without a single labelled token: the data has no answers to learn from")
+    found = sums.tolist()
     norm = math.nan
-    if math.isfinite(total):
-        norm = optimizer.step(rate, int(labelled))
+    if _finite(found):
+        norm = optimizer.step(rate, int(found[1]))
     else:
         optimizer.skip()
+    return _figures(found, norm, optimizer.skipped)
+
+
+def take_layerwise_step(
+    model: Phi4RV, optimizer: Layerwise, batches: Iterable[PackedBatch], rate: float
+) -> dict[str, Any]:
+    """One update from one batch, made while its backward pass runs. A loss that is not finite changes no weight, nor
+    does a gradient norm where a pass measures it first.
+    """
+    held = list(on_device(batches, model.device))
+    if len(held) > 1:
+        raise ValueError(f"{len(held)} batches; without kept gradients a step has one")
+    exact = optimizer.stage.clipping == "exact" or not optimizer.norm  # the first step has no last one
+    sums, norm = [0.0] * 4, math.nan
+    for measure in (True, False) if exact else (False,):
+        loss, losses = model.loss_sum_by_mode(held[0]) if held else (torch.zeros(()), torch.zeros(4))
+        sums = losses.tolist()
+        if not _finite(sums):
+            optimizer.skip()
+            return _figures(sums, math.nan, optimizer.skipped)
+        optimizer.begin(rate, int(sums[1]), measure)
+        if loss.requires_grad:  # not where stage 1 meets text alone
+            loss.backward()
+        norm = optimizer.finish()
+        if not math.isfinite(norm):
+            optimizer.skip()
+            break
+    return _figures(sums, norm, optimizer.skipped)
+
+
+def _finite(sums: list[float]) -> bool:
+    """Whether the step's loss is. UserError if nothing is labelled."""
+    if not sums[1]:
+        raise UserError("a step without a single labelled token: the data has no answers to learn from")
+    return math.isfinite(sums[0])
+
+
+def _figures(sums: list[float], norm: float, skipped: int) -> dict[str, Any]:
+    """Of a step, from loss and labelled tokens of all documents and of those that reason."""
+    total, labelled, reasoning, reasoned = sums
     modes = {"loss_reasoning": (reasoning, reasoned), "loss_direct": (total - reasoning, labelled - reasoned)}
     return {
         "loss": total / labelled,
@@ -121,7 +167,7 @@ def take_step(
         "grad_norm": norm,
         "labelled": labelled,
         "labelled_reasoning": reasoned,
-        "skipped_steps": optimizer.skipped,
+        "skipped_steps": skipped,
     }
 
 

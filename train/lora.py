@@ -1,0 +1,41 @@
+"""What a run with ``--lora-rank`` does differently: which layers get adapters, and what they leave frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from phi4rv.errors import UserError
+from phi4rv.lora import add_adapters, linears, load_adapter, matching, quantize_layers
+from phi4rv.model import Phi4RV
+from train.recipe import Stage
+
+
+def adapt(model: Phi4RV, stage: Stage, seed: int, saved: Path | None = None) -> None:
+    """Freezes the model, in ``stage.frozen_weights``, and puts adapters on ``stage.lora_targets``, from the folder
+    ``saved`` if there is one. UserError naming a target that is no linear layer, or in a part that the stage freezes.
+    """
+    known = linears(model)
+    names = [known[path] for path in matching(list(known), targets(model, stage))]
+    if stage.frozen_weights != "dtype":
+        quantize_layers(model, stage.frozen_weights)
+    add_adapters(model, names, stage.lora_rank, stage.lora_alpha, seed)
+    if saved:
+        load_adapter(model, saved)
+
+
+def targets(model: Phi4RV, stage: Stage) -> list[str]:
+    """``stage.lora_targets`` one by one, each checked against the model and the stage."""
+    known = linears(model)
+    given = [target.strip() for target in stage.lora_targets.split(",")]
+    for target in given:
+        found = {known[path].split(".")[0] for path in matching(list(known), [target])}
+        if not found:
+            names = dict.fromkeys(p.rpartition(".")[2] for p in known if not p.rpartition(".")[2].isdigit())
+            projector = [p.removeprefix("model.") for p, n in known.items() if n.startswith("projector.")]
+            raise UserError(
+                f"--lora-targets: {target!r} is no linear layer of the model, must be among "
+                f"{', '.join([*names, *projector])}, or longer ends of their paths"
+            )
+        if frozen := found - {*stage.trains}:
+            raise UserError(f"--lora-targets: {target} is in {', '.join(sorted(frozen))}, which this stage freezes")
+    return given
