@@ -42,6 +42,7 @@ class Case:
     measured copy bandwidth; ("product", r): share of the measured product rate.
     bounds: peers that do less than ours (bare products): timed, but not compared, and never the best peer.
     dtype: of the inputs that are drawn; None: Draw's own.
+    cuda: ``ours`` is csrc/'s, which nvcc has compiled, not Triton's.
     """
 
     operation: str
@@ -55,6 +56,7 @@ class Case:
     goal: tuple[str, float] | None = None
     bounds: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
+    cuda: bool = False
 
 
 def on_cuda(case: Case, kernel: Callable[..., Any], goal: tuple[str, float] | None = None) -> Case:
@@ -66,6 +68,7 @@ def on_cuda(case: Case, kernel: Callable[..., Any], goal: tuple[str, float] | No
         peers={"triton": case.ours, **case.peers},
         goal=goal,
         dtype=torch.bfloat16,
+        cuda=True,
     )
 
 

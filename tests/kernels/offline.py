@@ -144,7 +144,8 @@ def main() -> None:
     triton.runtime.driver.set_active(Driver(args.capability))
     module = importlib.import_module(f"benchmarks.kernels.{args.operation}")
     seen: set[str] = set()
-    for case, space, config in configurations(args.operation, module.cases(tiny=False), args.defaults):
+    cases = [case for case in module.cases(tiny=False) if not case.cuda]
+    for case, space, config in configurations(args.operation, cases, args.defaults):
         report(case, space, config, seen)
 
 
