@@ -50,6 +50,7 @@ setup(
     ],
     extras_require={
         "triton": ["triton>=3.6"],
+        "tensorboard": ["tensorboard"],
         "dev": ["pytest", "pytest-xdist", "transformers>=5", "ruff", "mypy"],
         "build": ["ninja"],
     },

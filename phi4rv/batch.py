@@ -17,6 +17,7 @@ class Sample:
 
     ``input_ids`` (T,) int64 with ``NO_LABEL``-free ids (any id at image positions), ``labels`` (T,) int64 or None,
     ``image_positions`` (P,) int64 inside the document, ``grids`` (I, 2) int32, ``patches`` (P, 768) float32.
+    ``reasoning``: an answer in it thinks before it speaks.
     """
 
     input_ids: Tensor
@@ -24,6 +25,7 @@ class Sample:
     patches: Tensor
     grids: Tensor
     image_positions: Tensor
+    reasoning: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -44,6 +46,7 @@ class PackedBatch:
     ``cu_patches``      (I+1,) int32             image offsets
     ``max_patches``     int                      most patches of an image, 0 without images
     ``image_positions`` (P,) int64               where in the token row each patch goes
+    ``reasoning``       (D,) bool or None        documents whose answers think before they speak
     """
 
     input_ids: Tensor
@@ -56,6 +59,7 @@ class PackedBatch:
     cu_patches: Tensor
     max_patches: int
     image_positions: Tensor
+    reasoning: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on ``device``."""
@@ -69,6 +73,12 @@ class PackedBatch:
     @property
     def documents(self) -> int:
         return len(self.cu_seqlens) - 1
+
+    def reasoning_rows(self) -> Tensor:
+        """(T,) bool: the rows of the documents that reason."""
+        if self.reasoning is None:
+            return torch.zeros_like(self.input_ids, dtype=torch.bool)
+        return self.reasoning.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.input_ids))
 
     def targets(self) -> Tensor:
         """(T,) int64: the label of the **next** position of the same document, ``NO_LABEL`` where there is none."""
@@ -101,6 +111,7 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         image_positions=torch.cat(
             [s.image_positions + start for s, start in zip(samples, starts.tolist(), strict=False)]
         ),
+        reasoning=torch.tensor([s.reasoning for s in samples]),
     )
 
 

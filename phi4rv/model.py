@@ -10,6 +10,7 @@ from phi4rv.config import Config
 from phi4rv.decoder import Attend, Decoder, packed
 from phi4rv.ops import Operations
 from phi4rv.projector import Projector
+from phi4rv.reference import NO_LABEL
 from phi4rv.vision import VisionTower
 
 
@@ -47,9 +48,21 @@ class Phi4RV(nn.Module):
         """(T, V) float32 logits of every position."""
         return self.decoder.logits(self.hidden(batch))
 
-    def loss_sum(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Summed cross entropy over the labelled tokens (float32) and their count (int64)."""
-        return self.ops.linear_cross_entropy(self.hidden(batch), self.decoder.lm_head.weight, batch.targets())
+    def loss_sum(self, batch: PackedBatch, marked: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Summed cross entropy over the labelled tokens (float32) and their count (int64); with ``marked`` (T,) bool
+        also the sum over the rows that it marks, without gradient.
+        """
+        hidden, weight, targets = self.hidden(batch), self.decoder.lm_head.weight, batch.targets()
+        return self.ops.linear_cross_entropy(hidden, weight, targets, marked=marked)
+
+    def loss_sum_by_mode(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """``loss_sum``'s first, and (4,) float64 without gradient: loss and labelled tokens, of all documents and then
+        of those that reason.
+        """
+        marked = batch.reasoning_rows()
+        total, count, reasoning = self.loss_sum(batch, marked)
+        reasoned = ((batch.targets() != NO_LABEL) & marked).sum()
+        return total, torch.stack([x.detach().double() for x in (total, count, reasoning, reasoned)])
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Mean over the labelled tokens of this batch; nan if there is none."""

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from phi4rv.answers import DIRECT_SPELLINGS
 from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
-from phi4rv.chat import IMAGE_MARK, ChatTemplate, Message, match_images
+from phi4rv.chat import IMAGE_MARK, THINK, ChatTemplate, Message, match_images
 from phi4rv.config import Config, read_json
 from phi4rv.errors import UserError
 from phi4rv.images import PATCH_INPUTS, image_to_patches, open_image, target_grid
@@ -151,6 +151,8 @@ class Processor:
             patches=torch.empty(0, PATCH_INPUTS),
             grids=torch.tensor(list(grids), dtype=torch.int32).view(-1, 2),
             image_positions=torch.tensor(positions, dtype=torch.int64),
+            reasoning=labelled
+            and any(m.role == "assistant" and m.content.lstrip().startswith(THINK) for m in messages),
         )
 
     def decode(self, ids: Sequence[int]) -> str:

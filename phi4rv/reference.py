@@ -225,14 +225,15 @@ def project_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, filter_below: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, filter_below: float = 0.0, marked: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Sum of -log softmax(hidden · weightᵀ)[target] over the labelled rows, and their count.
 
     hidden (T, C), weight (V, C), targets (T,) int64 with NO_LABEL where there is none. Unlabelled rows are never
     multiplied. Returns (sum float32 scalar, count int64 scalar): the caller divides by the global batch's count.
     ``filter_below``: logits whose probability is under it, the target's excepted, get no gradient, which makes it
-    inexact (Cut Your Losses, Wijmans et al. 2024).
+    inexact (Cut Your Losses, Wijmans et al. 2024). ``marked`` (T,) bool: the sum over the rows that it marks comes
+    third, without gradient.
     """
     labelled = (targets != NO_LABEL).nonzero().squeeze(1)
     logits = _wide(F.linear(hidden[labelled], weight))
@@ -240,7 +241,11 @@ def linear_cross_entropy(
         small = logits.detach().softmax(-1) < filter_below
         dropped = small.scatter(1, targets[labelled, None], False)
         logits.register_hook(lambda grad: grad.masked_fill(dropped, 0.0))
-    return F.cross_entropy(logits, targets[labelled], reduction="sum"), labelled.new_tensor(len(labelled))
+    total, count = F.cross_entropy(logits, targets[labelled], reduction="sum"), labelled.new_tensor(len(labelled))
+    if marked is None:
+        return total, count
+    part = marked[labelled]
+    return total, count, F.cross_entropy(logits.detach()[part], targets[labelled[part]], reduction="sum")
 
 
 def adamw(

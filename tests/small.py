@@ -18,7 +18,7 @@ from train.tiny import initialise
 ROOT = Path(__file__).parent.parent
 PUBLISHED = Path(__file__).parent / "data" / "tiny-checkpoint"
 # What a clock or the machine decides, and so differs from run to run.
-TIMES = ("seconds", "tokens_per_second", "images_per_second")
+TIMES = ("seconds", "tokens_per_second", "images_per_second", "tflops", "mfu", "data_wait", "memory")
 
 
 def small_config(context: int = 1024) -> Config:

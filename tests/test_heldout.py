@@ -11,7 +11,7 @@ from phi4rv.answers import Answer, Box, parse_answer
 from phi4rv.chat import Message
 from phi4rv.processor import Prompt
 from train.heldout import TOGETHER, Question, answers, centre_in, iou, score, shuffled
-from train.metrics import loss_curve
+from train.plot import Run, draw
 from train.records import Record
 from train.sheet import RIGHT, TILE, WRONG, prediction_sheet
 
@@ -163,7 +163,8 @@ def test_the_sheet_of_no_question(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("losses", [[2.0], [3.0, 1.0], [0.0, 0.0, 0.0], [float(i % 7) for i in range(200)]], ids=len)
 def test_loss_curve(tmp_path: Path, losses: list[float]) -> None:
-    loss_curve(tmp_path / "loss.png", range(1, len(losses) + 1), losses)
+    steps = [{"step": number, "loss": loss} for number, loss in enumerate(losses, 1)]
+    draw(tmp_path / "loss.png", [Run("run", steps)], ["loss"])
     curve = Image.open(tmp_path / "loss.png").convert("RGB")
     curve.load()
     if len(losses) > 1:

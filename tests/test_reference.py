@@ -218,6 +218,11 @@ def test_linear_cross_entropy(labelled: list[int]) -> None:
     ours, theirs = (torch.autograd.grad(x, (hidden, weight)) for x in (total, expected))
     for own, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own, other)
+    marked = torch.tensor([True, False, False, True, False, False, True])
+    again, _, part = reference.linear_cross_entropy(hidden, weight, targets, marked=marked)
+    kept = targets.masked_fill(~marked, -100)
+    assert torch.equal(again, total) and not part.requires_grad
+    assert part.item() == pytest.approx(reference.linear_cross_entropy(hidden, weight, kept)[0].item(), rel=1e-12)
     half = reference.linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)[0]
     assert half.dtype == torch.float32 and half.item() == pytest.approx(total.item(), rel=0.02)
 

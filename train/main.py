@@ -7,6 +7,7 @@ weights. Leaves ``metrics.jsonl``, ``step-N/``, ``model/``, ``loss.png`` and ``p
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import sys
@@ -28,16 +29,17 @@ from phi4rv.ops import KERNELS
 from phi4rv.processor import Processor
 from train import recipe, saving
 from train.data import Corpus, run_steps
+from train.guard import Streak, check_weights
+from train.hardware import peak_tflops
 from train.heldout import Question, Scores, answers, score, shuffled
-from train.metrics import Progress, loss_curve, read_metrics
+from train.metrics import Progress, read_metrics
 from train.optimizer import Optimizer
+from train.plot import METRICS, Run, draw
 from train.records import read_records
 from train.sheet import prediction_sheet
 from train.synthetic import texts, write_dataset
 from train.tiny import tiny_model
 from train.trainer import Ranks, train, trainable
-
-METRICS = "metrics.jsonl"
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,12 +79,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", help="cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, help="of weights and activations: bfloat16 on a GPU, float32 on a CPU")
     add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
+    add("--peak-tflops", type=float, metavar="X", help="of a device, for MFU; default: train/hardware.py's, by name")
     fields = parser.add_argument_group("the stage's hyperparameters (train/recipe.py), each to be overridden")
     for name, kind in recipe.options().items():
         fields.add_argument("--" + name.replace("_", "-"), type=kind)
     args = parser.parse_args(argv)
     if args.save_every < 0:
         raise UserError(f"--save-every: {args.save_every} must be 0 or more")
+    if args.peak_tflops is not None and not 0 < args.peak_tflops < math.inf:
+        raise UserError(f"--peak-tflops: {args.peak_tflops} must be above 0")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed: {args.seed} must be in [0, 2^32)")
     return args
@@ -189,6 +194,7 @@ def run(args: argparse.Namespace) -> None:
     step = saving.newest_step(output) if args.resume else None
     dtype = DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     model, processor = starting_model(args, device, dtype, step)
+    check_weights(model.named_parameters(), str(step or args.checkpoint or "the model"))
     optimizer = Optimizer(trainable(model, stage), stage, model.ops)
     told = {
         "stage": args.stage,
@@ -217,15 +223,20 @@ def run(args: argparse.Namespace) -> None:
     say(f"{len(corpus.records)} records, {total} steps, output in {output}")
 
     progress = Progress(output / METRICS, optimizer.steps, total) if ranks.first else None
+    streak = Streak(
+        lambda: saving.newest_step(output), lambda: check_weights(model.named_parameters(), "the model in memory")
+    )
+    peak = args.peak_tflops or peak_tflops(device)
 
     def on_step(metrics: dict[str, Any]) -> None:
         if progress:
             progress.step(metrics)
-            if args.save_every and metrics["step"] % args.save_every == 0:
-                saving.save_step(output, model, processor, optimizer, told)
+        streak.add(metrics)
+        if progress and args.save_every and metrics["step"] % args.save_every == 0:
+            saving.save_step(output, model, processor, optimizer, told)
 
     try:
-        train(model, optimizer, corpus, source, total, ranks, on_step)
+        train(model, optimizer, corpus, source, total, ranks, on_step, peak)
         if progress:
             finish(model, processor, output, questions, progress)
             say(f"data: {corpus.summary()}")
@@ -241,7 +252,7 @@ def finish(model: Phi4RV, processor: Processor, output: Path, questions: list[Qu
     phi4rv.save(model, processor, output / saving.MODEL)
     steps = [entry for entry in read_metrics(output / METRICS) if "loss" in entry]
     if steps:  # somebody may have taken metrics.jsonl away
-        loss_curve(output / "loss.png", [e["step"] for e in steps], [e["loss"] for e in steps])
+        draw(output / "loss.png", [Run(str(output), steps)], ["loss"])
     if questions:
         scores = measure(model, processor, questions, output)
         progress.write(scores)

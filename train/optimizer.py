@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from phi4rv.errors import UserError
 from phi4rv.ops import Operations
 from train.recipe import Stage
 
@@ -36,7 +35,8 @@ class Optimizer:
 
     def __init__(self, named: dict[str, nn.Parameter], stage: Stage, ops: Operations):
         self.params, self.stage, self.ops = named, stage, ops
-        self.steps = 0
+        self.steps = 0  # of the run: the data's and the schedule's position
+        self.skipped = 0  # those of them that changed nothing
         self.masters = {n: p.data if p.dtype == torch.float32 else p.data.float() for n, p in named.items()}
         self.exp_avg = {n: torch.zeros_like(m) for n, m in self.masters.items()}
         self.exp_avg_sq = {n: torch.zeros_like(m) for n, m in self.masters.items()}
@@ -55,24 +55,33 @@ class Optimizer:
     def step(self, lr: float, labelled: int) -> float:
         """Sums over ranks, divides by ``labelled`` (tokens of the global batch), clips, updates.
 
-        Returns the gradient's global norm before clipping. UserError, and no update, if it is not finite.
+        Returns the gradient's global norm before clipping. If it is not finite, on all ranks alike, the step is
+        skipped.
         """
         if dist.is_initialized():
             dist.all_reduce(self.flat)
         norm = float(self.flat.norm()) / labelled
         if not math.isfinite(norm):
-            raise UserError(f"step {self.steps + 1}: the gradient's norm is {norm}; lower --lr")
+            self.skip()
+            return norm
         factor = min(1.0, self.stage.clip / norm if norm else 1.0) / labelled
         self.steps += 1
+        updates = self.steps - self.skipped
         copies = self._copies()
         for name, master in self.masters.items():
             decay = self.stage.weight_decay if master.ndim >= 2 else 0.0
             betas = (self.stage.beta1, self.stage.beta2)
             moments = self.exp_avg[name], self.exp_avg_sq[name]
             copy = self.params[name].data if name in copies else None
-            self.ops.adamw(master, self.grads[name], *moments, self.steps, lr, betas, EPS, decay, factor, copy)
+            self.ops.adamw(master, self.grads[name], *moments, updates, lr, betas, EPS, decay, factor, copy)
         self.flat.zero_()
         return norm
+
+    def skip(self) -> None:
+        """Counts a step and forgets its gradients; weights, masters and moments stay as they are."""
+        self.flat.zero_()
+        self.steps += 1
+        self.skipped += 1
 
     def state(self) -> dict[str, Tensor]:
         """Moments, and the masters that are not the parameters themselves, by ``kind/name``."""
@@ -80,9 +89,9 @@ class Optimizer:
         state |= {f"exp_avg_sq/{n}": t for n, t in self.exp_avg_sq.items()}
         return state | {f"master/{n}": m for n, m in self._copies().items()}
 
-    def load_state(self, state: dict[str, Tensor], steps: int) -> None:
+    def load_state(self, state: dict[str, Tensor], steps: int, skipped: int = 0) -> None:
         """The inverse of ``state``; the tensors are copied in. KeyError if one is missing."""
-        self.steps = steps
+        self.steps, self.skipped = steps, skipped
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
 

@@ -33,7 +33,7 @@ def save_step(output: Path, model: Phi4RV, processor: Processor, optimizer: Opti
         (folder / MODEL).mkdir()
         write(model, processor, folder / MODEL)
         save_file({k: v.cpu() for k, v in optimizer.state().items()}, folder / OPTIMIZER)
-        state = {"step": optimizer.steps, "recipe": asdict(optimizer.stage), **run}
+        state = {"step": optimizer.steps, "skipped_steps": optimizer.skipped, "recipe": asdict(optimizer.stage), **run}
         (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
     return path
 
@@ -74,7 +74,7 @@ def resume(path: Path, optimizer: Optimizer, run: dict[str, Any]) -> None:
                 "give the same options, or start in another --output"
             )
     try:
-        optimizer.load_state(load_file(path / OPTIMIZER), state["step"])
+        optimizer.load_state(load_file(path / OPTIMIZER), state["step"], state.get("skipped_steps", 0))
     except FileNotFoundError:
         raise UserError(f"{path / OPTIMIZER}: missing; the save is not whole, resume from another") from None
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:

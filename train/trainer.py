@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,10 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from phi4rv.batch import PackedBatch
+from phi4rv.batch import NO_LABEL, PackedBatch
+from phi4rv.config import Config
 from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
+from train.cost import operations
 from train.data import Corpus, Planned, Step, prefetch
+from train.metrics import Timed, peak_memory, speed
 from train.optimizer import Optimizer, learning_rate
 from train.recipe import PARTS, Stage
 
@@ -50,16 +53,21 @@ def train(
     total: int,
     ranks: Ranks,
     on_step: Callable[[dict[str, Any]], None],
+    peak: float | None = None,
 ) -> None:
-    """Runs from the optimizer's step count to ``total``; ``on_step`` gets each step's metrics (every rank calls it)."""
+    """Runs from the optimizer's step count to ``total``; ``on_step`` gets each step's metrics (every rank calls it).
+
+    ``peak``: a device's TFLOP/s, which MFU is a share of.
+    """
     start = optimizer.steps
-    ahead = prefetch(islice(source(), start, total), corpus, ranks.rank, ranks.world)
+    ahead = Timed(prefetch(islice(source(), start, total), corpus, ranks.rank, ranks.world))
+    began = time.perf_counter()
     for number, (step, batches, skipped) in enumerate(ahead, start + 1):
-        began = time.perf_counter()
+        rows = Timed(batches)
         rate = learning_rate(optimizer.stage, number - 1, total)
-        metrics = take_step(model, optimizer, batches, rate, ranks)
+        metrics = take_step(model, optimizer, rows, rate, ranks)
         seconds = time.perf_counter() - began
-        counted = _count(step, optimizer.stage)
+        counted = _count(step, optimizer.stage, model.config)
         on_step(
             {
                 "step": number,
@@ -67,40 +75,55 @@ def train(
                 **metrics,
                 "lr": rate,
                 **counted,
-                "seconds": seconds,
-                "tokens_per_second": counted["tokens"] / seconds,
-                "images_per_second": counted["images"] / seconds,
+                **speed(counted, seconds, ranks.world, peak),
+                "data_wait": ahead.seconds + rows.seconds,
+                "memory": peak_memory(model.device),
                 "skipped": skipped,
+                "records": [planned.record.where for sequence in step for planned in sequence],
             }
         )
+        ahead.seconds, began = 0.0, time.perf_counter()  # on_step may have saved
 
 
 def take_step(
-    model: Phi4RV, optimizer: Optimizer, batches: list[PackedBatch], rate: float, ranks: Ranks
-) -> dict[str, float]:
-    """One update from this rank's batches. The loss is the mean over the labelled tokens of all ranks' batches."""
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, labelled tokens
+    model: Phi4RV, optimizer: Optimizer, batches: Iterable[PackedBatch], rate: float, ranks: Ranks
+) -> dict[str, Any]:
+    """One update from this rank's batches. The losses are means over the labelled tokens of all ranks' batches.
+
+    A step whose loss or gradient norm is not finite is skipped, on all ranks: ``skipped_steps`` counts them. The loss
+    of a mode that no document has is left out.
+    """
+    # Loss and labelled tokens of all documents and of those that reason; read once, after the last batch.
+    sums = torch.zeros(4, dtype=torch.float64, device=model.device)
     for batch in batches:
-        loss, labelled = model.loss_sum(batch.to(model.device, non_blocking=True))
+        loss, losses = model.loss_sum_by_mode(batch.to(model.device, non_blocking=True))
         if loss.requires_grad:  # not where stage 1 meets text alone: nothing that it trains was used
             loss.backward()
         optimizer.accumulate()
-        sums += torch.stack([loss.detach().double(), labelled.double()]).cpu()
+        sums += losses
     if ranks.world > 1:
-        sums = sums.to(model.device)
         dist.all_reduce(sums)
-    total, labelled_tokens = sums.tolist()
-    if not labelled_tokens:
+    total, labelled, reasoning, reasoned = sums.tolist()
+    if not labelled:
         raise UserError("a step without a single labelled token: the data has no answers to learn from")
-    loss_mean = total / labelled_tokens
-    if not math.isfinite(loss_mean):
-        raise UserError(f"step {optimizer.steps + 1}: the loss is {loss_mean}; lower --lr")
-    norm = optimizer.step(rate, int(labelled_tokens))
-    return {"loss": loss_mean, "grad_norm": norm, "labelled": labelled_tokens}
+    norm = math.nan
+    if math.isfinite(total):
+        norm = optimizer.step(rate, int(labelled))
+    else:
+        optimizer.skip()
+    modes = {"loss_reasoning": (reasoning, reasoned), "loss_direct": (total - reasoning, labelled - reasoned)}
+    return {
+        "loss": total / labelled,
+        **{name: part / count for name, (part, count) in modes.items() if count},
+        "grad_norm": norm,
+        "labelled": labelled,
+        "labelled_reasoning": reasoned,
+        "skipped_steps": optimizer.skipped,
+    }
 
 
-def _count(step: Step, stage: Stage) -> dict[str, float]:
-    """What the whole step held, on all ranks."""
+def _count(step: Step, stage: Stage, config: Config) -> dict[str, float]:
+    """What the whole step held, on all ranks, and the useful operations that it takes."""
     samples: list[Planned] = [planned for sequence in step for planned in sequence]
     tokens = sum(len(p.sample) for p in samples)
     return {
@@ -110,4 +133,12 @@ def _count(step: Step, stage: Stage) -> dict[str, float]:
         "filling": tokens / (len(step) * stage.sequence_length),
         "images": sum(len(p.sample.grids) for p in samples),
         "patches": sum(len(p.sample.image_positions) for p in samples),
+        "operations": sum(_operations(sequence, stage, config) for sequence in step),
     }
+
+
+def _operations(sequence: list[Planned], stage: Stage, config: Config) -> int:
+    samples = [planned.sample for planned in sequence]
+    patches = [count for s in samples for count in s.grids.prod(dim=1).tolist()]
+    labelled = sum(int((s.labels[1:] != NO_LABEL).sum()) for s in samples if s.labels is not None)
+    return operations(config, [len(s) for s in samples], patches, labelled, stage.trains).total

@@ -76,7 +76,8 @@ def _programs(x: Tensor, config: Config) -> int:
 
 
 def launch_forward(hidden: Tensor, weight: Tensor, targets: Tensor, filter_below: float) -> list[Tensor]:
-    """Sum of the losses, number of labelled rows, their numbers, and (2, rows) largest logit and sum of exponentials.
+    """Sum of the losses, number of labelled rows, their numbers, (2, rows) largest logit and sum of exponentials, and
+    (rows,) losses; where rows are more than labelled ones, the rest repeat the first, with loss 0.
 
     ``filter_below`` is for the gradient.
     """
@@ -98,7 +99,7 @@ def launch_forward(hidden: Tensor, weight: Tensor, targets: Tensor, filter_below
             EVEN=C % config["BLOCK_K"] == 0, **config,
         )  # fmt: skip
         kernels.combine[(padded // 64,)](*partial, hit, count, *softmax, losses, padded, tiles, ROWS=64, TILES=64)
-    return [losses.sum(dtype=torch.float64).float(), count, index, softmax]
+    return [losses.sum(dtype=torch.float64).float(), count, index, softmax, losses]
 
 
 def launch_backward(
@@ -152,7 +153,8 @@ def _(hidden: Tensor, weight: Tensor, targets: Tensor, filter_below: float) -> l
     _check(hidden, weight, targets)
     index = targets.new_empty(_padded(len(hidden)), dtype=torch.int32)
     softmax = hidden.new_empty((2, len(index)), dtype=torch.float32)
-    return [hidden.new_empty((), dtype=torch.float32), targets.new_empty(()), index, softmax]
+    losses = torch.empty_like(softmax[0])
+    return [hidden.new_empty((), dtype=torch.float32), targets.new_empty(()), index, softmax, losses]
 
 
 @backward.register_fake
@@ -174,7 +176,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     hidden, weight, targets, ctx.filter_below = inputs
-    ctx.save_for_backward(hidden, weight, targets, *output[1:])
+    ctx.save_for_backward(hidden, weight, targets, *output[1:4])
 
 
 def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -187,14 +189,19 @@ forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, filter_below: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, filter_below: float = 0.0, marked: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Sum of -log softmax(hidden · weightᵀ)[target] over the labelled rows, and their count.
 
     hidden (T, C) and weight (V, C) of one dtype, targets (T,) int64 with -100 where there is none: those rows are
     never multiplied. Returns (sum float32 scalar, count int64 scalar). ``filter_below``: probabilities under it, the
-    target's excepted, send no gradient (Cut Your Losses, Wijmans et al. 2024). ValueError for other shapes and
-    dtypes; any other target outside the vocabulary makes the sum NaN.
+    target's excepted, send no gradient (Cut Your Losses, Wijmans et al. 2024). ``marked`` (T,) bool: the sum over the
+    rows that it marks comes third, without gradient. ValueError for other shapes and dtypes; any other target outside
+    the vocabulary makes the sum NaN.
     """
-    total, count, _, _ = forward(hidden, weight, targets, filter_below)
-    return total, count
+    total, count, index, _, losses = forward(hidden, weight, targets, filter_below)
+    if marked is None:
+        return total, count
+    chosen = marked[index.long()] if len(marked) else torch.zeros_like(losses, dtype=torch.bool)
+    part = torch.where(chosen, losses.detach(), 0.0)
+    return total, count, part.sum(dtype=torch.float64).float()

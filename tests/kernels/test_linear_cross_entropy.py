@@ -55,6 +55,19 @@ def test_parity(place: Place, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_the_sum_over_marked_rows(place: Place, share: float) -> None:
+    hidden, weight, labels = inputs(place, 70, 33, 300, share)
+    marked = torch.arange(70, device=labels.device) % 3 == 0
+    ours = linear_cross_entropy(hidden, weight, labels, marked=marked)
+    theirs = reference.linear_cross_entropy(hidden.float(), weight.float(), labels, marked=marked)
+    assert torch.equal(ours[0], linear_cross_entropy(hidden, weight, labels)[0])
+    torch.testing.assert_close(ours[2], theirs[2], rtol=2e-3, atol=0)
+    nothing = linear_cross_entropy(hidden[:0], weight, labels[:0], marked=marked[:0])
+    assert float(nothing[2]) == 0
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_several_chunks(place: Place, share: float, narrow: None) -> None:
     """With few labels chunks are wider, and the last launches find nothing left."""

@@ -1,0 +1,215 @@
+"""``python -m train.plan --gpus 240 --gpu h100 --stage 2``: will it fit, and how long will it take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from phi4rv.command import Parser, exit_status
+from phi4rv.config import Config
+from phi4rv.errors import UserError
+from train import duration, estimate, recipe
+from train.estimate import Data, Setting, Sizes
+from train.hardware import GPUS
+from train.metrics import finite, read_metrics
+from train.plan_table import GIGA, text
+from train.recipe import Stage
+
+# The report's tables: samples and tokens of each stage. Its run: GPUs, their kind, days (the model card).
+REPORTED = {1: (2.0e6, 1.4e9), 2: (62.8e6, 188.5e9), 3: (3.2e6, 12e9)}
+REPORT_RUN = (240, "b200", 4.0)
+# Shares of the tokens that the report does not give: assumptions, each an option, or taken from --measured.
+IMAGE_SHARE, LABELLED_SHARE, EFFICIENCY = 0.5, 0.25, 0.4
+LORA_RANK = 16  # of the adapters that --gpus 1 looks at
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m train.plan", description="Memory, communication and time of a run, computed.")
+    add = parser.add_argument
+    add("--gpus", type=int, required=True, metavar="N")
+    add("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (train/hardware.py)")
+    add("--memory", type=float, metavar="GB", help="of a GPU; default: as its maker states it")
+    add("--stage", type=int, default=2)
+    add("--checkpoint", type=Path, metavar="DIR", help="whose config.json to plan for; default: the published model's")
+    add("--shard", choices=estimate.SHARDS)
+    add("--checkpointing", choices=estimate.CHECKPOINTING)
+    add("--sequences-per-gpu", type=int, default=1, metavar="N", help="packed rows that a GPU takes at a time")
+    add("--optimizer", choices=estimate.OPTIMIZERS)
+    add("--lora-rank", "--lora", type=int, metavar="R", help="adapters on the decoder's linear layers")
+    add("--frozen-weights", choices=tuple(estimate.FROZEN), default="dtype", help="under adapters")
+    add("--sequence-length", type=int)
+    add("--global-batch", type=int)
+    add("--image-share", type=float, help=f"of tokens that are patches; assumed: {IMAGE_SHARE}")
+    add("--labelled-share", type=float, help=f"of tokens that have a label; assumed: {LABELLED_SHARE}")
+    add("--efficiency", type=float, help=f"share of the peak that products reach; assumed: {EFFICIENCY}")
+    add("--measured", type=Path, metavar="FILE", help="metrics.jsonl of a run, to take efficiency and shares from")
+    add("--json", action="store_true")
+    args = parser.parse_args(argv)
+    if args.gpu not in GPUS:
+        raise UserError(f"--gpu: {args.gpu!r} is unknown, must be one of {', '.join(GPUS)}")
+    for name in ("gpus", "sequences_per_gpu", "memory", "lora_rank"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < 1e9:
+            raise UserError(f"--{name.replace('_', '-')}: {value} must be above 0")
+    for name in ("image_share", "labelled_share", "efficiency"):
+        value, low = getattr(args, name), 0 if name == "image_share" else 1e-6
+        if value is not None and not low <= value <= 1:
+            raise UserError(f"--{name.replace('_', '-')}: {value} must be a share, up to 1")
+    if args.optimizer == "layerwise" and (args.gpus > 1 or args.lora_rank):
+        raise UserError("--optimizer: layerwise is for one GPU and for training the weights themselves")
+    if args.frozen_weights != "dtype" and not args.lora_rank:
+        raise UserError(f"--frozen-weights: {args.frozen_weights} needs adapters to train: give --lora-rank")
+    return args
+
+
+def measured(path: Path) -> dict[str, float]:
+    """Efficiency and shares of a run, over all its steps but the first tenth: useful operations by what the devices
+    would have done at their peak in the same time. What a run computes again is not in its mfu: one with full
+    checkpointing makes other settings look slower than they are.
+    """
+    if not path.is_file():
+        raise UserError(f"--measured: {path} is no file; give a run's metrics.jsonl")
+    steps = [e for e in read_metrics(path) if finite(e.get("mfu")) and e["mfu"] > 0 and finite(e.get("operations"))]
+    if not steps:
+        raise UserError(
+            f"--measured: {path} has no step with an mfu; train on a GPU of train/hardware.py or with --peak-tflops"
+        )
+    steps = steps[-(-len(steps) // 10) if len(steps) > 1 else 0 :]
+    total = {name: sum(e[name] for e in steps) for name in ("operations", "tokens", "patches", "labelled")}
+    efficiency = total["operations"] / sum(e["operations"] / e["mfu"] for e in steps)
+    if efficiency > 1:
+        raise UserError(f"--measured: {path} has an mfu of {efficiency:.2f}; its --peak-tflops was too small")
+    return {
+        "efficiency": efficiency,
+        "image_share": total["patches"] / total["tokens"],
+        "labelled_share": total["labelled"] / total["tokens"],
+    }
+
+
+def settings(args: argparse.Namespace) -> Iterator[Setting]:
+    """Those to look at, the least extra work first: what is computed again costs more than what is sent."""
+    asked = Setting(args.gpus, rows=args.sequences_per_gpu, frozen_weights=args.frozen_weights)
+    kinds = [args.checkpointing] if args.checkpointing else estimate.CHECKPOINTING
+    if args.gpus > 1 or args.lora_rank or args.optimizer:
+        base = replace(asked, lora_rank=args.lora_rank or 0, optimizer=args.optimizer or "adamw")
+        shards = [args.shard] if args.shard else estimate.SHARDS if args.gpus > 1 else ["optimizer"]
+        for kind, shard in product(kinds, shards):
+            yield replace(base, checkpointing=kind, shard=shard)
+        return
+    for optimizer, kind in product(estimate.OPTIMIZERS, kinds):
+        yield replace(asked, optimizer=optimizer, checkpointing=kind)
+    for frozen, kind in product(estimate.FROZEN, kinds):
+        yield replace(asked, lora_rank=LORA_RANK, frozen_weights=frozen, checkpointing=kind)
+
+
+def option_line(setting: Setting) -> str:
+    """As options of ``train/main.py``."""
+    said = [f"--shard {setting.shard}"] if setting.gpus > 1 else []
+    if setting.lora_rank:
+        said.append(f"--lora-rank {setting.lora_rank}")
+        said += [f"--frozen-weights {setting.frozen_weights}"] if setting.frozen_weights != "dtype" else []
+    elif setting.gpus == 1:
+        said.append(f"--optimizer {setting.optimizer}")
+    return " ".join([*said, f"--checkpointing {setting.checkpointing}"])
+
+
+def mean_sample(number: int, shares: dict[str, float]) -> Data:
+    samples, tokens = REPORTED[number]
+    mean = tokens / samples
+    return Data(samples, mean, shares["image_share"] * mean, shares["labelled_share"] * mean)
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """All that is printed, as plain data."""
+    overrides = {"sequence_length": args.sequence_length, "global_batch": args.global_batch}
+    stage = recipe.stage(args.stage, False, overrides)
+    config = Config.from_folder(args.checkpoint) if args.checkpoint else Config()
+    defaults = {"image_share": IMAGE_SHARE, "labelled_share": LABELLED_SHARE, "efficiency": EFFICIENCY}
+    found = measured(args.measured) if args.measured else {}
+    given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
+    shares = {**defaults, **found, **given}
+    data, sizes = mean_sample(args.stage, shares), Sizes.of(config, stage)
+    gpu = replace(GPUS[args.gpu], memory=args.memory or GPUS[args.gpu].memory)
+    rows: list[dict[str, Any]] = []
+    looked_at: list[Setting] = []
+    for setting in settings(args):
+        parts = estimate.memory(config, stage, sizes, data, setting)
+        time = duration.time(config, stage, sizes, data, setting, gpu, shares["efficiency"])
+        total = sum(parts.values())
+        row = {"options": option_line(setting), "memory": parts, "total": total, "fits": total <= gpu.memory * GIGA}
+        rows.append(row | {"step_seconds": time.step, "days": time.days, "setting": asdict(setting)})
+        looked_at.append(setting)
+    fitting = [number for number, row in enumerate(rows) if row["fits"]]
+    chosen = looked_at[fitting[0] if fitting else -1]
+    return {
+        **{"gpus": args.gpus, "gpu": args.gpu, "gpu_stated": asdict(gpu), "stage": args.stage},
+        **{"sequence_length": stage.sequence_length, "global_batch": stage.global_batch},
+        **{"parameters": sizes.all, "trained": sizes.trained, "sample": asdict(data)},
+        "shares": {n: {"value": v, "from": "given" if n in given else "measured" if n in found else "assumed"}
+                   for n, v in shares.items()},
+        "settings": rows,
+        "first_fit": option_line(chosen) if fitting else None,
+        "chosen": details(config, stage, sizes, data, chosen, gpu, shares["efficiency"]),
+        "report": report_run(shares),
+    }  # fmt: skip
+
+
+def details(
+    config: Config, stage: Stage, sizes: Sizes, data: Data, setting: Setting, gpu: Any, efficiency: float
+) -> dict[str, Any]:
+    """Communication and time of one setting, and its days at other efficiencies."""
+    rows, times = duration.micro_steps(stage, data, setting)
+    sent = duration.collectives(sizes, setting, times) if setting.gpus > 1 else {}
+    inside, across, _ = duration.link_seconds(sum(sent.values()), gpu, setting.gpus)
+    time = duration.time(config, stage, sizes, data, setting, gpu, efficiency)
+    useful = duration.sample_operations(config, stage, data, setting)[0] * stage.global_batch
+    tries = sorted({0.1, 0.2, 0.3, 0.4, 0.5, round(efficiency, 4)})
+    days = {x: duration.time(config, stage, sizes, data, setting, gpu, x).days for x in tries}
+    return {
+        **{"options": option_line(setting), "rows_per_gpu": rows, "micro_steps": times, "sent": sent},
+        **{"to_own_node": inside, "to_other_nodes": across, "compute_seconds": time.compute},
+        **{"link_seconds": time.links, "update_seconds": time.update, "step_seconds": time.step},
+        **{"steps": time.steps, "days": time.days, "days_nothing_hidden": time.days_unhidden},
+        **{"tokens_per_second": stage.global_batch * data.tokens / time.step},
+        **{"useful_tflops": useful / time.step / setting.gpus / 1e12, "days_by_efficiency": days},
+    }
+
+
+def report_run(shares: dict[str, float]) -> dict[str, float]:
+    """What the report's run of the published model comes to: by 6 operations a parameter and token (Kaplan et al.
+    2020), and by the useful products, with the shares assumed.
+    """
+    gpus, kind, days = REPORT_RUN
+    config, tokens = Config(), sum(tokens for _, tokens in REPORTED.values())
+    seconds, peak = gpus * days * 86400 * 1e12, GPUS[kind].tflops
+    stages = {n: (recipe.STAGES[n], Sizes.of(config, recipe.STAGES[n]), mean_sample(n, shares)) for n in REPORTED}
+    useful = sum(d.samples * duration.sample_operations(config, s, d, Setting())[0] for s, _, d in stages.values())
+    six = 6.0 * stages[2][1].all * tokens
+    share = useful / seconds / peak
+    times = [duration.time(config, s, z, d, Setting(gpus), GPUS[kind], share) for s, z, d in stages.values()]
+    return {
+        "days_planned": sum(time.days for time in times),
+        **{"gpus": gpus, "days": days, "tokens": tokens, "tflops_6pd": six / seconds},
+        **{"share_6pd": six / seconds / peak, "tflops_useful": useful / seconds},
+        "share_useful": share,
+    }
+
+
+def run(argv: Sequence[str] | None) -> None:
+    args = arguments(argv)
+    made = plan(args)
+    print(json.dumps(made, indent=2) if args.json else text(made))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""``python -m train.plot RUN…``: draws runs beside one another and prints a table of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from phi4rv.command import Parser, exit_status
+from phi4rv.errors import UserError
+from train.metrics import finite, read_metrics
+
+METRICS = "metrics.jsonl"
+INK, GRID = "#333333", "#e4e4e4"
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
+PANELS = {
+    "loss": "loss, mean over the labelled tokens of a step",
+    "loss_reasoning": "loss of samples that reason",
+    "loss_direct": "loss of samples that answer directly",
+    "grad_norm": "gradient norm before clipping",
+    "lr": "learning rate",
+    "tokens_per_second": "tokens/s",
+    "mfu": "MFU",
+    "data_wait": "wait for data, s",
+}
+WIDTH, HEIGHT, COLUMNS = 720, 300, 2
+LEFT, TOP, RIGHT, BOTTOM = 84, 30, 20, 34
+LEGEND = 24  # height of a run's line above the panels
+
+
+@dataclass(frozen=True)
+class Run:
+    """Its name and the entries of its steps, in order."""
+
+    name: str
+    steps: list[dict[str, Any]]
+
+    @staticmethod
+    def of(path: Path) -> Run:
+        """From a run's output folder or its metrics.jsonl. UserError if there is none, or no step in it."""
+        file = path / METRICS if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(f"{path}: no {METRICS} there; give a run's output folder or that file")
+        steps = [e for e in read_metrics(file) if finite(e.get("step")) and "loss" in e]
+        if not steps:
+            raise UserError(f"{file}: no step in it; give the {METRICS} of a run that has taken one")
+        return Run(str(path), steps)
+
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) where the value is a finite number."""
+        return [(e["step"], e[name]) for e in self.steps if finite(e.get(name))]
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and the ``window`` - 1 before it, fewer at the start."""
+    return [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+
+
+def window_of(count: int) -> int:
+    """A twentieth of the run."""
+    return max(1, count // 20)
+
+
+def panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, curves: Sequence[list[tuple[float, float]]],
+          window: int | None = None) -> None:  # fmt: skip
+    """One diagram at ``corner``: each curve of (step, value) thin, its running mean over ``window`` steps thick."""
+    font = ImageFont.load_default(13)
+    (x0, y0), plane = corner, (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
+    pen.text((x0 + LEFT, y0 + 6), title, INK, font)
+    points = [point for curve in curves for point in curve]
+    if not points:
+        pen.text((x0 + LEFT, y0 + TOP + 20), "not measured", INK, font)
+        return
+    first, last = min(s for s, _ in points), max(s for s, _ in points)
+    low, high = min(0.0, *(v for _, v in points)), max(v for _, v in points)
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        x = x0 + LEFT + (step - first) / ((last - first) or 1) * plane[0]
+        return x, y0 + TOP + (1 - (value - low) / ((high - low) or 1)) * plane[1]
+
+    for i in range(6):
+        value, step = low + (high - low) * i / 5, first + (last - first) * i / 5
+        pen.line([at(first, value), at(last, value)], fill=GRID)
+        pen.text((x0 + LEFT - 8, at(first, value)[1]), f"{value:.4g}", INK, font, "rm")
+        pen.text((at(step, low)[0], y0 + HEIGHT - BOTTOM + 8), f"{step:.0f}", INK, font, "mt")
+    for number, curve in enumerate(curves):
+        colour = COLOURS[number % len(COLOURS)]
+        pen.line([at(*point) for point in curve], fill=_pale(colour), width=1)
+        means = smoothed([v for _, v in curve], window or window_of(len(curve)))
+        pen.line([at(s, v) for (s, _), v in zip(curve, means, strict=True)], fill=colour, width=3)
+
+
+def _pale(colour: str) -> tuple[int, ...]:
+    return tuple((2 * 255 + part) // 3 for part in ImageColor.getrgb(colour))
+
+
+def draw(path: Path, runs: Sequence[Run], names: Sequence[str] = tuple(PANELS), window: int | None = None) -> None:
+    """PNG with a panel for each of ``names`` and a legend of the runs."""
+    columns = min(COLUMNS, len(names))
+    head = LEGEND * (len(runs) + 1)
+    size = columns * WIDTH, head + -(-len(names) // columns) * HEIGHT
+    image = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    over = f"{window} steps" if window else "a twentieth of the run"
+    pen.text((12, 5), f"thin: each step; thick: running mean over {over}", INK, font)
+    for number, run in enumerate(runs):
+        y, colour = LEGEND * (number + 1) + LEGEND // 2, COLOURS[number % len(COLOURS)]
+        pen.line([(12, y), (42, y)], fill=colour, width=3)
+        pen.text((50, y), run.name, INK, font, "lm")
+    for number, name in enumerate(names):
+        corner = number % columns * WIDTH, head + number // columns * HEIGHT
+        panel(pen, corner, PANELS[name], [run.series(name) for run in runs], window)
+    image.save(path)
+
+
+def table(runs: Sequence[Run]) -> str:
+    """A line a run: losses over its last twentieth, median rates, the share of time spent waiting, skipped steps."""
+    heads = ("steps", "loss", "reasoning", "direct", "tokens/s", "MFU", "wait", "skipped", "hours")
+    width = max(4, *(len(run.name) for run in runs))
+    lines = [f"{'run':{width}}" + "".join(f"{head:>11}" for head in heads)]
+    for run in runs:
+        values = {name: [v for _, v in run.series(name)] for name in (*PANELS, "seconds")}
+        ends = [_last(values[name]) for name in ("loss", "loss_reasoning", "loss_direct")]
+        seconds = sum(values["seconds"])
+        cells = [
+            f"{run.steps[-1]['step']:,}",
+            *("-" if end is None else f"{end:.4f}" for end in ends),
+            f"{median(values['tokens_per_second']):,.0f}" if values["tokens_per_second"] else "-",
+            f"{median(values['mfu']):.1%}" if values["mfu"] else "-",
+            f"{sum(values['data_wait']) / seconds:.1%}" if values["data_wait"] and seconds else "-",
+            str(run.steps[-1].get("skipped_steps", "-")),
+            f"{seconds / 3600:.2f}",
+        ]
+        lines.append(f"{run.name:{width}}" + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _last(values: list[float]) -> float | None:
+    return mean(values[-window_of(len(values)) :]) if values else None
+
+
+def run(argv: Sequence[str] | None) -> None:
+    parser = Parser(prog="python -m train.plot", description="Draws runs beside one another.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="an output folder or a metrics.jsonl")
+    parser.add_argument("--output", type=Path, default=Path("plot.png"), metavar="PNG")
+    parser.add_argument("--smooth", type=int, metavar="N", help="steps of the running mean; default: a twentieth")
+    args: argparse.Namespace = parser.parse_args(argv)
+    if args.smooth is not None and args.smooth < 1:
+        raise UserError(f"--smooth: {args.smooth} must be 1 or more")
+    if args.output.suffix.lower() != ".png":
+        raise UserError(f"--output: {args.output} must end in .png")
+    runs = [Run.of(path) for path in args.runs]
+    draw(args.output, runs, window=args.smooth)
+    print(table(runs))
+    print(f"written: {args.output}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
