@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,14 @@ import pytest
 import torch
 from small import mixed_data, mixed_records, picture, record, small_model, write_jsonl
 
-from phi4rv.batch import NO_LABEL
+from phi4rv.batch import NO_LABEL, PackedBatch
 from phi4rv.errors import UserError
 from phi4rv.processor import Processor
-from train.data import Corpus, prefetch, run_steps
+from train.data import Corpus
+from train.loader import Prepared, prefetch
+from train.packing import share
 from train.recipe import Stage, stage
+from train.stream import Step, Stream, run_steps
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +31,28 @@ def options(**overrides: Any) -> Stage:
 
 
 def where(planned: Any) -> str:
-    return planned.record.where
+    return planned.where
 
 
 def order(corpus: Corpus, seed: int, epoch: int) -> list[str]:
-    return [where(planned) for planned in corpus.epoch(seed, epoch)]
+    stream = Stream(corpus, seed, {"places": [[epoch, 0, 0]]})
+    count = sum(1 for line in corpus.lines[0] if corpus.plan(line))
+    return [where(planned) for planned in itertools.islice(stream.source(0), count)]
 
 
 def layout(corpus: Corpus, seed: int, count: int = 99) -> list[list[list[str]]]:
     steps = itertools.islice(run_steps(corpus, seed)(), count)
     return [[[where(p) for p in sequence] for sequence in step] for step in steps]
+
+
+def read(ahead: Iterator[Prepared]) -> list[tuple[Step, list[PackedBatch], dict[str, int]]]:
+    return [(ready.step, list(ready.batches), ready.skipped) for ready in ahead]
+
+
+def assert_same_batch(ours: PackedBatch, theirs: PackedBatch) -> None:
+    for field in dataclasses.fields(ours):
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
 
 
 def long_conversation(folder: Path) -> dict[str, Any]:
@@ -51,20 +66,21 @@ def long_conversation(folder: Path) -> dict[str, Any]:
 
 def test_the_order_is_a_function_of_seed_and_epoch(processor: Processor, tmp_path: Path) -> None:
     file = mixed_data(tmp_path, 20)
-    corpus, again = (Corpus([file], processor, options()) for _ in range(2))
+    corpus, again = (Corpus([file], processor, options(max_steps=9)) for _ in range(2))
     orders = [order(corpus, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(found) == sorted(orders[0]) and len(set(found)) == 20 for found in orders)
     assert len(set(map(tuple, orders))) == 4
     assert order(again, 1, 1) == orders[3], "whatever was read before"
-    samples = itertools.islice(corpus.samples(0), 40)
+    samples = itertools.islice(Stream(corpus, 0).samples(), 40)
     assert [where(planned) for planned in samples] == orders[0] + orders[1]
 
 
 def test_file_order_keeps_the_first_epoch_as_written(processor: Processor, tmp_path: Path) -> None:
     file = mixed_data(tmp_path, 20)
-    corpus = Corpus([file], processor, options(order="file"))
-    assert order(corpus, 0, 0) == [record.where for record in corpus.records]
-    assert order(corpus, 0, 1) == order(Corpus([file], processor, options()), 0, 1) != order(corpus, 0, 0)
+    corpus = Corpus([file], processor, options(order="file", max_steps=9))
+    assert order(corpus, 0, 0) == [line.where for line in corpus.lines[0]]
+    shuffled = Corpus([file], processor, options(max_steps=9))
+    assert order(corpus, 0, 1) == order(shuffled, 0, 1) != order(corpus, 0, 0)
 
 
 def test_steps_hold_the_global_batch_and_repeat_exactly(processor: Processor, tmp_path: Path) -> None:
@@ -82,23 +98,24 @@ def test_steps_hold_the_global_batch_and_repeat_exactly(processor: Processor, tm
 def test_ranks_share_every_step_without_loss(processor: Processor, tmp_path: Path) -> None:
     corpus = Corpus([mixed_data(tmp_path, 20)], processor, options(global_batch=9))
     source = run_steps(corpus, 0)
-    alone = list(prefetch(source(), corpus, 0, 1))
-    shares = [list(prefetch(source(), corpus, rank, 3)) for rank in range(3)]
+    alone = read(prefetch(source(), corpus, 0, 1))
+    ranks = [read(prefetch(source(), corpus, rank, 3)) for rank in range(3)]
+    assert all(len(rank) == len(alone) > 1 for rank in ranks)
     for number, (step, batches, _) in enumerate(alone):
         assert len(step) == len(batches)
-        for place, batch in enumerate(batches):
-            share = shares[place % 3][number][1][place // 3]
-            for field in dataclasses.fields(batch):
-                ours, theirs = getattr(batch, field.name), getattr(share, field.name)
-                assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
-        assert sum(len(shares[rank][number][1]) for rank in range(3)) == len(batches)
+        shares = share(step.costs, 3)
+        assert sorted(row for rows in shares for row in rows) == list(range(len(step)))
+        for rank, rows in enumerate(shares):
+            assert len(ranks[rank][number][1]) == len(rows)
+            for row, theirs in zip(rows, ranks[rank][number][1], strict=True):
+                assert_same_batch(batches[row], theirs)
 
 
 def test_too_long_is_dropped_and_counted_once(processor: Processor, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "d.jsonl", [*mixed_records(tmp_path, 4), long_conversation(tmp_path)])
-    corpus = Corpus([file], processor, options(sequence_length=120))
-    for epoch in range(2):
-        assert len(order(corpus, 0, epoch)) == 4
+    corpus = Corpus([file], processor, options(sequence_length=120, epochs=2))
+    steps = list(run_steps(corpus, 0)())
+    assert sum(len(sequence) for step in steps for sequence in step) == 8
     assert corpus.counts == {"dropped": 1}
     assert corpus.summary() == "1 dropped"
 
@@ -109,20 +126,20 @@ def test_too_long_loses_its_last_turns_whole(
 ) -> None:
     file = write_jsonl(tmp_path / "d.jsonl", [long_conversation(tmp_path)])
     corpus = Corpus([file], processor, options(sequence_length=room, too_long="shorten"))
-    planned = corpus.plan(corpus.records[0])
+    made = corpus.plan(corpus.lines[0][0])
     assert corpus.counts == ({} if turns == 3 else {"shortened": 1} if turns else {"dropped": 1})
     if not turns:
-        assert planned is None
+        assert made == []
         return
-    assert planned is not None
-    sample = planned.sample
+    [planned] = made
+    batch = corpus.load(made)
+    assert batch is not None and batch.labels is not None
     answers = [f"<|dummy_84|>{colour}.<|im_end|>" for colour in ("Red", "Blue", "Green")[:turns]]
-    assert processor.decode(sample.labels[sample.labels != NO_LABEL].tolist()) == "".join(answers)
-    assert len(sample) <= room
-    assert len(sample.grids) == pictures
-    assert len(sample.image_positions) == int(sample.grids.prod(1).sum()), "an image was cut"
-    batch = corpus.load([planned])
-    assert batch is not None
+    assert processor.decode(batch.labels[batch.labels != NO_LABEL].tolist()) == "".join(answers)
+    assert len(planned) == len(batch.input_ids) <= room
+    assert planned.labelled == int((batch.targets() != NO_LABEL).sum())
+    assert len(planned.grids) == len(batch.grids) == pictures
+    assert sum(planned.patches) == len(batch.image_positions) == int(batch.grids.prod(1).sum()), "an image was cut"
     assert len(batch.patches) == len(batch.image_positions)
 
 
@@ -137,16 +154,16 @@ def test_shortening_keeps_one_answer_behind_a_system_turn(processor: Processor, 
     file, reader = write_jsonl(tmp_path / "d.jsonl", [made]), Processor(files, processor.config)
     for room in range(1, 60):
         corpus = Corpus([file], reader, options(sequence_length=room, too_long="shorten"))
-        planned = corpus.plan(corpus.records[0])
-        assert planned is None or planned.sample.labels.max() > 0, "without an answer"
+        planned = corpus.plan(corpus.lines[0][0])
+        assert not planned or planned[0].labelled > 0, "without an answer"
         assert corpus.counts == {"shortened" if planned else "dropped": 1}
-    assert planned is not None
+    assert planned
 
 
 def test_nothing_usable_says_so(processor: Processor, tmp_path: Path) -> None:
     corpus = Corpus([mixed_data(tmp_path, 6)], processor, options(sequence_length=8))
     with pytest.raises(UserError, match=r"--sequence-length: none of the 6 records .* 8 tokens \(6 dropped\)"):
-        next(corpus.epoch(0, 0))
+        next(Stream(corpus, 0).steps())
 
 
 def truncate(folder: Path) -> dict[str, Any]:
@@ -173,8 +190,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-def read_all(corpus: Corpus) -> list[tuple[Any, Any, dict[str, int]]]:
-    return list(prefetch(run_steps(corpus, 0)(), corpus, 0, 1))
+def read_all(corpus: Corpus) -> list[tuple[Step, list[PackedBatch], dict[str, int]]]:
+    return read(prefetch(run_steps(corpus, 0)(), corpus, 0, 1))
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -204,7 +221,7 @@ def test_skip_bad_counts_it_once_and_goes_on(
 
 def test_a_sequence_of_bad_pictures_alone_is_left_out(processor: Processor, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "d.jsonl", [truncate(tmp_path), record("Hello?", "<nothink>A.")])
-    lengths = [len(p.sample) for p in Corpus([file], processor, options()).epoch(0, 0)]
+    lengths = [len(p) for p in Stream(Corpus([file], processor, options()), 0).samples()]
     corpus = Corpus([file], processor, options(sequence_length=max(lengths), global_batch=2), skip_bad=True)
     [(step, batches, counts)] = read_all(corpus)
     assert len(step) == 2

@@ -3,12 +3,19 @@
 import itertools
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from benchmarks.mixture import mixture
 from phi4rv.chat import Message
+from phi4rv.config import Config
 from train import recipe
-from train.packing import WINDOW, fill_sequences, fullest
+from train.packing import WINDOW, fill_sequences, fullest, imbalance, share
+from train.reader import Planned
+from train.recipe import Stage
+from train.stream import Stream
 from train.synthetic import texts
 from train.synthetic.records import make_record
 from train.tiny import tiny_model
@@ -119,3 +126,81 @@ def test_rows_of_the_default_data_are_99_percent_full(processor, number: int) ->
     filling = sum(lengths[i] for group in inner for i in group) / (len(inner) * stage.sequence_length)
     assert len(inner) > 20
     assert filling >= 0.99
+
+
+# The report's mixture
+
+
+class Measured(Stream):
+    """Steps of the published model's sizes from samples that are lengths alone."""
+
+    def __init__(self, chosen: Stage) -> None:
+        self.corpus = SimpleNamespace(stage=chosen, processor=SimpleNamespace(config=Config()), measured={})
+        self.number, self.places, self.drawn, self.waiting = 0, [], [], []
+
+    def samples(self) -> Iterator[Any]:
+        for sample in mixture(0, self.corpus.stage.sequence_length):
+            grids = tuple((1, n) for n in sample.patches)
+            yield Planned(None, 0, 2, sample.length, grids, sample.labelled, sample.thinking)
+
+
+@pytest.fixture(scope="module")
+def reports_steps() -> list[Any]:
+    return list(itertools.islice(Measured(recipe.stage(2, False, {})).steps(), 3))
+
+
+def test_the_mixture_is_what_it_says() -> None:
+    samples = list(itertools.islice(mixture(), 20_000))
+    mean = sum(s.length for s in samples) / len(samples)
+    assert 2000 < mean < 3500
+    assert sum(s.thinking for s in samples) / len(samples) == pytest.approx(0.2, abs=0.01)
+    assert all(256 <= n <= 3600 for s in samples for n in s.patches)
+
+
+def test_steps_of_the_reports_mixture_are_full(reports_steps: list[Any]) -> None:
+    for step in reports_steps:
+        samples = sum(map(len, step))
+        assert 1920 <= samples < 1920 * 1.12
+        assert len(step) % 64 == 0
+        assert sum(len(p) for sequence in step for p in sequence) >= 0.99 * 8192 * len(step)
+
+
+@pytest.mark.parametrize("world", [2, 8, 64])
+def test_ranks_have_the_same_cost_within_3_percent(reports_steps: list[Any], world: int) -> None:
+    for step in reports_steps:
+        shares = share(step.costs, world)
+        assert sorted(row for rows in shares for row in rows) == list(range(len(step)))
+        assert {len(rows) for rows in shares} == {len(step) // world}
+        assert imbalance(step.costs, shares) <= 0.03
+        # Ranks that exchange weights layer by layer wait for each other in every row.
+        for place in range(len(step) // world):
+            costs = [step.costs[rows[place]] for rows in shares]
+            assert max(costs) <= 1.1 * min(costs)
+
+
+def test_240_ranks_as_the_report_had() -> None:
+    [step] = itertools.islice(Measured(recipe.stage(2, False, {"sequence_multiple": 240})).steps(), 1)
+    assert len(step) % 240 == 0
+    assert imbalance(step.costs, share(step.costs, 240)) <= 0.03
+
+
+@pytest.mark.parametrize(("rows", "world"), [(0, 3), (2, 3), (3, 3), (7, 3), (64, 64), (65, 64)])
+def test_every_row_has_one_rank(rows: int, world: int) -> None:
+    costs = [float(random.Random(i).randint(90, 110)) for i in range(rows)]
+    shares = share(costs, world)
+    assert len(shares) == world
+    assert sorted(row for mine in shares for row in mine) == list(range(rows))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert share(costs, 1) == [list(range(rows))], "one rank keeps the order"
+
+
+def test_unequal_costs_are_shared_better_than_in_turn() -> None:
+    costs = [float(10 + 9 * (i % 4)) for i in range(32)]
+    assert imbalance(costs, share(costs, 4)) == 0
+    assert imbalance(costs, [list(range(rank, 32, 4)) for rank in range(4)]) > 0.5
+
+
+@pytest.mark.parametrize(("batch", "multiple"), [(4, 1), (16, 1), (31, 1), (32, 2), (1024, 64), (1920, 64)])
+def test_the_multiple_follows_from_the_batch_alone(batch: int, multiple: int) -> None:
+    assert recipe.stage(2, False, {"global_batch": batch}).multiple() == multiple
+    assert recipe.stage(2, False, {"global_batch": batch, "sequence_multiple": 7}).multiple() == 7

@@ -47,7 +47,7 @@ def options(number: int = 2, **overrides: Any) -> Stage:
 def batches(processor: Processor, file: Path, groups: list[list[int]]) -> list[PackedBatch]:
     """The file's records by number, each group a packed row."""
     corpus = Corpus([file], processor, options())
-    made = [corpus.load([corpus.plan(corpus.records[i]) for i in group]) for group in groups]
+    made = [corpus.load([p for i in group for p in corpus.plan(corpus.lines[0][i])]) for group in groups]
     assert all(batch is not None for batch in made)
     return made
 

@@ -1,186 +1,153 @@
-"""From JSONL files to the packed sequences of each step, in an order that seed and step alone decide."""
+"""From files to the packed sequences of each step, in an order that seed and step alone decide.
+
+The lines are shuffled (``Lines`` knows where they lie), measured (``Reader.plan``), drawn from their sources by
+weight, and packed into sequences (``fill_sequences``) until a step is full. Every rank makes the same steps and
+loads its own share of each (``train/loader.py``). What a step holds depends on nothing but the data, the stage and
+the seed: not on the ranks, the loader processes, or where a run was taken up again.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import count, islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from phi4rv.answers import canonical_answer
-from phi4rv.batch import PackedBatch, Sample, pack
-from phi4rv.chat import IMAGE_MARK, Message
+from phi4rv.batch import PackedBatch
 from phi4rv.errors import UserError
-from phi4rv.images import image_size, open_image, patchify
-from phi4rv.processor import Processor, with_patches
-from train.packing import fill_sequences
+from phi4rv.processor import Processor
+from train.lines import Line, Lines
+from train.reader import Loaded, Planned, Reader, Skipped
 from train.recipe import Stage
-from train.records import Record, read_records
+from train.sources import Source
+from train.workers import Workers
+
+CHUNK = 16  # lines that one worker measures at a time
+Gather = Callable[[Any], list[Any]]  # what each rank hands in, on all of them
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A record as tokens; its pictures are measured but not yet decoded."""
-
-    record: Record
-    sample: Sample
+def alone(value: Any) -> list[Any]:
+    return [value]
 
 
 class Corpus:
-    """The records of ``files``, tokenized as they are asked for.
+    """The data of a run and the processes that read it.
 
-    ``counts``: how many records were ``bad`` (only with skip_bad; otherwise the first stops the run), ``dropped`` or
+    data: one source's files, or sources with shares. workers: loader processes, 0 for none. cache: a folder for
+    unpacked ``.gz`` files and the indexes of archives; a temporary one without it. timeout: seconds an image may
+    take in a worker. rank, gather: this process among those that share the measuring, each a part of the lines.
+
+    ``counts``: records that were ``bad`` (only with skip_bad; otherwise the first stops the run), or ``dropped`` or
     ``shortened`` because they exceed the stage's sequence length. Each record counts once, whatever the epochs.
     """
 
-    def __init__(self, files: Sequence[Path], processor: Processor, stage: Stage, skip_bad: bool = False):
-        self.processor, self.stage, self.skip_bad = processor, stage, skip_bad
-        self.counts: Counter[str] = Counter()
-        self._counted: set[tuple[str, str]] = set()
-        self.records = [r for file in files for r in read_records(file, None, skip_bad, self._on_bad)]
+    def __init__(
+        self,
+        data: Sequence[Path | Source],
+        processor: Processor,
+        stage: Stage,
+        skip_bad: bool = False,
+        workers: int = 0,
+        cache: Path | None = None,
+        timeout: float = 0.0,
+        rank: int = 0,
+        world: int = 1,
+        gather: Gather = alone,
+    ):
+        self.stage, self.skip_bad, self.rank, self.world, self.gather = stage, skip_bad, rank, world, gather
+        self.processor = processor
+        if cache is None:
+            self._temporary = TemporaryDirectory(prefix="phi4rv-")
+            cache = Path(self._temporary.name)
+        files = tuple(path for path in data if not isinstance(path, Source))
+        self.sources = [s for s in data if isinstance(s, Source)] + ([Source(files)] if files else [])
+        self.lines = [Lines(source.files, cache) for source in self.sources]
+        self.reader = Reader(processor, stage, cache, timeout)
+        self.workers = Workers(self.reader, workers)
+        self.measured: Counter[str] = Counter()  # what was skipped or shortened for what its line said
+        self.told = False  # whether somebody has read all lines already, and told what is bad
+        self.unreadable = 0  # records that this rank found unreadable when it decoded their pictures
 
-    def samples(self, seed: int) -> Iterator[Planned]:
-        """Epoch after epoch, without end."""
-        for epoch in count():
-            yield from self.epoch(seed, epoch)
+    def __len__(self) -> int:
+        """Records: lines of all sources."""
+        return sum(map(len, self.lines))
 
-    def epoch(self, seed: int, epoch: int) -> Iterator[Planned]:
-        """Every record once, in the stage's order; a shuffled one is a function of seed and epoch."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        found = False
-        as_written = self.stage.order == "file" and epoch == 0
-        order = range(len(self.records)) if as_written else torch.randperm(len(self.records), generator=generator)
-        for index in map(int, order):
-            planned = self.plan(self.records[index])
-            if planned:
-                found = True
-                yield planned
-        if not found:
-            raise UserError(
-                f"--sequence-length: none of the {len(self.records)} records is usable within "
-                f"{self.stage.sequence_length} tokens ({self.summary()})"
-            )
+    def close(self) -> None:
+        self.workers.close()
 
-    def plan(self, record: Record) -> Planned | None:
-        """The record's tokens, or None if it is bad or too long and the stage or skip_bad says to go on."""
-        try:
-            grids = [self.processor.grid(*image_size(path)) for path in record.images]
-            turns = list(record.turns)
-            sample = self._tokens(turns, grids)
-            shortened = False
-            longest, shorten = self.stage.sequence_length, self.stage.too_long == "shorten"
-            while shorten and len(sample) > longest and _answers(turns) > 1:
-                # A question goes with its answer and its images, whole: nothing is cut inside.
-                del turns[-2:]
-                grids = grids[: sum(turn.content.count(IMAGE_MARK) for turn in turns)]
-                sample, shortened = self._tokens(turns, grids), True
-        except UserError as error:
-            self._bad(record, error)
-            return None
-        if len(sample) > self.stage.sequence_length:
-            self._tally("dropped", record.where)
-            return None
-        if shortened:
-            self._tally("shortened", record.where)
-        return Planned(record, sample)
+    def order(self, source: int, seed: int, epoch: int) -> Sequence[int]:
+        """The lines of one source in one epoch: a function of these numbers, or as they are written."""
+        count = len(self.lines[source])
+        if self.stage.order == "file" and epoch == 0:
+            return range(count)
+        # Of the sum only 32 bits count.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch + source * 2_654_435_761)
+        return torch.randperm(count, generator=generator)  # type: ignore[return-value]
+
+    def plans(self, lines: Iterator[Line]) -> Iterator[list[Planned | Skipped]]:
+        """What ``Reader.plan`` makes of each line, in order; measured ahead, and shared out among workers and ranks."""
+        chunk = CHUNK if self.workers.count or self.world > 1 else 1
+        chunks = iter(lambda: list(islice(lines, chunk)), [])
+        rounds = iter(lambda: list(islice(chunks, self.world)), [])
+        mine = (turn[self.rank] if self.rank < len(turn) else [] for turn in rounds)
+        for _, made in self.workers.in_order("plan_all", mine, 2 * self.workers.count):
+            for part in self.gather(made):
+                yield from part
+
+    def plan(self, line: Line) -> list[Planned]:
+        """The usable conversations of one line, counted and checked as in a run."""
+        return [planned for item in self.reader.plan(line) if (planned := self.accept(item))]
 
     def load(self, sequence: Sequence[Planned]) -> PackedBatch | None:
-        """Decodes the pictures and packs. None if skip_bad left nothing of the sequence."""
-        samples = []
-        for planned in sequence:
-            try:
-                grids = planned.sample.grids.tolist()
-                images = [open_image(path) for path in planned.record.images[: len(grids)]]
-                samples.append(
-                    with_patches(planned.sample, [patchify(i, *grid) for i, grid in zip(images, grids, strict=True)])
-                )
-            except UserError as error:
-                self._bad(planned.record, error)
-        return pack(samples) if samples else None
+        """One packed row, read here and now; None if skip_bad left nothing of it."""
+        return self.loaded(sequence, self.reader.load(sequence))
+
+    def loaded(self, sequence: Sequence[Planned], result: Loaded) -> PackedBatch | None:
+        """Counts what could not be read, or stops at it."""
+        for place, message in result.failures:
+            self.unreadable += self._bad(message, sequence[place].again)
+        return result.batch
+
+    def accept(self, item: Planned | Skipped, again: bool = False) -> Planned | None:
+        """Counts what is skipped, unless it was counted in an earlier epoch; UserError for bad without skip_bad."""
+        if isinstance(item, Skipped):
+            if item.what == "bad":
+                self.measured["bad"] += self._bad(item.message, again, self.told or self.rank > 0)
+            elif not again:
+                self.measured[item.what] += 1
+            return None
+        if item.shortened and not again:
+            self.measured["shortened"] += 1
+        return replace(item, again=again) if again else item
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return with_bad(self.measured, self.unreadable)
+
+    def place(self, position: dict[str, Any]) -> dict[str, Any]:
+        """A step's position with what this rank has found unreadable: what a run that goes on has to know."""
+        return {**position, "unreadable": self.unreadable}
 
     def summary(self) -> str:
         """``2 bad, 1 dropped`` or ``nothing skipped``."""
         return ", ".join(f"{n} {what}" for what, n in sorted(self.counts.items())) or "nothing skipped"
 
-    def _tokens(self, turns: Sequence[Message], grids: Sequence[tuple[int, int]]) -> Sample:
-        direct = self.processor.direct_token
-        said = [Message(t.role, canonical_answer(t.content, direct)) if t.role == "assistant" else t for t in turns]
-        return self.processor.tokens(said, grids, labelled=True)
-
-    def _bad(self, record: Record, error: UserError) -> None:
-        message = f"{record.where}: {error}"
+    def _bad(self, message: str, again: bool, told: bool = False) -> int:
+        """1 if it is to be counted."""
         if not self.skip_bad:
-            raise UserError(message) from None
-        self._on_bad(message, record.where)
-
-    def _on_bad(self, message: str, where: str | None = None) -> None:
-        if self._tally("bad", where or message):
+            raise UserError(message)
+        if not (again or told):
             tqdm.write(f"skipped: {message}", file=sys.stderr)  # print would write into the progress bar
-
-    def _tally(self, what: str, where: str) -> bool:
-        """Counts once per place; True the first time."""
-        if (what, where) in self._counted:
-            return False
-        self._counted.add((what, where))
-        self.counts[what] += 1
-        return True
+        return not again
 
 
-def _answers(turns: Sequence[Message]) -> int:
-    return sum(turn.role == "assistant" for turn in turns)
-
-
-Step = list[list[Planned]]
-
-
-def steps(samples: Iterator[Planned], stage: Stage) -> Iterator[Step]:
-    """Global batches: full sequences until they hold ``stage.global_batch`` samples or more."""
-    step: Step = []
-    for sequence in fill_sequences(samples, lambda planned: len(planned.sample), stage.sequence_length):
-        step.append(sequence)
-        if sum(map(len, step)) >= stage.global_batch:
-            yield step
-            step = []
-    if step:
-        yield step
-
-
-def run_steps(corpus: Corpus, seed: int) -> Callable[[], Iterator[Step]]:
-    """A source of the run's steps, endless or as long as the stage's epochs; each call begins anew."""
-    stage = corpus.stage
-
-    def begin() -> Iterator[Step]:
-        if stage.max_steps:
-            return islice(steps(corpus.samples(seed), stage), stage.max_steps)
-        epochs = (planned for epoch in range(stage.epochs) for planned in corpus.epoch(seed, epoch))
-        return steps(epochs, stage)
-
-    return begin
-
-
-Prepared = tuple[Step, list[PackedBatch], dict[str, int]]
-
-
-def prefetch(source: Iterator[Step], corpus: Corpus, rank: int, world: int) -> Iterator[Prepared]:
-    """Each step, one ahead of its use, on a thread: this rank's share of it decoded, and the corpus's counts."""
-
-    def share(step: Step) -> Prepared:
-        batches = [corpus.load(sequence) for sequence in step[rank::world]]
-        return step, [batch for batch in batches if batch is not None], dict(corpus.counts)
-
-    def following() -> Prepared | None:
-        step = next(source, None)
-        return None if step is None else share(step)
-
-    # One compute thread in here: a second OpenMP team that spins would halve the speed of a CPU's training step.
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        ahead = pool.submit(following)
-        while (ready := ahead.result()) is not None:
-            ahead = pool.submit(following)
-            yield ready
+def with_bad(counts: Mapping[str, int], bad: int) -> dict[str, int]:
+    """``counts`` with so many more bad ones, and without zeros."""
+    return {what: n for what, n in (Counter(counts) + Counter(bad=bad)).items() if n}

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from infer.engine import generate
 from phi4rv.answers import Answer, Box, parse_answer
 from phi4rv.chat import IMAGE_MARK, THINK
 from phi4rv.model import Phi4RV
 from phi4rv.processor import Processor, Prompt
+from train.archives import ImageFiles
 from train.records import Record
 
 MAX_NEW_TOKENS = 64
 TOGETHER = 50  # prompts in one prefill
+FILES = ImageFiles()
 Scores = dict[str, float | int | None]
 
 
@@ -33,12 +35,12 @@ class Question:
         number = next(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
         *before, asked = record.turns[:number]
         said = record.turns[number].content
-        images = record.images[: asked.content.count(IMAGE_MARK)]
+        images = [FILES.source(path) for path in record.images[: asked.content.count(IMAGE_MARK)]]
         mode = "think" if said.lstrip().startswith(THINK) else "nothink"
         text = [*before, asked] if before else asked.content
         return Question(Prompt(text, images, mode), parse_answer(said))
 
-    def with_images(self, images: Sequence[Path]) -> Question:
+    def with_images(self, images: Sequence[Any]) -> Question:
         return Question(Prompt(self.prompt.text, images, self.prompt.mode), self.right)
 
 
@@ -49,7 +51,7 @@ def shuffled(questions: Sequence[Question]) -> list[Question]:
         later = [*questions[i + 1 :], *questions[:i]]
         count = len(question.prompt.images)
         other = next((q for q in later if len(q.prompt.images) == count), question)
-        out.append(question.with_images(other.prompt.images))  # type: ignore[arg-type]
+        out.append(question.with_images(other.prompt.images))
     return out
 
 

@@ -22,13 +22,13 @@ import torch.distributed as dist
 import phi4rv
 from phi4rv.checkpoint import load
 from phi4rv.command import Parser, exit_status, usable_device
-from phi4rv.config import DTYPES
+from phi4rv.config import DTYPES, read_json
 from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
 from phi4rv.ops import KERNELS
 from phi4rv.processor import Processor
 from train import recipe, saving
-from train.data import Corpus, run_steps
+from train.data import Corpus, alone
 from train.guard import Streak, check_weights
 from train.hardware import peak_tflops
 from train.heldout import Question, Scores, answers, score, shuffled
@@ -37,9 +37,13 @@ from train.optimizer import Optimizer
 from train.plot import METRICS, Run, draw
 from train.records import read_records
 from train.sheet import prediction_sheet
+from train.sources import Source, sources
+from train.stream import Step, count_steps, run_steps
 from train.synthetic import texts, write_dataset
 from train.tiny import tiny_model
 from train.trainer import Ranks, train, trainable
+
+CACHE = ".index"  # in the output folder: unpacked .gz files, and where each image of an archive lies
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,10 +63,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--data",
-        type=Path,
         nargs="+",
-        metavar="FILE",
-        help="JSONL records; without it the embedded generator's",
+        metavar="FILE[=WEIGHT]",
+        help="JSONL records (.gz too), files, folders or patterns; without it the embedded generator's",
     )
     add("--heldout", type=Path, metavar="FILE", help="JSONL records to measure on at the end")
     add("--output", type=Path, metavar="DIR", help="default: out/stage-N, numbered on if it is taken")
@@ -76,6 +79,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on from the newest step-N in the output folder")
     add("--skip-bad", action="store_true", help="count and skip bad records instead of stopping at the first")
+    add("--workers", type=int, default=0, metavar="N", help="processes that tokenize and decode; 0: a thread")
+    add("--image-timeout", type=float, default=60.0, metavar="S", help="seconds an image may take in a worker")
     add("--device", help="cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, help="of weights and activations: bfloat16 on a GPU, float32 on a CPU")
     add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
@@ -88,6 +93,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--save-every: {args.save_every} must be 0 or more")
     if args.peak_tflops is not None and not 0 < args.peak_tflops < math.inf:
         raise UserError(f"--peak-tflops: {args.peak_tflops} must be above 0")
+    if args.workers < 0:
+        raise UserError(f"--workers: {args.workers} must be 0 or more")
+    if not 0 < args.image_timeout < float("inf"):
+        raise UserError(f"--image-timeout: {args.image_timeout} must be a number above 0")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed: {args.seed} must be in [0, 2^32)")
     return args
@@ -138,10 +147,10 @@ def on_first(ranks: Ranks, value: Any) -> Any:
     return box[0]
 
 
-def data_files(args: argparse.Namespace, output: Path, ranks: Ranks) -> tuple[list[Path], Path | None]:
-    """Training files and the held-out one, drawn and written first where the embedded data is used."""
+def data_files(args: argparse.Namespace, output: Path, ranks: Ranks) -> tuple[list[Source], Path | None]:
+    """Training data and the held-out file, drawn and written first where the embedded data is used."""
     if args.data:
-        return args.data, args.heldout
+        return sources(args.data), args.heldout
     folder = output / "data"
     counts = dict(zip(("train", "heldout"), recipe.EMBEDDED_RECORDS[args.stage], strict=True))
     paths = {split: folder / f"stage{args.stage}-{split}.jsonl" for split in counts}
@@ -149,7 +158,32 @@ def data_files(args: argparse.Namespace, output: Path, ranks: Ranks) -> tuple[li
         for split, count in counts.items():
             write_dataset(folder, args.stage, split, count, args.seed)
     on_first(ranks, None)
-    return [paths["train"]], args.heldout or paths["heldout"]
+    return sources([paths["train"]]), args.heldout or paths["heldout"]
+
+
+def open_corpus(
+    args: argparse.Namespace, data: list[Source], processor: Processor, stage: recipe.Stage, cache: Path, ranks: Ranks
+) -> Corpus:
+    """The corpus on every rank; the first unpacks what has to be, the others find it."""
+    gather = alone
+    if ranks.world > 1:
+        # The loader's thread exchanges while the training thread does: each needs a group of its own.
+        group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+
+        def gather(value: Any) -> list[Any]:
+            parts = [None] * ranks.world
+            dist.all_gather_object(parts, value, group=group)
+            return parts
+
+    def corpus() -> Corpus:
+        options = {"workers": args.workers, "cache": cache, "timeout": args.image_timeout}
+        return Corpus(
+            data, processor, stage, args.skip_bad, rank=ranks.rank, world=ranks.world, gather=gather, **options
+        )
+
+    made = corpus() if ranks.first else None
+    on_first(ranks, None)
+    return made or corpus()
 
 
 def starting_model(
@@ -190,7 +224,7 @@ def run(args: argparse.Namespace) -> None:
     ranks = join_ranks(device)
     output = Path(on_first(ranks, str(output_folder(args)) if ranks.first else None))
     say = print if ranks.first else (lambda *words: None)
-    files, heldout = data_files(args, output, ranks)
+    data, heldout = data_files(args, output, ranks)
     step = saving.newest_step(output) if args.resume else None
     dtype = DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     model, processor = starting_model(args, device, dtype, step)
@@ -199,7 +233,8 @@ def run(args: argparse.Namespace) -> None:
     told = {
         "stage": args.stage,
         "seed": args.seed,
-        "data": [str(path) for path in files],
+        "data": [str(path) for source in data for path in source.files],
+        "shares": [source.share for source in data],
         "checkpoint": str(args.checkpoint) if args.checkpoint else None,
         "dtype": str(dtype),
         "skip_bad": args.skip_bad,
@@ -211,16 +246,19 @@ def run(args: argparse.Namespace) -> None:
     elif args.resume and ranks.first:
         (output / METRICS).unlink(missing_ok=True)
         say(f"no step-N in {output} yet: starting at the beginning")
-    corpus = Corpus(files, processor, stage, args.skip_bad)
+    corpus = open_corpus(args, data, processor, stage, output / CACHE, ranks)
     questions = [Question.of(record) for record in read_records(heldout)] if heldout and ranks.first else []
-    source = run_steps(corpus, args.seed)
-    total = stage.max_steps or sum(1 for _ in source())
+    before = read_json(step / saving.STATE) if step else {}
+    source = run_steps(corpus, args.seed, before.get("position"))
+    total = stage.max_steps or before.get("steps") or count_steps(corpus, args.seed)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in optimizer.params.values())
     say(f"stage {args.stage}: {stage}")
     say(f"{parameters:,} parameters, {trained:,} trained, {dtype} on {device}, {ranks.world} process(es)")
     say(f"kernels: {model.ops}")
-    say(f"{len(corpus.records)} records, {total} steps, output in {output}")
+    say(f"{len(corpus)} records, {total} steps, output in {output}")
+    if stage.multiple() % ranks.world:
+        say(f"unequal shares: steps of {stage.multiple()} sequences or a multiple; see --sequence-multiple")
 
     progress = Progress(output / METRICS, optimizer.steps, total) if ranks.first else None
     streak = Streak(
@@ -228,19 +266,22 @@ def run(args: argparse.Namespace) -> None:
     )
     peak = args.peak_tflops or peak_tflops(device)
 
-    def on_step(metrics: dict[str, Any]) -> None:
+    def on_step(metrics: dict[str, Any], taken: Step) -> None:
         if progress:
             progress.step(metrics)
         streak.add(metrics)
-        if progress and args.save_every and metrics["step"] % args.save_every == 0:
-            saving.save_step(output, model, processor, optimizer, told)
+        if progress and args.save_every and taken.number % args.save_every == 0:
+            place = {"position": corpus.place(taken.position), "steps": total}
+            saving.save_step(output, model, processor, optimizer, {**told, **place})
 
     try:
         train(model, optimizer, corpus, source, total, ranks, on_step, peak)
+        corpus.unreadable = sum(corpus.gather(corpus.unreadable))
         if progress:
             finish(model, processor, output, questions, progress)
             say(f"data: {corpus.summary()}")
     finally:
+        corpus.close()
         if progress:
             progress.close()
     on_first(ranks, None)  # the others wait while the first measures

@@ -1,21 +1,25 @@
-"""Filling sequences: which samples share one packed row."""
+"""Filling sequences: which samples share one packed row, and which rows one rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
 WINDOW = 128  # samples to choose from; with so many lengths some subset nearly always fills a row to the token
 
 
-def fill_sequences(samples: Iterable[T], length: Callable[[T], int], capacity: int) -> Iterator[list[T]]:
+def fill_sequences(
+    samples: Iterable[T], length: Callable[[T], int], capacity: int, waiting: list[T] | None = None
+) -> Iterator[list[T]]:
     """Groups of samples whose lengths add up to at most ``capacity`` and as near to it as WINDOW samples allow.
 
     Lazy and deterministic: reads at most WINDOW samples ahead, and the oldest one waiting is always in the next
     group, so that order is nearly kept and nothing waits for ever. No sample may be longer than ``capacity``.
+    ``waiting``: those that were read and not yet given when an earlier run stopped; kept up to date.
     """
-    waiting: list[T] = []
+    waiting = [] if waiting is None else waiting
     for sample in samples:
         waiting.append(sample)
         if len(waiting) == WINDOW:
@@ -51,3 +55,29 @@ def fullest(lengths: list[int], room: int) -> list[int]:
             taken.append(i - 1)
             target -= lengths[i - 1]
     return taken[::-1]
+
+
+def share(costs: Sequence[float], world: int) -> list[list[int]]:
+    """For each of ``world`` ranks the rows that it works on, by number: equally many, of equal cost in sum.
+
+    The costliest row goes first, to the rank that has least to do (Graham 1969) among those that still lack a row.
+    Each rank so works from its costliest row to its cheapest: ranks that wait for each other after every row wait
+    little. One rank keeps the rows' order. Where the rows do not divide, some ranks have one less, or none.
+    """
+    if world == 1:
+        return [list(range(len(costs)))]
+    rows: list[list[int]] = [[] for _ in range(world)]
+    room = [len(costs) // world + (rank < len(costs) % world) for rank in range(world)]
+    least = [(0.0, rank) for rank in range(world) if room[rank]]
+    for number in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        total, rank = heapq.heappop(least)
+        rows[rank].append(number)
+        if len(rows[rank]) < room[rank]:
+            heapq.heappush(least, (total + costs[number], rank))
+    return rows
+
+
+def imbalance(costs: Sequence[float], shares: Sequence[Sequence[int]]) -> float:
+    """How much longer the busiest rank works than the mean: 0.03 is 3 %."""
+    sums = [sum(costs[i] for i in rows) for rows in shares]
+    return max(sums) * len(sums) / sum(sums) - 1 if sum(sums) else 0.0

@@ -3,13 +3,13 @@
 One object a line: ``{"image": "a.png" or ["a.png", …], "conversations": [[turn, turn, …], …]}`` with turns
 ``{"from": "human" or "gpt", "value": "…"}``. Each inner list is a conversation about the same images. Also
 read: ``conversations`` as one flat list of turns; a leading ``"system"`` turn; no ``image`` (or null, or an
-empty list) for text alone; and one image without any ``<image>`` mark, as in the report's second example: the
-mark and a line break then go in front of the first human turn. Other keys are ignored.
+empty list) for text alone; an image in a tar archive, ``shard.tar/a.png``; and one image without any ``<image>``
+mark, as in the report's second example: the mark and a line break then go in front of the first human turn.
+Other keys are ignored.
 """
 
 import gzip
 import json
-import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from phi4rv.answers import find_non_finite
 from phi4rv.chat import IMAGE_MARK, Message
 from phi4rv.errors import UserError
+from train.archives import ImageFiles
 
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -52,12 +53,13 @@ def read_records(
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
+    files = ImageFiles()
     good, bad = 0, 0
     for number, line in enumerate(_read_lines(path), 1):
         if not line.strip():
             continue
         try:
-            records = _parse_line(line, f"{path}:{number}", root)
+            records = parse_line(line, f"{path}:{number}", root, files)
         except UserError as error:
             if not skip_bad:
                 raise
@@ -81,11 +83,12 @@ def _read_lines(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: cannot be read: {error.strerror}; give a JSON Lines file") from error
 
 
-def _parse_line(line: bytes, where: str, root: Path) -> list[Record]:
+def parse_line(line: bytes, where: str, root: Path, files: ImageFiles) -> list[Record]:
+    """The conversations of one line. ``where``: what errors and the records call it. ``root``: of image paths."""
     data = _parse_json(line, where)
     if not isinstance(data, dict):
         raise UserError(f"{where}: {_kind(data)} where a record belongs; write one JSON object on each line")
-    images = _parse_images(data.get("image"), where, root)
+    images = _parse_images(data.get("image"), where, root, files)
     if "conversations" not in data:
         raise UserError(f"{where}: 'conversations' is missing; give a list of lists of turns")
     conversations = data["conversations"]
@@ -116,16 +119,18 @@ def _parse_json(line: bytes, where: str) -> Any:
         raise UserError(f"{where}: JSON with a number too long or nested too deeply; simplify it") from error
 
 
-def _parse_images(value: Any, where: str, root: Path) -> list[Path]:
-    """The images' paths, each of them a file. ``..`` may leave ``root``, as an absolute path may."""
+def _parse_images(value: Any, where: str, root: Path, files: ImageFiles) -> list[Path]:
+    """The images' paths, each a file or a tar archive's member. ``..`` may leave ``root``, as an absolute path may."""
     names = [] if value is None else value if isinstance(value, list) else [value]
     images = []
     for name in names:
         if not isinstance(name, str) or not name:
             raise UserError(f"{where}: 'image' has {_kind(name)} in it; give a path, or a list of paths")
         image = root / name
-        if not os.path.isfile(image):
-            raise UserError(f"{where}: no image file at {str(image)!r}; correct 'image' or the image root")
+        try:
+            files.check(image)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         images.append(image)
     return images
 

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from phi4rv.batch import NO_LABEL, PackedBatch
-from phi4rv.config import Config
+from phi4rv.batch import PackedBatch
 from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
-from train.cost import operations
-from train.data import Corpus, Planned, Step, prefetch
+from train.data import Corpus
+from train.loader import on_device, prefetch
 from train.metrics import Timed, peak_memory, speed
 from train.optimizer import Optimizer, learning_rate
+from train.reader import Planned
 from train.recipe import PARTS, Stage
+from train.stream import Step
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,23 @@ def train(
     source: Callable[[], Iterator[Step]],
     total: int,
     ranks: Ranks,
-    on_step: Callable[[dict[str, Any]], None],
+    on_step: Callable[[dict[str, Any], Step], None],
     peak: float | None = None,
 ) -> None:
-    """Runs from the optimizer's step count to ``total``; ``on_step`` gets each step's metrics (every rank calls it).
+    """Runs from the optimizer's step count to ``total``; ``on_step`` gets each step and its metrics on every rank.
 
     ``peak``: a device's TFLOP/s, which MFU is a share of.
     """
     start = optimizer.steps
-    ahead = Timed(prefetch(islice(source(), start, total), corpus, ranks.rank, ranks.world))
+    remaining = islice((step for step in source() if step.number > start), total - start)
+    ahead = Timed(prefetch(remaining, corpus, ranks.rank, ranks.world, model.device.type == "cuda"))
     began = time.perf_counter()
-    for number, (step, batches, skipped) in enumerate(ahead, start + 1):
-        rows = Timed(batches)
+    for ready in ahead:
+        step, number, rows = ready.step, ready.step.number, Timed(ready.batches)
         rate = learning_rate(optimizer.stage, number - 1, total)
         metrics = take_step(model, optimizer, rows, rate, ranks)
         seconds = time.perf_counter() - began
-        counted = _count(step, optimizer.stage, model.config)
+        counted = _count(step, optimizer.stage)
         on_step(
             {
                 "step": number,
@@ -78,9 +80,10 @@ def train(
                 **speed(counted, seconds, ranks.world, peak),
                 "data_wait": ahead.seconds + rows.seconds,
                 "memory": peak_memory(model.device),
-                "skipped": skipped,
-                "records": [planned.record.where for sequence in step for planned in sequence],
-            }
+                "skipped": ready.skipped,
+                "records": [planned.where for sequence in step for planned in sequence],
+            },
+            step,
         )
         ahead.seconds, began = 0.0, time.perf_counter()  # on_step may have saved
 
@@ -95,8 +98,8 @@ def take_step(
     """
     # Loss and labelled tokens of all documents and of those that reason; read once, after the last batch.
     sums = torch.zeros(4, dtype=torch.float64, device=model.device)
-    for batch in batches:
-        loss, losses = model.loss_sum_by_mode(batch.to(model.device, non_blocking=True))
+    for batch in on_device(batches, model.device):
+        loss, losses = model.loss_sum_by_mode(batch)
         if loss.requires_grad:  # not where stage 1 meets text alone: nothing that it trains was used
             loss.backward()
         optimizer.accumulate()
@@ -122,23 +125,17 @@ def take_step(
     }
 
 
-def _count(step: Step, stage: Stage, config: Config) -> dict[str, float]:
+def _count(step: Step, stage: Stage) -> dict[str, float]:
     """What the whole step held, on all ranks, and the useful operations that it takes."""
     samples: list[Planned] = [planned for sequence in step for planned in sequence]
-    tokens = sum(len(p.sample) for p in samples)
+    tokens = sum(map(len, samples))
     return {
         "samples": len(samples),
         "sequences": len(step),
         "tokens": tokens,
         "filling": tokens / (len(step) * stage.sequence_length),
-        "images": sum(len(p.sample.grids) for p in samples),
-        "patches": sum(len(p.sample.image_positions) for p in samples),
-        "operations": sum(_operations(sequence, stage, config) for sequence in step),
+        "images": sum(len(p.grids) for p in samples),
+        "patches": sum(sum(p.patches) for p in samples),
+        "operations": sum(step.costs),
     }
 
-
-def _operations(sequence: list[Planned], stage: Stage, config: Config) -> int:
-    samples = [planned.sample for planned in sequence]
-    patches = [count for s in samples for count in s.grids.prod(dim=1).tolist()]
-    labelled = sum(int((s.labels[1:] != NO_LABEL).sum()) for s in samples if s.labels is not None)
-    return operations(config, [len(s) for s in samples], patches, labelled, stage.trains).total

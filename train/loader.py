@@ -1,0 +1,108 @@
+"""The rows that a rank works on, ready when it asks for them: decoded ahead, pinned, and copied on their own stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi4rv.batch import PackedBatch
+from train.data import Corpus, with_bad
+from train.packing import share
+from train.stream import Step
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step and this rank's rows of it, read as they are asked for."""
+
+    step: Step
+    batches: Iterator[PackedBatch]
+    corpus: Corpus
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """What was left out so far; complete when the rows have been read."""
+        return with_bad(self.step.skipped, self.corpus.unreadable)
+
+
+def prefetch(source: Iterator[Step], corpus: Corpus, rank: int, world: int, pin: bool = False) -> Iterator[Prepared]:
+    """Every step of ``source``. Its rows are read ahead, across the steps' borders: one beside the row in use, on a
+    thread, and two for each loader process. ``pin``: in pinned memory, which a GPU copies from without waiting.
+    """
+    begun: list[tuple[Step, int]] = []
+
+    def wanted() -> Iterator[Any]:
+        for step in source:
+            rows = share(step.costs, world)[rank]
+            begun.append((step, len(rows)))
+            yield None  # the step itself: a rank without a row has it too
+            yield from (step.sequences[number] for number in rows)
+
+    answers = corpus.workers.in_order("load", wanted(), 2 * corpus.workers.count)
+
+    def following() -> tuple[Any, Any] | None:
+        ready = next(answers, None)
+        if pin and ready is not None and ready[1] is not None and ready[1].batch is not None:
+            return ready[0], replace(ready[1], batch=pinned(ready[1].batch))
+        return ready
+
+    # One compute thread in here: a second OpenMP team that spins would halve the speed of a CPU's training step.
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        ahead = pool.submit(following)
+
+        def advance() -> tuple[Any, Any] | None:
+            nonlocal ahead
+            ready = ahead.result()
+            ahead = pool.submit(following)
+            return ready
+
+        def rows(count: int) -> Iterator[PackedBatch]:
+            for _ in range(count):
+                ready = advance()
+                assert ready is not None
+                batch = corpus.loaded(*ready)
+                if batch is not None:
+                    yield batch
+
+        while advance() is not None:
+            step, count = begun.pop(0)
+            batches = rows(count)
+            yield Prepared(step, batches, corpus)
+            for _ in batches:  # those that nobody asked for
+                pass
+
+
+def pinned(batch: PackedBatch) -> PackedBatch:
+    """The same batch in page-locked memory."""
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    locked: dict[str, Any] = {name: t.pin_memory() for name, t in tensors.items() if isinstance(t, Tensor)}
+    return replace(batch, **locked)
+
+
+def on_device(batches: Iterable[PackedBatch], device: torch.device) -> Iterator[PackedBatch]:
+    """The batches on ``device``. To a GPU each is copied on a stream of its own while the one before it is in use."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    copies, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def copy(batch: PackedBatch | None) -> PackedBatch | None:
+        with torch.cuda.stream(copies):
+            return None if batch is None else batch.to(device, non_blocking=True)
+
+    waiting = iter(batches)
+    ahead = copy(next(waiting, None))
+    while ahead is not None:
+        main.wait_stream(copies)
+        ready = ahead
+        for f in fields(ready):
+            if isinstance(tensor := getattr(ready, f.name), Tensor):
+                tensor.record_stream(main)  # its memory is the copies' own till main has done with it
+        yield ready
+        ahead = copy(next(waiting, None))
