@@ -7,9 +7,9 @@ logarithm) or uniform:
 ================ ====== ================= ================ ==========================
 kind             share  question, tokens  answer, tokens   patches
 ================ ====== ================= ================ ==========================
-reasoning         0.20  150, 0.6          1500, 0.6        1000, 0.6; a fifth: none
-computer use      0.35   90, 0.6            55, 0.8        1400 to 3600, uniform
-other pictures    0.40   90, 0.8           150, 1.0        1100, 0.6
+reasoning         0.20  150, 0.6          2000, 0.6        1600, 0.6; a fifth: none
+computer use      0.35   90, 0.6           100, 0.8        2000 to 3600, uniform
+other pictures    0.40   90, 0.8           200, 1.0        2000, 0.6
 text              0.05  250, 1.0           400, 1.0        none
 ================ ====== ================= ================ ==========================
 """
@@ -44,12 +44,12 @@ def mixture(seed: int = 0, longest: int = 8192) -> Iterator[Lengths]:
     while True:
         kind = rng.random()
         if kind < 0.20:
-            question, answer = spread(150, 0.6), spread(1500, 0.6)
-            patches = spread(1000, 0.6) if rng.random() < 0.8 else 0.0
+            question, answer = spread(150, 0.6), spread(2000, 0.6)
+            patches = spread(1600, 0.6) if rng.random() < 0.8 else 0.0
         elif kind < 0.55:
-            question, answer, patches = spread(90, 0.6), spread(55, 0.8), rng.uniform(1400, MOST)
+            question, answer, patches = spread(90, 0.6), spread(100, 0.8), rng.uniform(2000, MOST)
         elif kind < 0.95:
-            question, answer, patches = spread(90, 0.8), spread(150, 1.0), spread(1100, 0.6)
+            question, answer, patches = spread(90, 0.8), spread(200, 1.0), spread(2000, 0.6)
         else:
             question, answer, patches = spread(250, 1.0), spread(400, 1.0), 0.0
         images = (min(MOST, max(LEAST, int(patches))),) if patches else ()

@@ -205,11 +205,14 @@ def test_stages_1_2_3_in_a_chain(tmp_path: Path) -> None:
         source = output / "model"
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """torchrun with two gloo processes against one: the same losses and weights to float32's rounding."""
+@pytest.mark.parametrize(("batch", "length", "workers"), [(9, 256, 0), (1, 512, 1)], ids=["shares", "an idle rank"])
+def test_two_processes_train_as_one(tmp_path: Path, batch: int, length: int, workers: int) -> None:
+    """torchrun with two gloo processes against one: the same losses and weights to float32's rounding. A rank may
+    have fewer rows, one without an image, or none.
+    """
     checkpoint, data = small_checkpoint(tmp_path), mixed_data(tmp_path, 12)
     line = f"--stage 2 --checkpoint {checkpoint} --data {data} --device cpu --max-steps 4 --save-every 2"
-    line += " --seed 5 --global-batch 9 --sequence-length 256 --lr 1e-3 --warmup 1"
+    line += f" --seed 5 --global-batch {batch} --sequence-length {length} --lr 1e-3 --warmup 1 --workers {workers}"
     assert main([*line.split(), "--output", str(tmp_path / "one")]) == 0
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
