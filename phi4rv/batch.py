@@ -17,7 +17,7 @@ class Sample:
 
     ``input_ids`` (T,) int64 with ``NO_LABEL``-free ids (any id at image positions), ``labels`` (T,) int64 or None,
     ``image_positions`` (P,) int64 inside the document, ``grids`` (I, 2) int32, ``patches`` (P, 768) float32.
-    ``reasoning``: an answer in it thinks before it speaks.
+    ``reasoning``: its first answer begins with a thought.
     """
 
     input_ids: Tensor
@@ -46,7 +46,7 @@ class PackedBatch:
     ``cu_patches``      (I+1,) int32             image offsets
     ``max_patches``     int                      most patches of an image, 0 without images
     ``image_positions`` (P,) int64               where in the token row each patch goes
-    ``reasoning``       (D,) bool or None        documents whose answers think before they speak
+    ``reasoning``       (D,) bool or None        documents whose first answer begins with a thought
     """
 
     input_ids: Tensor

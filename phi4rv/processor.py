@@ -129,6 +129,7 @@ class Processor:
         is its own label; otherwise the row ends where the answer begins. The answer is tokenized apart from what
         precedes it, as it is when it is generated.
         """
+        answers = [message.content for message in messages if message.role == "assistant"]
         rendered = self.template.render(messages, mode, add_generation_prompt=not labelled)
         match_images(rendered.text, len(grids))
         ids: list[int] = []
@@ -151,8 +152,7 @@ class Processor:
             patches=torch.empty(0, PATCH_INPUTS),
             grids=torch.tensor(list(grids), dtype=torch.int32).view(-1, 2),
             image_positions=torch.tensor(positions, dtype=torch.int64),
-            reasoning=labelled
-            and any(m.role == "assistant" and m.content.lstrip().startswith(THINK) for m in messages),
+            reasoning=labelled and answers[0].lstrip().startswith(THINK),
         )
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -58,7 +58,7 @@ def train_with_and_without(rank: int, world: int, folder: Path, dtype: torch.dty
         model = model.to(dtype)
         optimizer = Optimizer(trainable(model, chosen), chosen, model.ops)
         corpus = Corpus([folder / "data.jsonl"], processor, chosen)
-        planned = [corpus.plan(record) for record in corpus.records]
+        planned = [p for line in corpus.lines[0] for p in corpus.plan(line)]
         batches = [corpus.load([p]) for p in planned[rank::world]]
 
         def step(model: Phi4RV = model, optimizer: Optimizer = optimizer, batches: Any = batches) -> dict[str, Any]:

@@ -19,10 +19,11 @@ import pytest
 import torch
 from small import mixed_data, mixed_records, picture, record, small_checkpoint, small_model, write_jsonl
 
+from phi4rv import images
 from phi4rv.batch import PackedBatch
 from phi4rv.errors import UserError
 from phi4rv.processor import Processor
-from train import archives, reader
+from train import archives
 from train.archives import ImageFiles
 from train.data import Corpus
 from train.lines import Lines
@@ -355,13 +356,13 @@ def test_what_takes_too_long_is_left_out(processor: Processor, tmp_path: Path, m
     slow = Reader(processor, options(), tmp_path, timeout=0.2)
     plans = [slow.plan(line)[0] for line in lines]
 
-    def hanging(source: Any, label: str) -> Any:
+    def hanging(image: Any, label: str) -> Any:
         if label.endswith("1.png"):
             time.sleep(60)
-        return original(source, label)
+        return decode(image, label)
 
-    original = reader.open_image
-    monkeypatch.setattr(reader, "open_image", hanging)
+    decode = images._decode
+    monkeypatch.setattr(images, "_decode", hanging)
     loaded = slow.load(plans)
     assert loaded.batch is not None
     assert loaded.batch.documents == 2

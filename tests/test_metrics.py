@@ -15,11 +15,12 @@ from small import picture, record, small_model, write_jsonl
 from phi4rv.batch import NO_LABEL
 from phi4rv.errors import UserError
 from train.cost import operations
-from train.data import Corpus, run_steps
+from train.data import Corpus
 from train.guard import LEAST
 from train.metrics import Progress, Timed, peak_memory, read_metrics, speed
 from train.optimizer import Optimizer
 from train.recipe import Stage, stage
+from train.stream import run_steps
 from train.trainer import Ranks, take_step, train, trainable
 
 
@@ -29,7 +30,7 @@ def options(**overrides: Any) -> Stage:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
-    """Six records, the odd ones with a thought; one thinks in its second answer alone."""
+    """Six records, the odd ones with a thought; one that is not has a thought in its second answer."""
     lines = []
     for i in range(6):
         shown = [picture(tmp_path, f"{i}.png", 40 + 9 * i, 40)] if i % 3 else []
@@ -42,18 +43,18 @@ def corpus(tmp_path: Path) -> Corpus:
 def test_loss_by_mode(corpus: Corpus) -> None:
     """Each document by itself, in float64; packed in rows of both modes, of one, and with a thinking one last."""
     model, _ = small_model()
-    planned = [corpus.plan(r) for r in corpus.records]
-    assert [p.sample.reasoning for p in planned if p] == [False, True, False, True, True, True]
+    planned = [p for line in corpus.lines[0] for p in corpus.plan(line)]
+    assert [p.thinking for p in planned] == [False, True, False, True, False, True]
     nll, count = [0.0, 0.0], [0, 0]
     for i, one in enumerate(planned):
-        batch = corpus.load([one])  # type: ignore[list-item]
+        batch = corpus.load([one])
         logits = model(batch).detach().double().log_softmax(1)
         rows = [(t - 1, int(label)) for t, label in enumerate(batch.labels) if label != NO_LABEL]
-        mode = int(i in (1, 3, 4, 5))
+        mode = i % 2
         nll[mode] -= sum(float(logits[row]) for row in rows)
         count[mode] += len(rows)
     groups = [[0, 1, 2], [4, 3], [5]]
-    made = [corpus.load([planned[i] for i in group]) for group in groups]  # type: ignore[misc]
+    made = [corpus.load([planned[i] for i in group]) for group in groups]
     chosen = options()
     metrics = take_step(model, Optimizer(trainable(model, chosen), chosen, model.ops), made, 0.0, Ranks())
     assert (metrics["labelled"], metrics["labelled_reasoning"]) == (sum(count), count[1])
@@ -67,19 +68,28 @@ def test_a_step_as_it_is_reported(corpus: Corpus) -> None:
     """Operations are those of the samples it took, by ``cost.operations`` on what was really packed."""
     model, _ = small_model()
     chosen = options(global_batch=6, max_steps=2)
-    corpus.stage = chosen
+    corpus = Corpus(corpus.sources, corpus.processor, chosen)
     optimizer, seen = Optimizer(trainable(model, chosen), chosen, model.ops), []
-    train(model, optimizer, corpus, run_steps(corpus, 0), 2, Ranks(), seen.append, peak=0.5)
-    by_record = {r.where: corpus.plan(r) for r in corpus.records}
+    train(
+        model,
+        optimizer,
+        corpus,
+        run_steps(corpus, 0),
+        2,
+        Ranks(),
+        lambda metrics, taken: seen.append(metrics),
+        peak=0.5,
+    )
+    by_record = {line.where: corpus.plan(line)[0] for line in corpus.lines[0]}
     assert len(seen) == 2
     for entry in seen:
         planned = [by_record[where] for where in entry["records"]]
         assert len(planned) == entry["samples"] >= 6
-        patches = [n for p in planned for n in p.sample.grids.prod(dim=1).tolist()]
-        expected = operations(model.config, [len(p.sample) for p in planned], patches, int(entry["labelled"])).total
+        patches = [n for p in planned for n in p.patches]
+        expected = operations(model.config, [len(p) for p in planned], patches, int(entry["labelled"])).total
         assert entry["operations"] == expected
         assert entry["mfu"] == pytest.approx(expected / entry["seconds"] / 0.5e12)
-        assert entry["tokens_per_second"] == pytest.approx(sum(len(p.sample) for p in planned) / entry["seconds"])
+        assert entry["tokens_per_second"] == pytest.approx(sum(map(len, planned)) / entry["seconds"])
         assert 0 <= entry["data_wait"] < entry["seconds"]
         assert entry["memory"] > 2**20
 
@@ -155,10 +165,10 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
 def test_a_full_disk(tmp_path: Path) -> None:
     progress = Progress(tmp_path / "m.jsonl", 0, 3)
-    progress.file = Path("/dev/full").open("a")
-    with pytest.raises(UserError, match=r"m\.jsonl: cannot be written \(No space left on device\)"):
-        progress.step(entry(1, 2.0))
-    progress.close()
+    with Path("/dev/full").open("a") as progress.file:
+        with pytest.raises(UserError, match=r"m\.jsonl: cannot be written \(No space left on device\)"):
+            progress.step(entry(1, 2.0))
+        progress.close()
 
 
 def test_tensorboard_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

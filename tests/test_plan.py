@@ -210,6 +210,12 @@ def test_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert table[2].split() == ["--optimizer", "layerwise", "--checkpointing", "full", "no"]
 
 
+def test_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    made = read(capsys, "--gpus", 8, "--lora", 4, "--frozen-weights", "int4")
+    assert made["trained"] == 4 * 3_481_600
+    assert made["first_fit"] == "--shard optimizer --lora-rank 4 --frozen-weights int4 --checkpointing none"
+
+
 def test_the_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--gpus", "240", "--gpu", "b200", "--stage", "3"]) == 0
     said = capsys.readouterr().out
@@ -274,5 +280,6 @@ def test_peaks_by_name() -> None:
     assert named_peak("NVIDIA H100 80GB HBM3") == named_peak("NVIDIA H200") == 989.5
     assert named_peak("NVIDIA B200") == 2250
     assert named_peak("NVIDIA A100-SXM4-80GB") == 312
+    assert named_peak("NVIDIA GB200") is None, "another clock"
     assert named_peak("NVIDIA H100 PCIe") is named_peak("NVIDIA GeForce RTX 4090") is None
     assert peak_tflops(torch.device("cpu")) is None

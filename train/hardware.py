@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -49,4 +50,4 @@ def named_peak(name: str) -> float | None:
     """``NVIDIA H100 80GB HBM3`` -> 989.5. None for a GPU that is not in the table, and for the slower PCIe boards."""
     if "PCIe" in name or "NVL" in name:
         return None
-    return next((gpu.tflops for key, gpu in GPUS.items() if key.upper() in name), None)
+    return next((gpu.tflops for key, gpu in GPUS.items() if re.search(rf"\b{key.upper()}\b", name)), None)

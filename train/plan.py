@@ -16,7 +16,7 @@ from phi4rv.config import Config
 from phi4rv.errors import UserError
 from train import duration, estimate, recipe
 from train.estimate import Data, Setting, Sizes
-from train.hardware import GPUS
+from train.hardware import GPU, GPUS
 from train.metrics import finite, read_metrics
 from train.plan_table import GIGA, text
 from train.recipe import Stage
@@ -134,6 +134,10 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     found = measured(args.measured) if args.measured else {}
     given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
     shares = {**defaults, **found, **given}
+
+    def origin(name: str) -> str:
+        return "given" if name in given else "measured" if name in found else "assumed"
+
     data, sizes = mean_sample(args.stage, shares), Sizes.of(config, stage)
     gpu = replace(GPUS[args.gpu], memory=args.memory or GPUS[args.gpu].memory)
     rows: list[dict[str, Any]] = []
@@ -147,21 +151,27 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         looked_at.append(setting)
     fitting = [number for number, row in enumerate(rows) if row["fits"]]
     chosen = looked_at[fitting[0] if fitting else -1]
+    trained = args.lora_rank * sizes.ends if args.lora_rank else sizes.trained
     return {
-        **{"gpus": args.gpus, "gpu": args.gpu, "gpu_stated": asdict(gpu), "stage": args.stage},
-        **{"sequence_length": stage.sequence_length, "global_batch": stage.global_batch},
-        **{"parameters": sizes.all, "trained": sizes.trained, "sample": asdict(data)},
-        "shares": {n: {"value": v, "from": "given" if n in given else "measured" if n in found else "assumed"}
-                   for n, v in shares.items()},
+        "gpus": args.gpus,
+        "gpu": args.gpu,
+        "gpu_stated": asdict(gpu),
+        "stage": args.stage,
+        "sequence_length": stage.sequence_length,
+        "global_batch": stage.global_batch,
+        "parameters": sizes.all,
+        "trained": trained,
+        "sample": asdict(data),
+        "shares": {name: {"value": value, "from": origin(name)} for name, value in shares.items()},
         "settings": rows,
         "first_fit": option_line(chosen) if fitting else None,
         "chosen": details(config, stage, sizes, data, chosen, gpu, shares["efficiency"]),
         "report": report_run(shares),
-    }  # fmt: skip
+    }
 
 
 def details(
-    config: Config, stage: Stage, sizes: Sizes, data: Data, setting: Setting, gpu: Any, efficiency: float
+    config: Config, stage: Stage, sizes: Sizes, data: Data, setting: Setting, gpu: GPU, efficiency: float
 ) -> dict[str, Any]:
     """Communication and time of one setting, and its days at other efficiencies."""
     rows, times = duration.micro_steps(stage, data, setting)
@@ -172,12 +182,22 @@ def details(
     tries = sorted({0.1, 0.2, 0.3, 0.4, 0.5, round(efficiency, 4)})
     days = {x: duration.time(config, stage, sizes, data, setting, gpu, x).days for x in tries}
     return {
-        **{"options": option_line(setting), "rows_per_gpu": rows, "micro_steps": times, "sent": sent},
-        **{"to_own_node": inside, "to_other_nodes": across, "compute_seconds": time.compute},
-        **{"link_seconds": time.links, "update_seconds": time.update, "step_seconds": time.step},
-        **{"steps": time.steps, "days": time.days, "days_nothing_hidden": time.days_unhidden},
-        **{"tokens_per_second": stage.global_batch * data.tokens / time.step},
-        **{"useful_tflops": useful / time.step / setting.gpus / 1e12, "days_by_efficiency": days},
+        "options": option_line(setting),
+        "rows_per_gpu": rows,
+        "micro_steps": times,
+        "sent": sent,
+        "to_own_node": inside,
+        "to_other_nodes": across,
+        "compute_seconds": time.compute,
+        "link_seconds": time.links,
+        "update_seconds": time.update,
+        "step_seconds": time.step,
+        "steps": time.steps,
+        "days": time.days,
+        "days_nothing_hidden": time.days_unhidden,
+        "tokens_per_second": stage.global_batch * data.tokens / time.step,
+        "useful_tflops": useful / time.step / setting.gpus / 1e12,
+        "days_by_efficiency": days,
     }
 
 
@@ -195,8 +215,12 @@ def report_run(shares: dict[str, float]) -> dict[str, float]:
     times = [duration.time(config, s, z, d, Setting(gpus), GPUS[kind], share) for s, z, d in stages.values()]
     return {
         "days_planned": sum(time.days for time in times),
-        **{"gpus": gpus, "days": days, "tokens": tokens, "tflops_6pd": six / seconds},
-        **{"share_6pd": six / seconds / peak, "tflops_useful": useful / seconds},
+        "gpus": gpus,
+        "days": days,
+        "tokens": tokens,
+        "tflops_6pd": six / seconds,
+        "share_6pd": six / seconds / peak,
+        "tflops_useful": useful / seconds,
         "share_useful": share,
     }
 
