@@ -12,8 +12,10 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -185,6 +187,23 @@ def tricky_data(folder: Path) -> list[Path]:
     cut.write_bytes(cut.read_bytes()[:-99])
     made[17] = record("<image> What?", "<nothink>A.", "cut.png")
     return [write_jsonl(folder / "one.jsonl", made[:20]), write_jsonl(folder / "two.jsonl", made[20:])]
+
+
+def test_data_that_has_grown_is_not_gone_on_with(processor: Processor, tmp_path: Path) -> None:
+    [file] = named_sources(tmp_path, {"a": 20})
+    [step] = itertools.islice(Stream(Corpus([file], processor, options()), 0).steps(), 1)
+    named_sources(tmp_path, {"a": 21})
+    with pytest.raises(UserError, match=r"--resume: the data had \[20\] records when the run was saved, not \[21\]"):
+        Stream(Corpus([file], processor, options()), 0, step.position)
+
+
+def test_a_data_file_that_vanishes_stops_even_with_skip_bad(processor: Processor, tmp_path: Path) -> None:
+    file = mixed_data(tmp_path, 20)
+    corpus = Corpus([file], processor, options(), skip_bad=True)
+    [step] = itertools.islice(Stream(corpus, 0).steps(), 1)
+    file.unlink()
+    with pytest.raises(UserError, match=r"data.jsonl: cannot be read"):
+        corpus.load(step.sequences[0])
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["epochs", "mixture"])
@@ -434,6 +453,60 @@ def test_batches_reach_a_cpu_as_they_are(processor: Processor, tmp_path: Path) -
         yield from made[0]
 
     assert_same_rows([list(on_device(lazily(), torch.device("cpu")))], [made[0]])
+
+
+class Noted(torch.Tensor):
+    """Says which stream will use it."""
+
+    events: ClassVar[list[str]] = []
+
+    def record_stream(self, stream: Any) -> None:
+        self.events.append(f"kept for {stream.name}")
+
+
+@dataclasses.dataclass
+class Row:
+    number: int
+    values: torch.Tensor
+
+    def to(self, device: Any, non_blocking: bool) -> "Row":
+        assert non_blocking, "the thread that launches kernels would wait for the copy"
+        Noted.events.append(f"copy {self.number} on {Cuda.current}")
+        return self
+
+
+class Cuda:
+    """PyTorch's streams, as far as copying ahead knows of them."""
+
+    current = "main"
+
+    def __init__(self, name: str = "copies"):
+        self.name = name
+
+    def wait_stream(self, other: "Cuda") -> None:
+        Noted.events.append(f"{self.name} waits for {other.name}")
+
+    @staticmethod
+    @contextmanager
+    def stream(chosen: "Cuda") -> Iterator[None]:
+        Cuda.current = chosen.name
+        yield
+        Cuda.current = "main"
+
+
+def test_batches_are_copied_on_a_stream_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of what a GPU is told; each copy is asked for while the row before it is computed."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Cuda())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Cuda("main"))
+    monkeypatch.setattr(torch.cuda, "stream", Cuda.stream)
+    Noted.events.clear()
+    made = [Row(i, torch.zeros(1).as_subclass(Noted)) for i in range(2)]
+    for row in on_device(made, SimpleNamespace(type="cuda")):  # type: ignore[arg-type]
+        Noted.events.append(f"compute {row.number} on {Cuda.current}")
+    assert Noted.events == [
+        *("copy 0 on copies", "main waits for copies", "kept for main", "compute 0 on main"),
+        *("copy 1 on copies", "main waits for copies", "kept for main", "compute 1 on main"),
+    ]
 
 
 def test_the_order_of_a_source_is_its_own(processor: Processor, tmp_path: Path) -> None:

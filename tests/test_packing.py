@@ -135,7 +135,7 @@ class Measured(Stream):
     """Steps of the published model's sizes from samples that are lengths alone."""
 
     def __init__(self, chosen: Stage) -> None:
-        self.corpus = SimpleNamespace(stage=chosen, processor=SimpleNamespace(config=Config()), measured={})
+        self.corpus = SimpleNamespace(stage=chosen, processor=SimpleNamespace(config=Config()), measured={}, lines=[])
         self.number, self.places, self.drawn, self.waiting = 0, [], [], []
 
     def samples(self) -> Iterator[Any]:

@@ -96,6 +96,22 @@ def test_a_resumed_run_is_the_run_in_one_go(
     assert_same_run(output, whole)
 
 
+def test_a_mixture_goes_on_with_its_loader_processes(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the position that the save holds; the number of processes is nobody's business."""
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", mixed_records(tmp_path, n)) for name, n in (("a", 3), ("b", 14))]
+    line = [*inputs, "--data", f"{files[0]}=0.2", f"{files[1]}=0.8"]
+    assert main([*line, "--output", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        stop_at(patch, 3)
+        main([*line, "--output", str(tmp_path / "out"), "--workers", "1"])
+    saved = json.loads((tmp_path / "out/step-2/state.json").read_text())
+    assert saved["position"]["step"] == 2 and saved["position"]["drawn"] != [0, 0]
+    assert main([*line, "--output", str(tmp_path / "out"), "--resume"]) == 0
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
 def test_a_killed_process(inputs: list[str], whole: Path, tmp_path: Path) -> None:
     """kill -9 as soon as a save appears, metrics.jsonl cut in a line, half-written folders left behind."""
     output = tmp_path / "out"

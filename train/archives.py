@@ -109,14 +109,15 @@ def _build(archive: Path) -> np.ndarray:
 
 
 def _save(path: Path, index: np.ndarray) -> None:
-    """Whole or not there; of several processes that build it at once, the last one's stays."""
+    """Whole or not there; of several processes that build it at once, the last one's stays.
+
+    A full disk is an OSError and ends the run: it is no fault of the record that asks.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with open(partial, "wb") as file:
             np.save(file, index)
         partial.rename(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         partial.unlink(missing_ok=True)

@@ -238,6 +238,8 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
     if position and not ranks.first:
         position["unreadable"] = 0  # the save has the sum over the ranks
     source = run_steps(corpus, args.seed, position)
+    if len(corpus) > 100_000 and not (stage.max_steps or step):
+        say("measuring every record once, to count the steps; --max-steps spares that")
     total = stage.max_steps or before.get("steps") or count_steps(corpus, args.seed)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in optimizer.params.values())

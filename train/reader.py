@@ -131,15 +131,16 @@ class Reader:
         """Decodes the pictures and packs; a sample that cannot be read is left out."""
         samples, failures = [], []
         for place, planned in enumerate(sequence):
+            content = planned.line.read()  # a data file that has gone is nobody's bad record
             try:
-                samples.append(self._load(planned))
+                samples.append(self._load(planned, content))
             except UserError as error:
                 failures.append((place, f"{planned.where}: {error}"))
         return Loaded(pack(samples) if samples else None, failures)
 
-    def _load(self, planned: Planned) -> Sample:
+    def _load(self, planned: Planned, content: bytes) -> Sample:
         try:
-            records = parse_line(planned.line.read(), planned.where, planned.line.file.parent, self.files)
+            records = parse_line(content, planned.where, planned.line.file.parent, self.files)
         except UserError as error:
             raise UserError(str(error).removeprefix(f"{planned.where}: ")) from None
         record = records[planned.conversation]

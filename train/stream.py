@@ -42,6 +42,9 @@ class Stream:
         self.corpus, self.seed = corpus, seed
         sources = range(len(corpus.lines))
         start = position or {}
+        records = [len(lines) for lines in corpus.lines]
+        if start.get("records", records) != records:
+            raise UserError(f"--resume: the data had {start['records']} records when the run was saved, not {records}")
         self.number: int = start.get("step", 0)
         # Of each source: epoch, lines of it that are done, conversations of the next line that are done.
         self.places: list[list[int]] = [list(place) for place in start.get("places", [[0, 0, 0] for _ in sources])]
@@ -113,6 +116,7 @@ class Stream:
         skipped = dict(self.corpus.measured)
         position = {
             "step": self.number,
+            "records": [len(lines) for lines in self.corpus.lines],
             "places": [list(place) for place in self.places],
             "drawn": list(self.drawn),
             "waiting": waiting,
