@@ -222,6 +222,7 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
         "dtype": str(dtype),
         "skip_bad": args.skip_bad,
     }
+    torch.manual_seed(args.seed * 100_003 + ranks.rank)  # for what may be drawn later on; saves hold the state
     model, processor, optimizer = build(args, stage, device, dtype, step, mesh)
     if step:
         saving.resume(step, model, optimizer, ranks, told)
@@ -253,9 +254,9 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
         say(f"unequal shares: steps of {stage.multiple()} sequences or a multiple; see --sequence-multiple")
 
     progress = Progress(output / METRICS, optimizer.steps, total) if ranks.first else None
-    streak = Streak(lambda: saving.newest_step(output), lambda: check_weights(weights(model), "the model in memory"))
-    peak = args.peak_tflops or peak_tflops(device)
     saver, terminate = saving.Saver(output, ranks, args.keep), Terminate()
+    streak = Streak(saver.newest, lambda: check_weights(weights(model), "the model in memory"))
+    peak = args.peak_tflops or peak_tflops(device)
     taken: Step | None = None
 
     def save() -> None:
@@ -293,6 +294,7 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
             say(f"data: {corpus.summary()}")
     finally:
         terminate.close()
+        saver.close()
         corpus.close()
         if progress:
             progress.close()

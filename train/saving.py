@@ -82,6 +82,16 @@ class Saver:
                 f"{newest or 'the beginning'}"
             )
 
+    def newest(self) -> Path | None:
+        """The newest save, once the one that is being written is whole or has failed."""
+        self.close()
+        return newest_step(self.output)
+
+    def close(self) -> None:
+        """Lets the last save be written, also where an error ends the run."""
+        if self._thread is not None:
+            self._thread.join()
+
     def _write(self, path: Path, copies: dict[str, Tensor], describe: Any) -> None:
         partial = path.with_name(f".{path.name}.partial-{self.pid}")
         try:
