@@ -85,7 +85,7 @@ def assert_close(output: Path, single: Path, steps: int = 5) -> None:
     assert [e["step"] for e in ours] == [e["step"] for e in theirs] == list(range(1, steps + 1))
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-6)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)  # float32 sums of squares
         assert a["lr"] == b["lr"] and a["tokens"] == b["tokens"]
     ours, theirs = weights(output / "model"), weights(single / "model")
     assert ours.keys() == theirs.keys()
