@@ -1,65 +1,12 @@
 """Sharded over two processes on gloo: the losses and weights of one process to rounding, saves that any number reads."""
 
-import multiprocessing
-import os
-import socket
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import finish, run, start, told, until_step_three
 from small import mixed_records, record, small_checkpoint, timeless, weights, write_jsonl
-
-from train.main import main
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["train.main", "torch.distributed.fsdp", "small"])
-
-
-def run_main(argv: Sequence[str]) -> int:
-    return main(list(argv))
-
-
-def rank_process(rank: int, world: int, port: int, log: Path, work: Callable[..., int], arguments: Any) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    with (log.parent / f"{log.name}-{rank}").open("a", buffering=1) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = file
-        status = work(arguments)
-    os._exit(status)
-
-
-def start(world: int, log: Path, arguments: Any, work: Callable[..., int] = run_main) -> list[Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    made = [START.Process(target=rank_process, args=(r, world, port, log, work, arguments)) for r in range(world)]
-    for process in made:
-        process.start()
-    return made
-
-
-def finish(processes: list[Any], seconds: float = 120.0) -> list[int | None]:
-    for process in processes:
-        process.join(seconds)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return [process.exitcode for process in processes]
-
-
-def run(world: int, log: Path, argv: Sequence[Any]) -> list[int | None]:
-    return finish(start(world, log, [str(a) for a in argv]))
-
-
-def told(log: Path, rank: int = 0) -> str:
-    return (log.parent / f"{log.name}-{rank}").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +47,61 @@ def test_two_processes_are_one(inputs: list[Any], single: Path, tmp_path: Path, 
     assert_close(output, single)
     if shard != "none":
         assert f"sharded: {shard}, over 2 process(es), 1 time(s)" in told(log)
+
+
+def test_bfloat16(inputs: list[Any], tmp_path: Path) -> None:
+    """float32 masters, bfloat16 weights in products; one process has the masters beside the weights."""
+    for world, shard in ((1, "none"), (2, "full")):
+        log, output = tmp_path / f"log-{shard}", tmp_path / shard
+        argv = [*inputs, "--output", output, "--shard", shard, "--dtype", "bfloat16"]
+        assert run(world, log, argv) == [0] * world, told(log)
+    ours, theirs = timeless(tmp_path / "full" / "metrics.jsonl"), timeless(tmp_path / "none" / "metrics.jsonl")
+    assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], rel=2e-3)
+    assert weights(tmp_path / "full" / "model")["decoder.norm.weight"].dtype == torch.bfloat16
+
+
+def test_sharded_inside_and_replicated_across(inputs: list[Any], single: Path, tmp_path: Path) -> None:
+    log, output = tmp_path / "log", tmp_path / "out"
+    argv = [*inputs, "--output", output, "--shard", "full", "--replicas", 2, "--max-steps", 5]
+    assert run(4, log, argv) == [0] * 4, told(log)
+    assert_close(output, single)
+    assert "sharded: full, over 2 process(es), 2 time(s)" in told(log)
+
+
+def test_stage_one_sharded(inputs: list[Any], tmp_path: Path) -> None:
+    """The projector alone trains: tower and decoder are gathered, and get no gradients."""
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    for world, output in enumerate(outputs, 1):
+        log = tmp_path / f"log-{world}"
+        argv = [*inputs, "--output", output, "--stage", 1, "--shard", "gradients"]
+        assert run(world, log, argv) == [0] * world, told(log)
+    assert_close(outputs[1], outputs[0])
+    ours, start = weights(outputs[1] / "model"), weights(Path(inputs[1]))
+    assert [n for n in start if not torch.equal(ours[n], start[n])] == [n for n in start if n.startswith("projector.")]
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, "full"), (1, "none")), ((1, "none"), (2, "full"))])
+def test_another_number_of_processes_goes_on(
+    inputs: list[Any], single: Path, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
+) -> None:
+    log, output = tmp_path / "log", tmp_path / "out"
+    argv = [*inputs, "--output", output, "--resume", "--shard"]
+    terminated = start(before[0], log, [str(a) for a in [*argv, before[1]]], until_step_three)
+    assert finish(terminated) == [143] * before[0], told(log)
+    assert (output / "step-3").is_dir() and not (output / "model").exists()
+    assert run(after[0], log, [*argv, after[1]]) == [0] * after[0], told(log)
+    assert_close(output, single)
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "words"),
+    [
+        (["--shard", "full", "--replicas", 2], 3, "--replicas: 2 copies cannot share 3 process(es) evenly"),
+        (["--replicas", 2], 1, "nothing is sharded between them; give --shard too"),
+        (["--keep", -1], 1, "--keep: -1 must be 0 or more"),
+    ],
+)
+def test_wrong_options(inputs: list[Any], tmp_path: Path, options: list[Any], world: int, words: str) -> None:
+    assert run(world, tmp_path / "log", [*inputs, "--output", tmp_path / "out", *options]) == [2] * world
+    assert words in told(tmp_path / "log")
+    assert "Traceback" not in told(tmp_path / "log")
