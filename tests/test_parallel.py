@@ -1,4 +1,4 @@
-"""Sharded over two processes on gloo: the losses and weights of one process to rounding, saves that any number reads."""
+"""Sharded over two processes on gloo: the numbers of one process to rounding, saves that any number reads."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from small import mixed_records, record, small_checkpoint, timeless, weights, wr
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """Five steps; most records have no image, so that a rank often has none; rows that two ranks cannot share evenly."""
+    """Five steps; most records have no image, so that a rank often has none; rows that two cannot share evenly."""
     folder = tmp_path_factory.mktemp("inputs")
     lines = mixed_records(folder, 3) + [record(f"Say {i}. " * (i % 4 + 1), f"<nothink>{i}.") for i in range(14)]
     data = write_jsonl(folder / "data.jsonl", lines)

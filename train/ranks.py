@@ -54,8 +54,23 @@ def join_ranks(device: torch.device) -> Ranks:
     """Joins torchrun's other processes, if there are any. gloo serves what lies on the CPU, also beside NCCL."""
     ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if ranks.world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        own: dict[str, Any] = (
+            {"store": _attempt_store(), "rank": ranks.rank, "world_size": ranks.world} if _under_agent() else {}
+        )
+        dist.init_process_group(backend, timeout=PATIENCE, **own)
     return ranks
+
+
+def _under_agent() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _attempt_store() -> dist.Store:
+    """torchrun's store under names of this attempt: it outlives a restart, and the addresses of the dead with it."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(minutes=10))
+    return dist.PrefixStore(f"attempt/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def own_group(ranks: Ranks) -> dist.ProcessGroup | None:
