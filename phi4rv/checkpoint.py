@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,24 +50,40 @@ def load(
     Every name, shape and dtype is checked before anything is allocated; one UserError lists all that is wrong.
     Beside the model itself, memory never holds more than the tensor being read.
     """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, processor = outline(path, device, dtype, kernels)
+    if device.type != "meta":
+        fill(model, path, device)
+    return model, processor
+
+
+def outline(
+    path: str | Path, device: torch.device | str, dtype: torch.dtype | None = None, kernels: str | None = None
+) -> tuple[Phi4RV, Processor]:
+    """``load`` without weights: a model on the meta device, with the operations chosen for ``device``."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder; a checkpoint is a folder in the published layout")
     config = Config.from_folder(folder)
-    processor = Processor.from_folder(folder, config)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = empty_model(config, device, dtype or DTYPES[config.dtype], kernels)
-    if device.type == "meta":
-        return model, processor
+    return empty_model(config, device, dtype or DTYPES[config.dtype], kernels), Processor.from_folder(folder, config)
+
+
+@torch.no_grad()
+def fill(
+    model: Phi4RV,
+    path: str | Path,
+    device: torch.device | str,
+    assign: Callable[[Tensor, Tensor], object] = lambda parameter, tensor: parameter.copy_(tensor),
+) -> None:
+    """Moves an outline to ``device`` and reads its weights; ``assign`` puts a whole tensor into a parameter."""
+    folder = Path(path)
     tensors = _locate(folder)
     _check(folder, tensors, model)
     model.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Opened anew for each tensor: closing drops the mapped pages of the one before.
-            with safe_open(tensors[published_name(name)], "pt") as shard:
-                parameter.copy_(shard.get_tensor(published_name(name)))
-    return model, processor
+    for name, parameter in model.named_parameters():
+        # Opened anew for each tensor: closing drops the mapped pages of the one before.
+        with safe_open(tensors[published_name(name)], "pt") as shard:
+            assign(parameter, shard.get_tensor(published_name(name)))
 
 
 def empty_model(config: Config, device: torch.device | str, dtype: torch.dtype, kernels: str | None = None) -> Phi4RV:
@@ -81,24 +98,39 @@ def save(model: Phi4RV, processor: Processor, path: str | Path) -> None:
         write(model, processor, folder)
 
 
-def write(model: Phi4RV, processor: Processor, folder: Path) -> None:
-    """The files of ``save`` into an existing folder. ValueError for a model with adapters or quantised layers."""
+def write(
+    model: Phi4RV, processor: Processor, folder: Path, whole: Callable[[str, Tensor], Tensor] = lambda name, p: p.cpu()
+) -> None:
+    """The files of ``save`` into an existing folder. ``whole`` gives a parameter's tensor on the CPU, in the order of
+    ``named_parameters``; what it gives is held for one file at a time, so the parameters may be on the meta device.
+
+    ValueError for a model with adapters or quantised layers.
+    """
     plain = empty_model(model.config, "cpu", torch.float32, "torch")
     if dict(model.named_parameters()).keys() != dict(plain.named_parameters()).keys():
         raise ValueError("the model's layers are not the published ones: merge its adapter into an unquantised base")
-    tensors = {published_name(name): p.detach() for name, p in model.named_parameters()}
-    shards = _shards(tensors)
-    weight_map = {}
+    parameters = {published_name(name): (name, p.detach()) for name, p in model.named_parameters()}
+    shards = _shards({published: p for published, (_, p) in parameters.items()})
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({n: tensors[n].cpu().contiguous() for n in names}, folder / file, metadata={"format": "pt"})
+        tensors = {n: whole(*parameters[n]).contiguous() for n in names}
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+        dtype = next(reversed(tensors.values())).dtype
+        save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
+        del tensors
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for file in dict.fromkeys(weight_map.values()):
         shutil.copymode(folder / INDEX, folder / file)  # save_file leaves them readable to their owner alone
-    dtype = next(k for k, v in DTYPES.items() if v == model.decoder.norm.weight.dtype)
-    _write_json(folder / "config.json", {**model.config.to_dict(), "dtype": dtype})
+    write_outline(model, processor, folder, dtype)
+
+
+def write_outline(model: Phi4RV, processor: Processor, folder: Path, dtype: torch.dtype) -> None:
+    """Everything but the weights: what ``outline`` reads."""
+    name = next(k for k, v in DTYPES.items() if v == dtype)
+    _write_json(folder / "config.json", {**model.config.to_dict(), "dtype": name})
     processor.write(folder)
 
 

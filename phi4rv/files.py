@@ -28,11 +28,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        for file in partial.rglob("*"):
-            _flush(file)
-        _flush(partial)
+        flush_folder(partial)
         replace_folder(partial, path)
-        _flush(path.parent)
+        flush_folder(path.parent, deep=False)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -55,6 +53,13 @@ def replace_folder(new: Path, path: Path) -> None:
         old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def flush_folder(folder: Path, deep: bool = True) -> None:
+    """Brings the folder's names, and with ``deep`` all that is in it, to the disk."""
+    for file in folder.rglob("*") if deep else ():
+        _flush(file)
+    _flush(folder)
 
 
 def _flush(path: Path) -> None:

@@ -217,20 +217,6 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 @torch.no_grad()
-def load_adapter(model: Phi4RV, folder: Path) -> None:
-    """Copies a folder's A and B into the model's adapters. UserError unless they are the same layers and shapes."""
-    layers, adapter = adapters(model), read_adapter(folder)
-    if layers.keys() != adapter.pairs.keys():
-        different = sorted(layers.keys() ^ adapter.pairs.keys())
-        raise UserError(f"{folder}: adapts other layers than this run: {', '.join(different[:4])}")
-    for path, layer in layers.items():
-        for part, tensor in zip((layer.lora_A, layer.lora_B), adapter.pairs[path], strict=True):
-            if part.weight.shape != tensor.shape:
-                raise UserError(f"{folder}: {path} is {list(tensor.shape)}, must be {list(part.weight.shape)}")
-            part.weight.copy_(tensor)
-
-
-@torch.no_grad()
 def merge_adapter(model: Phi4RV, folder: str | Path) -> None:
     """Adds a folder's scale · B A to the model's weights, computed in float32 and rounded once.
 

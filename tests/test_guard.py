@@ -18,10 +18,12 @@ from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
 from train import guard
 from train.data import Corpus
+from train.export import export
 from train.guard import DEVIATIONS, LEAST, PATIENCE, Spikes, Streak, check_weights
 from train.main import main
 from train.optimizer import Optimizer
 from train.recipe import stage
+from train.stream import Step
 from train.trainer import Ranks, take_step, trainable
 
 
@@ -146,17 +148,22 @@ def test_a_skipped_step_is_counted_and_logged(
     assert same(ours, theirs)
 
 
-def stop_after(arguments: tuple[Any, ...], step: int) -> None:
+def exported(step: Path) -> phi4rv.Phi4RV:
+    export(step, step.parent / f"{step.name}-exported")
+    return phi4rv.load(step.parent / f"{step.name}-exported", device="cpu")[0]
+
+
+def stop_after(arguments: tuple[Any, ...], step: int) -> bool:
     from train.trainer import train
 
-    *rest, on_step, peak = arguments
+    *rest, on_step, peak, shard, stop = arguments
 
-    def dying(metrics: dict[str, Any], taken: Any) -> None:
+    def dying(metrics: dict[str, Any], taken: Step) -> None:
         on_step(metrics, taken)
         if metrics["step"] == step:
             raise RuntimeError("power cut")
 
-    train(*rest, dying, peak)
+    return train(*rest, dying, peak, shard, stop)
 
 
 def test_ten_in_a_row_end_the_run(
@@ -168,10 +175,10 @@ def test_ten_in_a_row_end_the_run(
     assert main([*line, "--max-steps", "30", "--output", str(output)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: steps 4 to 13: no finite loss and gradient in 10 steps in a row, all skipped")
-    assert f"the last good checkpoint is {output / 'step-12' / 'model'}" in error
-    good = phi4rv.load(output / "step-12" / "model", device="cpu")[0]
+    assert f"the last good checkpoint is {output / 'step-12'}: write" in error
+    good = exported(output / "step-12")
     check_weights(good.named_parameters(), "step-12")
-    earlier = phi4rv.load(output / "step-4" / "model", device="cpu")[0]
+    earlier = exported(output / "step-4")
     assert same(dict(good.named_parameters()), dict(earlier.named_parameters()))
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small import mixed_data, small_checkpoint, small_model, timeless, weights
-from test_resume import stop_at
+from test_resume import saved, stop_at
 from test_train_command import the_error
+from test_training import batches
 from torch import Tensor, nn
 
 import phi4rv
@@ -23,7 +25,7 @@ from phi4rv.lora import QuantizedLinear, adapters, add_adapters, linears, merge_
 from phi4rv.merge import main as merge
 from phi4rv.model import Phi4RV
 from phi4rv.quantized import dequantize, quantize
-from train.data import Corpus
+from train.export import main as export
 from train.lora import adapt
 from train.main import main
 from train.recipe import Stage, stage
@@ -51,9 +53,8 @@ def adapted(chosen: Stage) -> Phi4RV:
 
 @pytest.fixture
 def batch(tmp_path: Path) -> PackedBatch:
-    corpus = Corpus([mixed_data(tmp_path, 5)], small_model()[1], stage(2, False, {}))
-    made = corpus.load([planned for planned in map(corpus.plan, corpus.records) if planned])
-    assert made is not None and len(made.patches)
+    [made] = batches(small_model()[1], mixed_data(tmp_path, 5), [list(range(5))])
+    assert len(made.patches)
     return made
 
 
@@ -298,14 +299,19 @@ def test_a_resumed_run_is_the_run_in_one_go(
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         stop_at(patch, 3)
         main([*inputs, *more, "--output", str(output)])
-    assert {p.name for p in (output / "step-2").iterdir()} == {"adapter", "optimizer.safetensors", "state.json"}
+    assert {n.split("/")[0] for n in saved(output / "step-2")} == {"model", "exp_avg", "exp_avg_sq", "random"}
+    assert not any("base" in n for n in saved(output / "step-2")), "which the checkpoint has"
     assert main([*inputs, *more, "--output", str(output), "--resume"]) == 0
     assert timeless(output / "metrics.jsonl") == timeless(whole / "metrics.jsonl")
-    for file in ("adapter/adapter_model.safetensors", "step-4/optimizer.safetensors"):
-        ours, theirs = load_file(output / file), load_file(whole / file)
+    assert export([str(output / "step-4"), str(tmp_path / "exported")]) == 0
+    adapters = [load_file(f / "adapter_model.safetensors") for f in (whole / "adapter", output / "adapter")]
+    adapters.append(load_file(tmp_path / "exported/adapter_model.safetensors"))
+    for ours, theirs in [(saved(output / "step-4"), saved(whole / "step-4")), *pairwise(adapters)]:
         assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours), file
-    assert any(t.abs().max() > 0 for n, t in ours.items() if "lora_B" in n)
+        assert [n for n in theirs if not torch.equal(ours[n], theirs[n])] == []
+    assert any(t.abs().max() > 0 for n, t in adapters[0].items() if "lora_B" in n)
+    configs = [(f / "adapter_config.json").read_text() for f in (output / "adapter", tmp_path / "exported")]
+    assert configs[0] == configs[1]
 
 
 def test_train_merge_and_ask(inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

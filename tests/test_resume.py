@@ -6,17 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from small import ROOT, mixed_data, mixed_records, small_checkpoint, timeless, weights, write_jsonl
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import phi4rv
 from train import main as program
 from train import saving
+from train.export import export
+from train.export import main as export_command
 from train.main import main
 
 
@@ -63,9 +65,16 @@ def assert_same_run(output: Path, whole: Path) -> None:
     ours, theirs = weights(output / "model"), weights(whole / "model")
     for name in theirs:
         assert torch.equal(ours[name], theirs[name]), name
-    ours, theirs = (load_file(o / "step-6" / "optimizer.safetensors") for o in (output, whole))
+    ours, theirs = saved(output / "step-6"), saved(whole / "step-6")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {name.split("/")[0] for name in theirs} == {"model", "exp_avg", "exp_avg_sq", "random"}
+
+
+def saved(step: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a save, read by PyTorch's own converter."""
+    dcp_to_torch_save(step, step.parent / "saved.pt")
+    return torch.load(step.parent / "saved.pt")
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -128,7 +137,7 @@ def test_a_killed_process(inputs: list[str], whole: Path, tmp_path: Path) -> Non
         file.write('{"step": 5, "lo')
     stale = output / f".step-6.partial-{process.pid}"
     (stale / "model").mkdir(parents=True)
-    running = output / f".step-9.partial-{os.getpid()}"
+    running = output / f".step-9.partial-{os.getppid()}"
     running.mkdir()
     assert main([*inputs, "--output", str(output), "--resume"]) == 0
     assert_same_run(output, whole)
@@ -142,57 +151,106 @@ def test_resuming_what_is_finished_changes_nothing(inputs: list[str], whole: Pat
     assert timeless(whole / "metrics.jsonl") == before
 
 
-@pytest.mark.parametrize("where", ["save_file", "write"])
-def test_a_save_that_dies_leaves_nothing(
-    inputs: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    """In the middle of the second save: the first stays as it was, and the run goes on from it."""
-    output = tmp_path / "out"
-    original, calls = getattr(saving, where), 0
+WHERE = ("dcp.save", "write_outline", "replace_folder", "_describe")  # of saving.py, in the order of a save
 
-    def dying(*arguments: object) -> None:
+
+def fail_in_second_save(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:
+    holder = saving.dcp if where == "dcp.save" else saving
+    name, calls = where.removeprefix("dcp."), 0
+    original = getattr(holder, name)
+
+    def failing(*arguments: object, **options: object) -> object:
         nonlocal calls
         calls += 1
-        original(*arguments)
+        if where != "replace_folder" or calls != 2:
+            original(*arguments, **options)
         if calls == 2:
-            raise KeyboardInterrupt
+            raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(saving, where, dying)
-        assert main([*inputs, "--output", str(output)]) == 130
-    assert [p.name for p in output.glob("*step-*")] == ["step-2"]
-    assert not list(output.glob(".*"))
-    assert main([*inputs, "--output", str(output), "--resume"]) == 0
-    assert_same_run(output, whole)
+    monkeypatch.setattr(holder, name, failing)
 
 
-@pytest.mark.parametrize("where", ["save_file", "write", "metrics"])
+@pytest.mark.parametrize("where", WHERE)
 def test_a_full_disk_is_one_line_and_keeps_the_earlier_save(
     inputs: list[str],
+    whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     where: str,
 ) -> None:
+    """In the second save: the first stays as it was, and the run goes on from it."""
     output = tmp_path / "out"
-    holder, name = (program.Progress, "step") if where == "metrics" else (saving, where)
-    original, calls = getattr(holder, name), 0
-
-    def full(*arguments: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == (4 if where == "metrics" else 2):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(*arguments)
-
-    monkeypatch.setattr(holder, name, full)
-    assert main([*inputs, "--output", str(output)]) == 2
+    with monkeypatch.context() as patch:
+        fail_in_second_save(patch, where, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        assert main([*inputs, "--output", str(output)]) == 2
     line = last_line(capsys)
-    assert "No space left on device" in line
-    assert where == "metrics" or f"{output / 'step-4'}: cannot be written" in line
+    assert f"{output / 'step-4'}: cannot be written (No space left on device); nothing of it was left behind" in line
+    assert f"then --resume, which goes on from {output / 'step-2'}" in line
     assert [p.name for p in output.glob("*step-*")] == ["step-2"]
-    phi4rv.load(output / "step-2" / "model", device="cpu")
-    assert load_file(output / "step-2" / "optimizer.safetensors")
+    assert not list(output.glob(".step*"))
+    assert main([*inputs, "--output", str(output), "--resume"]) == 0
+    assert_same_run(output, whole)
+
+
+def test_full_metrics(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The save that is being written when the run ends is finished."""
+    step = program.Progress.step
+
+    def full(self: program.Progress, metrics: dict) -> None:
+        if metrics["step"] == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        step(self, metrics)
+
+    monkeypatch.setattr(program.Progress, "step", full)
+    output = tmp_path / "out"
+    assert main([*inputs, "--output", str(output)]) == 2
+    assert "No space left on device" in last_line(capsys)
+    assert [p.name for p in output.glob("*step-*")] == ["step-2"]
+    assert saved(output / "step-2")
+
+
+def test_training_goes_on_while_a_save_is_written(
+    inputs: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that writes step-2 waits for step 3: what it then writes is step 2 all the same."""
+    save, step = saving.dcp.save, program.Progress.step
+    third = threading.Event()
+
+    def late(*arguments: object, **options: object) -> None:
+        assert third.wait(60)
+        save(*arguments, **options)
+
+    def telling(self: program.Progress, metrics: dict) -> None:
+        step(self, metrics)
+        if metrics["step"] == 3:
+            third.set()
+
+    monkeypatch.setattr(saving.dcp, "save", late)
+    monkeypatch.setattr(program.Progress, "step", telling)
+    output = tmp_path / "out"
+    assert main([*inputs, "--output", str(output)]) == 0
+    ours, theirs = saved(output / "step-2"), saved(whole / "step-2")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not all(torch.equal(ours[name], saved(whole / "step-4")[name]) for name in theirs)
+
+
+def test_the_newest_saves_are_kept(inputs: list[str], tmp_path: Path) -> None:
+    assert main([*inputs, "--output", str(tmp_path / "out"), "--keep", "2"]) == 0
+    assert [p.name for p in saving.steps(tmp_path / "out")] == ["step-4", "step-6"]
+    assert not list((tmp_path / "out").glob(".step*"))
+
+
+def test_an_exported_save_is_the_model(inputs: list[str], whole: Path, tmp_path: Path) -> None:
+    """Byte for byte what the run wrote at its end, from the same step; a run's folder stands for its newest save."""
+    export(whole / "step-6", tmp_path / "model")
+    ours, theirs = ({p.name: p.read_bytes() for p in f.iterdir()} for f in (tmp_path / "model", whole / "model"))
+    assert ours == theirs
+    assert export_command([str(whole), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    half, full = weights(tmp_path / "half"), weights(whole / "model")
+    assert all(torch.equal(half[name], full[name].bfloat16()) for name in full)
 
 
 @pytest.mark.parametrize(
@@ -228,12 +286,14 @@ def test_other_data_is_named(
 @pytest.mark.parametrize(
     ("file", "damage", "words"),
     [
-        ("optimizer.safetensors", "truncate", "cannot be read"),
-        ("optimizer.safetensors", "remove", "missing; the save is not whole"),
-        ("optimizer.safetensors", "empty", "cannot be read"),
+        ("__0_0.distcp", "truncate", "cannot be read"),
+        ("__0_0.distcp", "remove", "cannot be read (No such file or directory)"),
+        ("__0_0.distcp", "empty", "cannot be read"),
+        (".metadata", "truncate", "cannot be read"),
+        (".metadata", "remove", "missing; the save is not whole"),
         ("state.json", "truncate", "broken JSON"),
         ("state.json", "remove", "missing"),
-        ("model/model-00001-of-00001.safetensors", "truncate", "truncated or damaged"),
+        ("config.json", "remove", "missing"),
     ],
 )
 def test_a_damaged_save_is_named(
@@ -254,7 +314,7 @@ def test_a_damaged_save_is_named(
         path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else path.stat().st_size // 2])
     assert main([*inputs, "--output", str(output), "--resume"]) == 2
     line = last_line(capsys)
-    assert str(path) in line
+    assert str(path.parent if path.suffix == ".distcp" else path) in line
     assert words in line
 
 
@@ -267,7 +327,7 @@ def test_only_whole_saves_count(tmp_path: Path) -> None:
 
 
 def test_bfloat16_resumes_from_its_masters(inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model folder holds rounded weights; what was below their rounding is in the optimizer's file."""
+    """A save holds the masters, and what was below the rounding of the weights with them."""
     line = [*inputs, "--dtype", "bfloat16", "--lr", "1e-4"]
     assert main([*line, "--output", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
@@ -277,4 +337,7 @@ def test_bfloat16_resumes_from_its_masters(inputs: list[str], tmp_path: Path, mo
     assert_same_run(tmp_path / "out", tmp_path / "whole")
     state = json.loads((tmp_path / "out/step-6/state.json").read_text())
     assert state["dtype"] == "torch.bfloat16"
-    assert any(name.startswith("master/") for name in load_file(tmp_path / "out/step-6/optimizer.safetensors"))
+    kinds = {n: t.dtype for n, t in saved(tmp_path / "out/step-6").items()}
+    assert kinds["model/decoder.norm.weight"] == kinds["exp_avg/decoder.norm.weight"] == torch.float32
+    assert kinds["model/vision.head.probe"] == torch.bfloat16, "not trained: it has no master"
+    assert weights(tmp_path / "out/model")["decoder.norm.weight"].dtype == torch.bfloat16

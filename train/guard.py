@@ -43,11 +43,11 @@ class Streak:
             return
         self.check()
         saved = self.newest()
-        good = f"the last good checkpoint is {saved / 'model'}" if saved else "no checkpoint was saved (--save-every)"
+        good = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved (--save-every)"
         raise UserError(
             f"steps {step - PATIENCE + 1} to {step}: no finite loss and gradient in {PATIENCE} steps in a row, all "
-            f"skipped; {good}: start from it with --checkpoint and a lower --lr, or leave out the records that "
-            "metrics.jsonl lists"
+            f"skipped; {good}: write its model with python -m train.export, start from that with --checkpoint and a "
+            "lower --lr, or leave out the records that metrics.jsonl lists"
         )
 
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from phi4rv.errors import UserError
-from phi4rv.lora import add_adapters, linears, load_adapter, matching, quantize_layers
+from phi4rv.lora import add_adapters, linears, matching, quantize_layers
 from phi4rv.model import Phi4RV
 from train.recipe import Stage
 
 
-def adapt(model: Phi4RV, stage: Stage, seed: int, saved: Path | None = None) -> None:
-    """Freezes the model, in ``stage.frozen_weights``, and puts adapters on ``stage.lora_targets``, from the folder
-    ``saved`` if there is one. UserError naming a target that is no linear layer, or in a part that the stage freezes.
+def adapt(model: Phi4RV, stage: Stage, seed: int) -> None:
+    """Freezes the model, in ``stage.frozen_weights``, and puts adapters on ``stage.lora_targets``.
+
+    UserError naming a target that is no linear layer, or in a part that the stage freezes.
     """
     known = linears(model)
     names = [known[path] for path in matching(list(known), targets(model, stage))]
     if stage.frozen_weights != "dtype":
         quantize_layers(model, stage.frozen_weights)
     add_adapters(model, names, stage.lora_rank, stage.lora_alpha, seed)
-    if saved:
-        load_adapter(model, saved)
 
 
 def targets(model: Phi4RV, stage: Stage) -> list[str]:

@@ -11,8 +11,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +27,22 @@ from phi4rv.ops import KERNELS
 from phi4rv.processor import Processor
 from phi4rv.recompute import CHECKPOINTING
 from train import recipe, saving
-from train.data import Corpus, alone
+from train.build import build
+from train.data import Corpus
 from train.guard import Streak, check_weights
 from train.hardware import peak_tflops
 from train.heldout import Question, Scores, answers, score, shuffled
-from train.layerwise import Layerwise
-from train.lora import adapt
 from train.metrics import Progress, read_metrics
-from train.optimizer import Optimizer
+from train.parallel import SHARDS, device_mesh, local
 from train.plot import METRICS, Run, draw
-from train.recipe import Stage
+from train.ranks import Ranks, gatherer, join_ranks
 from train.records import read_records
 from train.sheet import prediction_sheet
 from train.sources import Source, sources
 from train.stream import Step, count_steps, run_steps
-from train.synthetic import texts, write_dataset
-from train.tiny import tiny_model
-from train.trainer import Ranks, train, trainable
+from train.synthetic import write_dataset
+from train.trainer import train
+from train.watch import TERMINATED, Terminate, Terminated, watched
 
 CACHE = ".index"  # in the output folder: unpacked .gz files, and where each image of an archive lies
 
@@ -79,11 +77,20 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="steps between saves; 0 saves only the model at the end",
     )
+    add("--keep", type=int, default=saving.KEEP_ALL, metavar="N", help="saves kept, the newest ones; 0: all")
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on from the newest step-N in the output folder")
     add("--skip-bad", action="store_true", help="count and skip bad records instead of stopping at the first")
     add("--workers", type=int, default=0, metavar="N", help="processes that tokenize and decode; 0: a thread")
     add("--image-timeout", type=float, default=60.0, metavar="S", help="seconds an image may take in a worker")
+    add("--shard", choices=SHARDS, default="none", help="what the processes share out: ZeRO-1, -2 or -3")
+    add(
+        "--replicas",
+        type=int,
+        default=1,
+        metavar="N",
+        help="copies of the sharded model (HSDP)",
+    )
     add("--device", help="cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, help="of weights and activations: bfloat16 on a GPU, float32 on a CPU")
     add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
@@ -93,8 +100,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, kind in recipe.options().items():
         fields.add_argument("--" + name.replace("_", "-"), type=kind)
     args = parser.parse_args(argv)
-    if args.save_every < 0:
-        raise UserError(f"--save-every: {args.save_every} must be 0 or more")
+    for name in ("save_every", "keep"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} must be 0 or more")
+    if args.shard == "none" and args.replicas != 1:
+        raise UserError(f"--replicas: {args.replicas} copies, but nothing is sharded between them; give --shard too")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (args.resume and args.output):
+        raise UserError("--resume: needed with torchrun --max-restarts, and --output too: a restart goes on from there")
     if args.peak_tflops is not None and not 0 < args.peak_tflops < math.inf:
         raise UserError(f"--peak-tflops: {args.peak_tflops} must be above 0")
     if args.workers < 0:
@@ -104,15 +116,6 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed: {args.seed} must be in [0, 2^32)")
     return args
-
-
-def join_ranks(device: torch.device) -> Ranks:
-    """Joins torchrun's other processes, if there are any."""
-    ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if ranks.world > 1:
-        # The others wait at the next exchange while the first saves and measures.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    return ranks
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -143,14 +146,6 @@ def output_folder(args: argparse.Namespace) -> Path:
     return output
 
 
-def on_first(ranks: Ranks, value: Any) -> Any:
-    """The first rank's ``value``, on all of them; every rank waits here for it."""
-    box = [value]
-    if ranks.world > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def data_files(args: argparse.Namespace, output: Path, ranks: Ranks) -> tuple[list[Source], Path | None]:
     """Training data and the held-out file, drawn and written first where the embedded data is used."""
     if args.data:
@@ -161,7 +156,7 @@ def data_files(args: argparse.Namespace, output: Path, ranks: Ranks) -> tuple[li
     if ranks.first:
         for split, count in counts.items():
             write_dataset(folder, args.stage, split, count, args.seed)
-    on_first(ranks, None)
+    ranks.from_first(None)
     return sources([paths["train"]]), args.heldout or paths["heldout"]
 
 
@@ -169,15 +164,8 @@ def open_corpus(
     args: argparse.Namespace, data: list[Source], processor: Processor, stage: recipe.Stage, cache: Path, ranks: Ranks
 ) -> Corpus:
     """The corpus on every rank; the first unpacks what has to be, the others find it."""
-    gather = alone
-    if ranks.world > 1:
-        # The loader's thread exchanges while the training thread does: each needs a group of its own.
-        group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-
-        def gather(value: Any) -> list[Any]:
-            parts = [None] * ranks.world
-            dist.all_gather_object(parts, value, group=group)
-            return parts
+    # The loader's thread exchanges while the training thread does.
+    gather = gatherer(ranks)
 
     def corpus() -> Corpus:
         options = {"workers": args.workers, "cache": cache, "timeout": args.image_timeout}
@@ -186,34 +174,8 @@ def open_corpus(
         )
 
     made = corpus() if ranks.first else None
-    on_first(ranks, None)
+    ranks.from_first(None)
     return made or corpus()
-
-
-def starting_model(
-    args: argparse.Namespace, stage: Stage, device: torch.device, dtype: torch.dtype, step: Path | None
-) -> tuple[Phi4RV, Processor]:
-    """The model to go on from: a save of this run, the checkpoint, or random weights; with its adapters, if any."""
-    if stage.lora_rank and not args.checkpoint:
-        raise UserError("--lora-rank: adapters belong to a base: name it with --checkpoint")
-    source = step / saving.MODEL if step and not stage.lora_rank else args.checkpoint
-    if source:
-        model, processor = load(source, device, dtype, args.kernels)
-    else:
-        model, processor = tiny_model(args.seed, texts(), args.kernels)
-        model = model.to(device, dtype)
-    if stage.lora_rank:
-        adapt(model, stage, args.seed, step / saving.ADAPTER if step else None)
-    model.set_checkpointing(args.checkpointing)
-    return model, processor
-
-
-def make_optimizer(model: Phi4RV, stage: Stage, seed: int, ranks: Ranks) -> Optimizer | Layerwise:
-    if stage.optimizer == "adamw":
-        return Optimizer(trainable(model, stage), stage, model.ops)
-    if ranks.world > 1:
-        raise UserError(f"--optimizer: layerwise trains in one process, here are {ranks.world}")
-    return Layerwise(trainable(model, stage), stage, model.ops, seed)
 
 
 def measure(model: Phi4RV, processor: Processor, questions: list[Question], output: Path) -> dict[str, Scores]:
@@ -238,17 +200,21 @@ def report(scores: dict[str, Scores]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
+    ranks = join_ranks(device)
+    with watched(ranks):
+        run_stage(args, device, ranks)
+
+
+def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     overrides = {name: getattr(args, name) for name in recipe.options()}
     stage = recipe.stage(args.stage, not args.data, overrides)
-    ranks = join_ranks(device)
-    output = Path(on_first(ranks, str(output_folder(args)) if ranks.first else None))
+    shard = args.shard if ranks.world > 1 else "none"
+    mesh = device_mesh(ranks, args.replicas, device) if shard != "none" else None
+    output = Path(ranks.from_first(str(output_folder(args)) if ranks.first else None))
     say = print if ranks.first else (lambda *words: None)
     data, heldout = data_files(args, output, ranks)
-    step = saving.newest_step(output) if args.resume else None
+    step = ranks.from_first(saving.newest_step(output) if args.resume else None)
     dtype = DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, processor = starting_model(args, stage, device, dtype, step)
-    check_weights(model.named_parameters(), str(step or args.checkpoint or "the model"))
-    optimizer = make_optimizer(model, stage, args.seed, ranks)
     told = {
         "stage": args.stage,
         "seed": args.seed,
@@ -258,17 +224,23 @@ def run(args: argparse.Namespace) -> None:
         "dtype": str(dtype),
         "skip_bad": args.skip_bad,
     }
+    torch.manual_seed(args.seed * 100_003 + ranks.rank)  # for what may be drawn later on; saves hold the state
+    model, processor, optimizer = build(args, stage, device, dtype, step, mesh, ranks)
     if step:
-        saving.resume(step, optimizer, told)
+        saving.resume(step, model, optimizer, ranks, told)
         if ranks.first:
             saving.trim_metrics(output / METRICS, optimizer.steps)
     elif args.resume and ranks.first:
         (output / METRICS).unlink(missing_ok=True)
         say(f"no step-N in {output} yet: starting at the beginning")
+    check_weights(weights(model), str(step or args.checkpoint or "the model"))
     corpus = open_corpus(args, data, processor, stage, output / CACHE, ranks)
     questions = [Question.of(record) for record in read_records(heldout)] if heldout and ranks.first else []
     before = read_json(step / saving.STATE) if step else {}
-    source = run_steps(corpus, args.seed, before.get("position"))
+    position = before.get("position")
+    if position and not ranks.first:
+        position["unreadable"] = 0  # the save has the sum over the ranks
+    source = run_steps(corpus, args.seed, position)
     if len(corpus) > 100_000 and not (stage.max_steps or step):
         say("measuring every record once, to count the steps; --max-steps spares that")
     total = stage.max_steps or before.get("steps") or count_steps(corpus, args.seed)
@@ -276,42 +248,68 @@ def run(args: argparse.Namespace) -> None:
     trained = sum(p.numel() for p in optimizer.params.values())
     say(f"stage {args.stage}: {stage}")
     say(f"{parameters:,} parameters, {trained:,} trained, {dtype} on {device}, {ranks.world} process(es)")
+    if mesh:
+        say(f"sharded: {shard}, over {mesh['shard'].size()} process(es), {args.replicas} time(s)")
     say(f"kernels: {model.ops}")
     say(f"{len(corpus)} records, {total} steps, output in {output}")
     if stage.multiple() % ranks.world:
         say(f"unequal shares: steps of {stage.multiple()} sequences or a multiple; see --sequence-multiple")
 
     progress = Progress(output / METRICS, optimizer.steps, total) if ranks.first else None
-    streak = Streak(
-        lambda: saving.newest_step(output), lambda: check_weights(model.named_parameters(), "the model in memory")
-    )
+    saver, terminate = saving.Saver(output, ranks, args.keep), Terminate()
+    streak = Streak(saver.newest, lambda: check_weights(weights(model), "the model in memory"))
     peak = args.peak_tflops or peak_tflops(device)
+    taken: Step | None = None
 
-    def on_step(metrics: dict[str, Any], taken: Step) -> None:
+    def save() -> None:
+        assert taken is not None
+        place = corpus.place(taken.position) | {"unreadable": sum(ranks.gather(corpus.unreadable))}
+        saver.begin(model, processor, optimizer, dtype, {**told, "position": place, "steps": total})
+
+    def on_step(metrics: dict[str, Any], step: Step) -> None:
+        nonlocal taken
+        taken = step
         if progress:
             progress.step(metrics)
         streak.add(metrics)
-        if progress and args.save_every and taken.number % args.save_every == 0:
-            place = {"position": corpus.place(taken.position), "steps": total}
-            saving.save_step(output, model, processor, optimizer, {**told, **place})
+        if args.save_every and step.number % args.save_every == 0:
+            save()
+
+    def stop() -> bool:
+        return terminate.asked or saver.failure is not None
 
     try:
-        train(model, optimizer, corpus, source, total, ranks, on_step, peak)
+        done = train(model, optimizer, corpus, source, total, ranks, on_step, peak, shard, stop)
+        saver.wait()
+        if not done:
+            save()
+            saver.wait()
+            raise Terminated
+        terminate.close()
         corpus.unreadable = sum(corpus.gather(corpus.unreadable))
+        saving.save_result(output, model, processor, stage, dtype, ranks, told["checkpoint"])
         if progress:
-            saving.save_result(output, model, processor, stage, told)
+            progress.bar.close()
+            if mesh and questions:
+                model = load(output / saving.MODEL, device, dtype, args.kernels)[0]
             finish(model, processor, output, questions, progress)
             say(f"data: {corpus.summary()}")
     finally:
+        terminate.close()
+        saver.close()
         corpus.close()
         if progress:
             progress.close()
-    on_first(ranks, None)  # the others wait while the first measures
+    ranks.from_first(None)  # the others wait while the first measures
+
+
+def weights(model: Phi4RV) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and this rank's part of every parameter."""
+    return ((name, local(p.detach())) for name, p in model.named_parameters())
 
 
 def finish(model: Phi4RV, processor: Processor, output: Path, questions: list[Question], progress: Progress) -> None:
     """Loss curve and, where there is held-out data, its scores."""
-    progress.bar.close()
     steps = [entry for entry in read_metrics(output / METRICS) if "loss" in entry]
     if steps:  # somebody may have taken metrics.jsonl away
         draw(output / "loss.png", [Run(str(output), steps)], ["loss"])
@@ -325,6 +323,9 @@ def finish(model: Phi4RV, processor: Processor, output: Path, questions: list[Qu
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         return exit_status(lambda: run(arguments(argv)), "stopped; go on with --resume from the last save")
+    except Terminated:
+        print("saved; go on with --resume", file=sys.stderr)
+        return TERMINATED
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

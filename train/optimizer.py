@@ -1,4 +1,4 @@
-"""AdamW on float32 masters, the learning-rate schedules, and gradients summed over micro-batches and ranks."""
+"""AdamW on float32 masters, whole or sharded, the learning-rate schedules, and gradients summed over rows and ranks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from phi4rv.ops import Operations
+from train.parallel import local
 from train.recipe import Stage
 
 EPS = 1e-8
@@ -58,9 +59,7 @@ class Optimizer:
         Returns the gradient's global norm before clipping. If it is not finite, on all ranks alike, the step is
         skipped.
         """
-        if dist.is_initialized():
-            dist.all_reduce(self.flat)
-        norm = float(self.flat.norm()) / labelled
+        norm = self._summed() / labelled
         if not math.isfinite(norm):
             self.skip()
             return norm
@@ -73,15 +72,25 @@ class Optimizer:
             betas = (self.stage.beta1, self.stage.beta2)
             moments = self.exp_avg[name], self.exp_avg_sq[name]
             copy = self.params[name].data if name in copies else None
-            self.ops.adamw(master, self.grads[name], *moments, updates, lr, betas, EPS, decay, factor, copy)
-        self.flat.zero_()
+            if master.numel():  # of a short vector a rank may hold nothing
+                self.ops.adamw(master, self.grads[name], *moments, updates, lr, betas, EPS, decay, factor, copy)
+        self._clear()
         return norm
 
     def skip(self) -> None:
         """Counts a step and forgets its gradients; weights, masters and moments stay as they are."""
-        self.flat.zero_()
+        self._clear()
         self.steps += 1
         self.skipped += 1
+
+    def _summed(self) -> float:
+        """Leaves the gradients' sum over all ranks in ``grads``; its global norm."""
+        if dist.is_initialized():
+            dist.all_reduce(self.flat)
+        return float(self.flat.norm())
+
+    def _clear(self) -> None:
+        self.flat.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """Moments, and the masters that are not the parameters themselves, by ``kind/name``."""
@@ -90,10 +99,54 @@ class Optimizer:
         return state | {f"master/{n}": m for n, m in self._copies().items()}
 
     def load_state(self, state: dict[str, Tensor], steps: int, skipped: int = 0) -> None:
-        """The inverse of ``state``; the tensors are copied in. KeyError if one is missing."""
+        """The inverse of ``state``; the tensors are copied in, and parameters rounded from their masters.
+
+        KeyError if one is missing.
+        """
         self.steps, self.skipped = steps, skipped
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
+        for name, master in self._copies().items():
+            self.params[name].data.copy_(master)
 
     def _copies(self) -> dict[str, Tensor]:
         return {n: m for n, m in self.masters.items() if m.data_ptr() != self.params[n].data_ptr()}
+
+
+class ShardedOptimizer(Optimizer):
+    """The same for a model that ``parallel.parallelize`` has cut up: each rank updates the rows that it holds.
+
+    The parameters are float32 and their own masters; FSDP2 has summed their ``.grad`` over rows and ranks.
+    """
+
+    def __init__(self, named: dict[str, nn.Parameter], stage: Stage, ops: Operations):
+        self.params, self.stage, self.ops = named, stage, ops
+        self.steps = self.skipped = 0
+        self.sharded = {
+            kind: {n: torch.zeros_like(p.detach()) for n, p in named.items()} for kind in ("exp_avg", "exp_avg_sq")
+        }
+        self.masters = {n: local(p.detach()) for n, p in self.params.items()}
+        self.exp_avg, self.exp_avg_sq = (
+            {n: local(t) for n, t in self.sharded[kind].items()} for kind in ("exp_avg", "exp_avg_sq")
+        )
+
+    def accumulate(self) -> None:
+        """Nothing: the sums are in the parameters' ``.grad``."""
+
+    def _summed(self) -> float:
+        self.grads = {n: torch.zeros(()) if p.grad is None else local(p.grad) for n, p in self.params.items()}
+        mesh = next(iter(self.params.values())).device_mesh  # type: ignore[attr-defined]
+        parts = torch.stack([g.double().square().sum() for g in self.grads.values()])
+        total = parts.sum()
+        dist.all_reduce(total, group=mesh.get_group("shard"))  # replicas hold the same
+        return math.sqrt(float(total))
+
+    def _clear(self) -> None:
+        for parameter in self.params.values():
+            parameter.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{kind}/{n}": t for kind, moments in self.sharded.items() for n, t in moments.items()}
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {}

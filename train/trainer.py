@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -20,21 +19,11 @@ from train.layerwise import Layerwise
 from train.loader import on_device, prefetch
 from train.metrics import Timed, peak_memory, speed
 from train.optimizer import Optimizer, learning_rate
+from train.parallel import passes
+from train.ranks import Ranks
 from train.reader import Planned
 from train.recipe import PARTS, Stage
 from train.stream import Step
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those of the run."""
-
-    rank: int = 0
-    world: int = 1
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
 
 
 def trainable(model: Phi4RV, stage: Stage) -> dict[str, torch.nn.Parameter]:
@@ -60,10 +49,13 @@ def train(
     ranks: Ranks,
     on_step: Callable[[dict[str, Any], Step], None],
     peak: float | None = None,
-) -> None:
+    shard: str = "none",
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
     """Runs from the optimizer's step count to ``total``; ``on_step`` gets each step and its metrics on every rank.
 
-    ``peak``: a device's TFLOP/s, which MFU is a share of.
+    ``peak``: a device's TFLOP/s, which MFU is a share of. ``shard``: how ``parallelize`` cut the model. Ends early,
+    and returns False, after a step at which ``stop`` holds on some rank.
     """
     start = optimizer.steps
     remaining = islice((step for step in source() if step.number > start), total - start)
@@ -75,7 +67,8 @@ def train(
         if isinstance(optimizer, Layerwise):
             metrics = take_layerwise_step(model, optimizer, rows, rate)
         else:
-            metrics = take_step(model, optimizer, rows, rate, ranks)
+            count = 0 if shard == "none" else -(-len(step) // ranks.world)
+            metrics = take_step(model, optimizer, rows, rate, ranks, shard, count)
         seconds = time.perf_counter() - began
         counted = _count(step, optimizer.stage)
         on_step(
@@ -93,20 +86,30 @@ def train(
             },
             step,
         )
+        if ranks.any(stop()):
+            return False
         ahead.seconds, began = 0.0, time.perf_counter()  # on_step may have saved
+    return True
 
 
 def take_step(
-    model: Phi4RV, optimizer: Optimizer, batches: Iterable[PackedBatch], rate: float, ranks: Ranks
+    model: Phi4RV,
+    optimizer: Optimizer,
+    batches: Iterable[PackedBatch],
+    rate: float,
+    ranks: Ranks,
+    shard: str = "none",
+    count: int = 0,
 ) -> dict[str, Any]:
     """One update from this rank's batches. The losses are means over the labelled tokens of all ranks' batches.
 
     A step whose loss or gradient norm is not finite is skipped, on all ranks: ``skipped_steps`` counts them. The loss
-    of a mode that no document has is left out.
+    of a mode that no document has is left out. ``count``: of a sharded model, the most batches that any rank has.
     """
     # Loss and labelled tokens of all documents and of those that reason; read once, after the last batch.
     sums = torch.zeros(4, dtype=torch.float64, device=model.device)
-    for batch in on_device(batches, model.device):
+    moved = on_device(batches, model.device)
+    for batch in moved if shard == "none" else passes(model, shard, moved, count):
         loss, losses = model.loss_sum_by_mode(batch)
         if loss.requires_grad:  # not where stage 1 meets text alone: nothing that it trains was used
             loss.backward()

@@ -1,0 +1,70 @@
+"""The model and the optimizer that a run begins with: where the weights come from, and what becomes of them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from phi4rv.checkpoint import fill, outline
+from phi4rv.errors import UserError
+from phi4rv.model import Phi4RV
+from phi4rv.processor import Processor
+from train.layerwise import Layerwise
+from train.lora import adapt
+from train.optimizer import Optimizer, ShardedOptimizer
+from train.parallel import assign, parallelize
+from train.ranks import Ranks
+from train.recipe import Stage
+from train.synthetic import texts
+from train.tiny import tiny_model
+from train.trainer import trainable
+
+
+def build(
+    args: argparse.Namespace,
+    stage: Stage,
+    device: torch.device,
+    dtype: torch.dtype,
+    step: Path | None,
+    mesh: DeviceMesh | None,
+    ranks: Ranks,
+) -> tuple[Phi4RV, Processor, Optimizer | Layerwise]:
+    """Weights of the checkpoint, or random ones; what is in the save ``step``, ``saving.resume`` reads later.
+
+    ``mesh``: shards the model over it; each rank then allocates and keeps only its part. UserError naming an option
+    that does not go with another.
+    """
+    _check(args, stage, mesh, ranks)
+    adapted = bool(stage.lora_rank)
+    if source := args.checkpoint if adapted else step or args.checkpoint:
+        model, processor = outline(source, device, dtype, args.kernels)
+    else:
+        model, processor = tiny_model(args.seed, texts(), args.kernels)
+        model = model.to(device, dtype)
+    trainable(model, stage)
+    if mesh:
+        parallelize(model, mesh, args.shard, dtype)
+    if step and not adapted:
+        model.to_empty(device=device)
+    elif args.checkpoint:
+        fill(model, args.checkpoint, device, assign)
+    if adapted:
+        adapt(model, stage, args.seed)
+    model.set_checkpointing(args.checkpointing)
+    named = trainable(model, stage)
+    if stage.optimizer == "layerwise":
+        return model, processor, Layerwise(named, stage, model.ops, args.seed)
+    kind = ShardedOptimizer if mesh else Optimizer
+    return model, processor, kind(named, stage, model.ops)
+
+
+def _check(args: argparse.Namespace, stage: Stage, mesh: DeviceMesh | None, ranks: Ranks) -> None:
+    if stage.lora_rank and not args.checkpoint:
+        raise UserError("--lora-rank: adapters belong to a base: name it with --checkpoint")
+    if stage.lora_rank and mesh:
+        raise UserError(f"--shard: {args.shard} is for a model that trains itself; leave it or --lora-rank out")
+    if stage.optimizer == "layerwise" and ranks.world > 1:
+        raise UserError(f"--optimizer: layerwise trains in one process, here are {ranks.world}")

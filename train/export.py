@@ -1,0 +1,85 @@
+"""``python -m train.export out/stage-2/step-500 DIR``: a save of a run as a model in the published layout, or as an
+adapter in PEFT's where adapters were trained."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi4rv.checkpoint import outline, write
+from phi4rv.command import Parser, exit_status
+from phi4rv.config import DTYPES, read_json
+from phi4rv.errors import UserError
+from phi4rv.files import whole_folder
+from phi4rv.lora import adapters, write_adapter
+from train.lora import adapt
+from train.recipe import Stage
+from train.saving import STATE, read, steps
+
+
+def export(step: Path, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes ``path`` from the save ``step``, whatever number of ranks made it, in ``dtype`` or the run's own.
+
+    Memory holds one file's tensors, up to 5 GB, and never the model.
+    """
+    model, processor = outline(step, "cpu", dtype)
+    kind = next(model.parameters()).dtype
+
+    def saved(name: str, parameter: Tensor) -> Tensor:
+        tensor = torch.empty(parameter.shape, dtype=kind)
+        read(step, {f"model/{name}": tensor})
+        return tensor
+
+    with whole_folder(path) as folder:
+        write(model, processor, folder, saved)
+
+
+def export_adapter(step: Path, path: Path, state: dict[str, Any]) -> None:
+    """The same for a save with ``state`` of a run that trained adapters; their base is not read."""
+    model, _ = outline(step, "meta")
+    known = {field.name for field in fields(Stage)}
+    stage = Stage(**{k: v for k, v in state["recipe"].items() if k in known})
+    adapt(model, replace(stage, frozen_weights="dtype"), 0)
+    for layer in adapters(model).values():
+        layer.lora_A.to_empty(device="cpu")
+        layer.lora_B.to_empty(device="cpu")
+    read(step, {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    with whole_folder(path) as folder:
+        write_adapter(model, folder, state["checkpoint"])
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m train.export", description="A save of a run as a model in the published layout.")
+    parser.add_argument("step", type=Path, help="a step-N folder, or a run's output folder: its newest")
+    parser.add_argument("path", type=Path, help="the folder to write; one that is there is replaced")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the run's")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.step.is_dir():
+        raise UserError(f"{args.step}: not a folder; give a step-N of a run's output folder")
+    step = next(reversed(steps(args.step)), args.step)
+    state = read_json(step / STATE)
+    if state.get("recipe", {}).get("lora_rank"):
+        if args.dtype:
+            raise UserError("--dtype: of a model; an adapter keeps the run's")
+        export_adapter(step, args.path, state)
+    else:
+        export(step, args.path, DTYPES[args.dtype] if args.dtype else None)
+    print(f"written: {args.path}, from {step}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: run(arguments(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
