@@ -10,7 +10,7 @@ from phi4rv.config import Config
 from phi4rv.decoder import Attend, Decoder, packed
 from phi4rv.ops import Operations
 from phi4rv.projector import Projector
-from phi4rv.recompute import directly, recomputed
+from phi4rv.recompute import RUNS, directly, recomputed
 from phi4rv.reference import NO_LABEL
 from phi4rv.vision import VisionTower
 
@@ -35,11 +35,19 @@ class Phi4RV(nn.Module):
         return self.decoder.norm.weight.device
 
     def set_checkpointing(self, kind: str) -> None:
-        """``full``: every layer of tower and decoder, and the loss, is computed again in the backward pass, and only
-        its input is kept; ``none``: everything is kept. The numbers are the same, but for the order in which ``full``
-        adds up the loss of more than LOSS_ROWS rows.
+        """What every layer of tower and decoder keeps for its backward pass, one of ``recompute.CHECKPOINTING``:
+        everything, what products and attention put out, only its input, or its input in the CPU's memory. But for
+        ``none`` the loss is computed again too. The numbers are the same, but for the order in which the loss of more
+        than LOSS_ROWS rows is then added up.
         """
-        self.vision.run = self.decoder.run = recomputed if kind == "full" else directly
+        self.vision.run = self.decoder.run = RUNS[kind]
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """The layers of tower and decoder by ``torch.compile``, for rows of any length. The same numbers, but for
+        rounding. Their ``forward`` alone, so that what gathers weights around it (FSDP2) stays outside.
+        """
+        for layer in [*self.vision.layers()[:-1], *self.decoder.layers]:
+            layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
     def encode_images(self, batch: PackedBatch) -> Tensor:
         """(P, C): projected patches in patch order; (0, C) without images."""

@@ -54,6 +54,8 @@ def build(
     if adapted:
         adapt(model, stage, args.seed)
     model.set_checkpointing(args.checkpointing)
+    if args.compile:
+        model.compile_layers()
     named = trainable(model, stage)
     if stage.optimizer == "layerwise":
         return model, processor, Layerwise(named, stage, model.ops, args.seed)

@@ -16,7 +16,8 @@ LINKS = 0.8  # share of the links' stated speed that collectives reach: an assum
 
 def sample_operations(config: Config, stage: Stage, data: Data, setting: Setting) -> tuple[int, int]:
     """Of a mean sample: the useful ones (``train/cost.py``), and these with what is computed again: under ``full``
-    checkpointing the layers' forward pass. ``selective`` repeats no product.
+    checkpointing the layers' forward pass. ``selective`` repeats no product; what ``offload``
+    moves is taken to move meanwhile.
 
     Under adapters the frozen weights' gradients are not asked for, and nothing before the decoder runs backward.
     """
@@ -28,7 +29,7 @@ def sample_operations(config: Config, stage: Stage, data: Data, setting: Setting
         parts = parts | halved | frozen
     useful = sum(parts.values(), Operations()).total
     layers = [part for name, part in parts.items() if name.startswith(("decoder", "vision")) and part.backward]
-    return useful, useful + (sum(p.forward for p in layers) if setting.checkpointing == "full" else 0)
+    return useful, useful + (sum(p.forward for p in layers) if setting.checkpointing in ("full", "offload") else 0)
 
 
 def micro_steps(stage: Stage, data: Data, setting: Setting) -> tuple[float, int]:
@@ -41,13 +42,15 @@ def collectives(sizes: Sizes, setting: Setting, times: int) -> dict[str, float]:
     """Bytes that a GPU sends in a step, by collective: a ring sends (N - 1)/N of what it gathers or reduces.
 
     Gradients are reduced in float32 and weights gathered in bfloat16: ``optimizer`` once a step, ``gradients``
-    reduces after each backward pass, ``full`` also gathers before each forward and each backward pass.
+    reduces after each backward pass, ``full`` also gathers before each forward and each backward pass. ``none`` reduces
+    once and gathers the sums.
     """
     ring = (setting.gpus - 1) / setting.gpus
     trained = setting.lora_rank * sizes.ends if setting.lora_rank else sizes.trained
-    reductions = 1 if setting.shard == "optimizer" else times
+    reductions = 1 if setting.shard in ("none", "optimizer") else times
     gathered = sizes.all * 2 * times if setting.shard == "full" else trained
-    return {"reduce-scatter": ring * SUM * trained * reductions, "all-gather": ring * WEIGHT * gathered}
+    width = SUM if setting.shard == "none" else WEIGHT
+    return {"reduce-scatter": ring * SUM * trained * reductions, "all-gather": ring * width * gathered}
 
 
 def link_seconds(sent: float, gpu: GPU, gpus: int) -> tuple[float, float, float]:

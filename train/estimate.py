@@ -15,15 +15,13 @@ from torch import nn
 from phi4rv.checkpoint import empty_model
 from phi4rv.config import DTYPES, Config
 from phi4rv.quantized import BLOCK, GROUP
+from train.parallel import SHARDS
 from train.recipe import Stage
 from train.trainer import trainable
 
-SHARDS = ("optimizer", "gradients", "full")
-CHECKPOINTING = ("none", "selective", "full")
-OPTIMIZERS = ("adamw", "layerwise")
-# Bytes of a decoder weight that stays as it is: with a float32 scale a row (fp8; counted as nothing), with a bfloat16
-# scale a group (int4).
-FROZEN = {"dtype": 2.0, "fp8": 1.0, "int4": 0.5 + 2 / GROUP}
+# Bytes of a decoder weight that stays as it is, by ``recipe.FROZEN``: with a float32 scale a row, counted as nothing,
+# or with a bfloat16 scale, and a byte for the zero, a group.
+FROZEN = {"dtype": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5 + 2 / GROUP, "int4_zero": 0.5 + 3 / GROUP}
 WEIGHT, SUM, MASTER, MOMENTS = 2, 4, 4, 8  # bytes of a bfloat16 weight, a float32 gradient sum, master, two moments
 MOMENTS8 = 2 * (1 + 4 / BLOCK)
 LOSS_COLUMNS = 4096  # of the vocabulary, whose logits' gradients are held at one time (linear_cross_entropy)
@@ -94,11 +92,11 @@ def zero(
     """Bytes of a GPU by kind (Rajbhandari et al. 2020, figure 1), ``weights``, ``gradients`` and ``state`` (masters
     and moments) bytes a parameter.
     """
-    level = SHARDS.index(shard)
+    level = SHARDS.index(shard)  # ZeRO's stage
     return {
-        "weights": weights * parameters / (gpus if level >= 2 else 1),
-        "gradients": gradients * parameters / (gpus if level >= 1 else 1),
-        "state": state * parameters / gpus,
+        "weights": weights * parameters / (gpus if level >= 3 else 1),
+        "gradients": gradients * parameters / (gpus if level >= 2 else 1),
+        "state": state * parameters / (gpus if level >= 1 else 1),
     }
 
 
@@ -145,11 +143,13 @@ def decoder_layer_bytes(config: Config, checkpointing: str, inputs: bool = True)
     head, SwiGLU its input; a linear layer whose weight, or adapter, is trained keeps its input: ``inputs``).
 
     ``selective`` keeps what products and attention put out, and computes norms, rotation and SwiGLU again. ``full``
-    keeps the layer's input and the residual.
+    keeps the layer's input and the residual, ``offload`` keeps them in the CPU's memory.
     """
     hidden, wide, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     qkv = (heads + 2 * config.num_key_value_heads) * config.head_dim
     attended = heads * config.head_dim
+    if checkpointing == "offload":
+        return 0
     if checkpointing == "full":
         return WEIGHT * 2 * hidden
     if checkpointing == "selective":  # o_proj's and down_proj's outputs, and the residual
@@ -161,6 +161,8 @@ def decoder_layer_bytes(config: Config, checkpointing: str, inputs: bool = True)
 def vision_layer_bytes(config: Config, checkpointing: str) -> int:
     """That a patch leaves behind in a layer of the tower; as ``decoder_layer_bytes``."""
     hidden, wide, heads = config.vision.hidden_size, config.vision.intermediate_size, config.vision.num_attention_heads
+    if checkpointing == "offload":
+        return 0
     if checkpointing == "full":
         return WEIGHT * hidden
     if checkpointing == "selective":  # input, q, k, v, attended, out_proj's, fc1's; the next layer's input is its own

@@ -95,7 +95,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="of weights and activations: bfloat16 on a GPU, float32 on a CPU")
     add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
     add("--peak-tflops", type=float, metavar="X", help="of a device, for MFU; default: train/hardware.py's, by name")
-    add("--checkpointing", choices=CHECKPOINTING, default="none", help="full: compute activations twice, keep few")
+    add(
+        "--checkpointing",
+        choices=CHECKPOINTING,
+        default="none",
+        help="what is not kept is computed twice (phi4rv/recompute.py)",
+    )
+    add("--compile", action="store_true", help="the layers of tower and decoder by torch.compile")
     fields = parser.add_argument_group("the stage's hyperparameters (train/recipe.py), each to be overridden")
     for name, kind in recipe.options().items():
         fields.add_argument("--" + name.replace("_", "-"), type=kind)

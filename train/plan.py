@@ -14,10 +14,12 @@ from typing import Any
 from phi4rv.command import Parser, exit_status
 from phi4rv.config import Config
 from phi4rv.errors import UserError
+from phi4rv.recompute import CHECKPOINTING
 from train import duration, estimate, recipe
 from train.estimate import Data, Setting, Sizes
 from train.hardware import GPU, GPUS
 from train.metrics import finite, read_metrics
+from train.parallel import SHARDS
 from train.plan_table import GIGA, text
 from train.recipe import Stage
 
@@ -37,12 +39,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--memory", type=float, metavar="GB", help="of a GPU; default: as its maker states it")
     add("--stage", type=int, default=2)
     add("--checkpoint", type=Path, metavar="DIR", help="whose config.json to plan for; default: the published model's")
-    add("--shard", choices=estimate.SHARDS)
-    add("--checkpointing", choices=estimate.CHECKPOINTING)
+    add("--shard", choices=SHARDS)
+    add("--checkpointing", choices=CHECKPOINTING)
     add("--sequences-per-gpu", type=int, default=1, metavar="N", help="packed rows that a GPU takes at a time")
-    add("--optimizer", choices=estimate.OPTIMIZERS)
+    add("--optimizer", choices=recipe.OPTIMIZERS)
     add("--lora-rank", "--lora", type=int, metavar="R", help="adapters on the decoder's linear layers")
-    add("--frozen-weights", choices=tuple(estimate.FROZEN), default="dtype", help="under adapters")
+    add("--frozen-weights", choices=recipe.FROZEN, default="dtype", help="under adapters")
     add("--sequence-length", type=int)
     add("--global-batch", type=int)
     add("--image-share", type=float, help=f"of tokens that are patches; assumed: {IMAGE_SHARE}")
@@ -63,6 +65,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')}: {value} must be a share, up to 1")
     if args.optimizer == "layerwise" and (args.gpus > 1 or args.lora_rank):
         raise UserError("--optimizer: layerwise is for one GPU and for training the weights themselves")
+    if args.shard not in (None, "none") and args.lora_rank:
+        raise UserError(f"--shard: {args.shard} is for a model that trains itself; leave it or --lora-rank out")
     if args.frozen_weights != "dtype" and not args.lora_rank:
         raise UserError(f"--frozen-weights: {args.frozen_weights} needs adapters to train: give --lora-rank")
     return args
@@ -95,14 +99,15 @@ def measured(path: Path) -> dict[str, float]:
 def settings(args: argparse.Namespace) -> Iterator[Setting]:
     """Those to look at, the least extra work first: what is computed again costs more than what is sent."""
     asked = Setting(args.gpus, rows=args.sequences_per_gpu, frozen_weights=args.frozen_weights)
-    kinds = [args.checkpointing] if args.checkpointing else estimate.CHECKPOINTING
+    kinds = [args.checkpointing] if args.checkpointing else CHECKPOINTING
     if args.gpus > 1 or args.lora_rank or args.optimizer:
         base = replace(asked, lora_rank=args.lora_rank or 0, optimizer=args.optimizer or "adamw")
-        shards = [args.shard] if args.shard else estimate.SHARDS if args.gpus > 1 else ["optimizer"]
+        shards: Sequence[str] = SHARDS[1:] if args.gpus > 1 and not args.lora_rank else ["none"]
+        shards = [args.shard] if args.shard else shards
         for kind, shard in product(kinds, shards):
             yield replace(base, checkpointing=kind, shard=shard)
         return
-    for optimizer, kind in product(estimate.OPTIMIZERS, kinds):
+    for optimizer, kind in product(recipe.OPTIMIZERS, kinds):
         yield replace(asked, optimizer=optimizer, checkpointing=kind)
     for frozen, kind in product(estimate.FROZEN, kinds):
         yield replace(asked, lora_rank=LORA_RANK, frozen_weights=frozen, checkpointing=kind)
