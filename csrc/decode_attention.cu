@@ -67,8 +67,11 @@ struct Arguments : DecodeAttention {
 };
 
 __device__ inline int at(const Integers& x, int i) { return x.data[i * x.stride]; }
+// EARLY: before the wait for the kernel in front.
+template <bool EARLY>
 __device__ inline int steps_of(const Arguments& a, int document) {
-  return (at(a.lengths, document) + KEYS - 1) / KEYS;
+  const int length = EARLY ? load_l2(a.lengths.data + document * a.lengths.stride) : at(a.lengths, document);
+  return (length + KEYS - 1) / KEYS;
 }
 
 // A document's parts among those of all documents. document: -1 if there is no such part.
@@ -78,18 +81,18 @@ struct Place {
 
 // The whole warp asks for the first document of which found(document, end of its parts) holds. A part has as many steps
 // as give all documents together no more parts than there are ``slots``; an empty document has none.
-template <typename Found>
+template <bool EARLY, typename Found>
 __device__ inline Place find(const Arguments& a, Found found) {
   const int lane = threadIdx.x % 32;
   int steps = 0;
-  for (int b = lane; b < a.documents; b += 32) steps += steps_of(a, b);
+  for (int b = lane; b < a.documents; b += 32) steps += steps_of<EARLY>(a, b);
   for (int apart = 1; apart < 32 && apart < a.documents; apart *= 2) steps += __shfl_xor_sync(~0u, steps, apart);
   steps = __shfl_sync(~0u, steps, 0);
   // Rounding up adds less than one part a document.
   const int spare = a.slots - a.documents, size = max(WARPS, (steps + spare - 1) / spare);
   int before = 0;
   for (int base = 0; base < a.documents; base += 32) {
-    const int b = base + lane, parts = b < a.documents ? (steps_of(a, b) + size - 1) / size : 0;
+    const int b = base + lane, parts = b < a.documents ? (steps_of<EARLY>(a, b) + size - 1) / size : 0;
     int end = parts;
     for (int apart = 1; apart < 32 && apart < a.documents; apart *= 2) {
       const int other = __shfl_up_sync(~0u, end, apart);
@@ -343,7 +346,7 @@ __global__ void __launch_bounds__(THREADS, DECODE_RESIDENT) part(const Arguments
   // ends. So three loads that depend on each other, lengths, pages, rows, come before the first product.
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const Place place = find(a, [&](int, int end) { return slot < end; });
+  const Place place = find<false>(a, [&](int, int end) { return slot < end; });
   if (place.document < 0) return;
   const int length = at(a.lengths, place.document), steps = (length + KEYS - 1) / KEYS;
   const int index = slot - place.first, fewest = steps / place.parts, more = steps % place.parts;
@@ -438,7 +441,7 @@ __global__ void __launch_bounds__(THREADS) merge(const Arguments a) {
   const int head = blockIdx.x % a.heads, token = blockIdx.x / a.heads % a.tokens;
   const int document = blockIdx.x / a.heads / a.tokens;
   // Each block of the kernel in front waited for what came before it, then let this one start: the lengths are there.
-  const Place place = find(a, [&](int b, int) { return b == document; });
+  const Place place = find<true>(a, [&](int b, int) { return b == document; });
   wait_for_previous_kernel();
   let_next_kernel_start();
   if (place.parts == 1) return;  // it wrote the result

@@ -224,12 +224,17 @@ struct Consumer {
 
   __device__ void write(const Out (&staged)[16][WIDE], int from) {
     const int column = last.column + from + lane % 8 * 8;
+    int64_t to[4];  // read together: one wait for memory in place of four
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int row = last.row + warp * 16 + i * 4 + lane / 8;
+      to[i] = a.index ? a.index[min(row, a.m - 1)] : row;
+    }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int r = i * 4 + lane / 8, row = last.row + warp * 16 + r;
       if (row >= a.m || column >= a.n) continue;
-      const int64_t to = a.index ? a.index[row] : row;
-      *reinterpret_cast<uint4*>(static_cast<Out*>(a.out) + to * a.n + column) =
+      *reinterpret_cast<uint4*>(static_cast<Out*>(a.out) + to[i] * a.n + column) =
           *reinterpret_cast<const uint4*>(&staged[r][(lane % 8 ^ r % 8) * 8]);
     }
   }
@@ -266,8 +271,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant_
     prefetch(&a.a), prefetch(&a.b);
   }
   cluster_sync();
-  let_next_kernel_start();  // up to the same wait
   wait_for_previous_kernel();
+  let_next_kernel_start();  // not before: what came ahead of the kernel in front has then ended for the next one too
   if (threadIdx.x / 128 == GROUPS) {
     give_registers<40>();
     if (threadIdx.x == 128 * GROUPS) produce(a, s);

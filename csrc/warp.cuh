@@ -181,6 +181,12 @@ __device__ inline uint4 load_once(const void* p) {
                : "l"(p));
   return v;
 }
+// Past L1, which may hold what was there in an earlier kernel.
+__device__ inline int load_l2(const int* p) {
+  int v;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
 __device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Two-way ordering between blocks through memory: what was written before a release is seen after an acquire.

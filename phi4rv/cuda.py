@@ -156,8 +156,9 @@ def decode_gemv(
 
     1 to 8 rows of bfloat16 or float16, K a multiple of 32, N of 8 (16 with swiglu); everything contiguous and at
     multiples of 16 bytes. w and norm are read before the kernel in front of this one has ended, so it may not be what
-    writes them. A row's bits do not depend on the other rows. No gradient. RuntimeError that names any other argument,
-    TypeError for a weight that is not repacked.
+    writes them. A row's bits do not depend on the other rows. The codes of fp8's NaN, which ``quantize`` never
+    gives, count as ±480. No gradient. RuntimeError that names any other argument, TypeError for a weight that is not
+    repacked.
     """
     load()
     if isinstance(w, QuantizedWeight):

@@ -135,6 +135,7 @@ inline uint4 load_once(const void* p) {
   std::memcpy(&v, p, 16);
   return v;
 }
+inline int load_l2(const int* p) { return *p; }
 inline void prefetch_l2(const void*) {}
 inline int add_acquire_release(int* p, int value) { return atomicAdd(p, value); }
 
