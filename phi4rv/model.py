@@ -44,7 +44,8 @@ class Phi4RV(nn.Module):
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """The layers of tower and decoder by ``torch.compile``, for rows of any length. The same numbers, but for
-        rounding. Their ``forward`` alone, so that what gathers weights around it (FSDP2) stays outside.
+        rounding. Their ``forward`` alone, so that what gathers weights around it (FSDP2) stays outside. Not with
+        ``selective`` checkpointing, which finds no operators in compiled code.
         """
         for layer in [*self.vision.layers()[:-1], *self.decoder.layers]:
             layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)

@@ -8,6 +8,8 @@ import torch
 from processes import finish, run, start, told, until_step_three
 from small import mixed_records, record, small_checkpoint, timeless, weights, write_jsonl
 
+from phi4rv.recompute import CHECKPOINTING
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
@@ -47,6 +49,14 @@ def test_two_processes_are_one(inputs: list[Any], single: Path, tmp_path: Path, 
     assert_close(output, single)
     if shard != "none":
         assert f"sharded: {shard}, over 2 process(es), 1 time(s)" in told(log)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTING[1:])
+def test_recomputing_gathers_again(inputs: list[Any], single: Path, tmp_path: Path, kind: str) -> None:
+    log, output = tmp_path / "log", tmp_path / "out"
+    argv = [*inputs, "--output", output, "--shard", "full", "--checkpointing", kind]
+    assert run(2, log, argv) == [0, 0], told(log) + told(log, 1)
+    assert_close(output, single)
 
 
 def test_bfloat16(inputs: list[Any], tmp_path: Path) -> None:

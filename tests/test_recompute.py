@@ -166,7 +166,7 @@ def close(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str
         assert float((theirs[1][name] - grad).norm()) <= 1e-5 * float(grad.norm()) + 1e-6, name
 
 
-@pytest.mark.parametrize("kind", CHECKPOINTING)
+@pytest.mark.parametrize("kind", ["none", "full", "offload"])
 def test_compiled_layers(tmp_path: Path, kind: str) -> None:
     """Rows of several lengths, with and without images, by the graphs of the first ones."""
     torch._dynamo.reset()
@@ -183,13 +183,16 @@ def test_compiled_layers(tmp_path: Path, kind: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-def test_a_compiled_run(tmp_path: Path) -> None:
+def test_a_compiled_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By PyTorch's own compiler."""
     torch._dynamo.reset()
     line = ["--checkpoint", small_checkpoint(tmp_path), "--data", mixed_data(tmp_path, 5), "--device", "cpu"]
     line += ["--max-steps", 2, "--global-batch", 3, "--sequence-length", 256, "--lr", 1e-3, "--warmup", 1, "--stage", 1]
     losses = []
-    for more in ([], ["--compile"]):
+    refused = [*map(str, line), "--compile", "--checkpointing", "selective", "--output", str(tmp_path / "refused")]
+    assert main(refused) == 2
+    assert "error: --compile: its code hides the products" in capsys.readouterr().err
+    for more in ([], ["--compile", "--checkpointing", "full"]):
         output = tmp_path / f"out{len(more)}"
         assert main([*map(str, line), *more, "--output", str(output)]) == 0
         losses.append([entry["loss"] for entry in timeless(output / "metrics.jsonl")])

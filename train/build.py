@@ -68,5 +68,7 @@ def _check(args: argparse.Namespace, stage: Stage, mesh: DeviceMesh | None, rank
         raise UserError("--lora-rank: adapters belong to a base: name it with --checkpoint")
     if stage.lora_rank and mesh:
         raise UserError(f"--shard: {args.shard} is for a model that trains itself; leave it or --lora-rank out")
+    if args.compile and args.checkpointing == "selective":
+        raise UserError("--compile: its code hides the products that --checkpointing selective keeps; give another one")
     if stage.optimizer == "layerwise" and ranks.world > 1:
         raise UserError(f"--optimizer: layerwise trains in one process, here are {ranks.world}")
