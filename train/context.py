@@ -8,7 +8,8 @@ inside the row's documents as one rank would, and sends the outputs back to wher
 Per decoder layer a rank so sends T / N · (2 H + 2 G) · D numbers, of which 1 / N stay with itself, forward, and as many
 backward; with ``--checkpointing full`` the forward ones twice. G counts a key head once for every rank that reads it.
 At T = 16384 and N = 2 these are 105 MB a layer and direction for the published model in bfloat16. What a rank keeps of
-a row, activations and logits, is an Nth; weights and the optimizer's state are what ``--shard`` leaves of them.
+a row in the decoder and the loss is an Nth, and of the tower what its images need; weights and the optimizer's state
+are what ``--shard`` leaves of them.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def prefetch(
                 readers.append(next(turns))
                 yield step.sequences[number] if readers[-1] == context.rank else None
 
-    answers = corpus.workers.in_order("load", wanted(), 2 * corpus.workers.count)
+    answers = corpus.workers.in_order("load", wanted(), 2 * corpus.workers.count * context.size)
 
     def following() -> tuple[Any, Any] | None:
         ready = next(answers, None)
