@@ -211,7 +211,6 @@ def single(inputs: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("world", "options"),
     [
-        (2, ["--shard", "none"]),
         (2, ["--shard", "optimizer", "--checkpointing", "full", "--workers", 1]),
         (4, ["--shard", "none"]),
         (4, ["--shard", "gradients"]),
