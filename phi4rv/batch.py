@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from phi4rv.reference import NO_LABEL
+
+if TYPE_CHECKING:
+    from phi4rv.decoder import Attend
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,19 @@ class PackedBatch:
         shifted = torch.roll(self.labels, -1)
         ends = self.cu_seqlens[1:].long() - 1
         return shifted.index_fill(0, ends, NO_LABEL)
+
+    def placed(self, features: Tensor) -> Tensor:
+        """Of the patches' features (P, C) those that have a place in the row. A blank image may stand behind them,
+        which a rank reads where others have images (``train/parallel.py``).
+        """
+        placed = len(self.image_positions)
+        return features if len(features) == placed else features[:placed]
+
+    def spread(self, attend: Attend) -> Attend:
+        """``attend``, which takes a whole row, for the tokens that are here: all of them, unless ranks share a row
+        (``train/context.py``).
+        """
+        return attend
 
 
 def pack(samples: Sequence[Sample]) -> PackedBatch:

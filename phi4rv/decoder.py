@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        qkv = self.qkv_proj(h).view(len(h), -1, self.head_dim)
+        qkv = self.qkv_proj(h).view(len(h), self.heads + 2 * self.kv_heads, self.head_dim)
         qkv = self.ops.rope(qkv, cos, sin, self.heads + self.kv_heads)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         return self.o_proj(attend(self.index, q, k, v).flatten(1))

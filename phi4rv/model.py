@@ -61,15 +61,9 @@ class Phi4RV(nn.Module):
         x = self.decoder.embed_tokens(batch.input_ids)
         if len(batch.patches):
             # Ids under images are placeholders: their embeddings get no gradient, which project_into sees to.
-            x = self.projector.into(x, self._features(batch), batch.image_positions)
-        return self.decoder(x, batch.positions, attend or packed(self.ops, batch.cu_seqlens, batch.max_seqlen))
-
-    def _features(self, batch: PackedBatch) -> Tensor:
-        """The tower's features of the patches that have a place in the row. A blank image may stand behind them, which
-        a rank reads where others have images (``train/parallel.py``).
-        """
-        features, placed = self.vision(batch), len(batch.image_positions)
-        return features if len(features) == placed else features[:placed]
+            x = self.projector.into(x, batch.placed(self.vision(batch)), batch.image_positions)
+        attend = attend or packed(self.ops, batch.cu_seqlens, batch.max_seqlen)
+        return self.decoder(x, batch.positions, batch.spread(attend))
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """(T, V) float32 logits of every position."""

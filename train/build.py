@@ -12,6 +12,7 @@ from phi4rv.checkpoint import fill, outline
 from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
 from phi4rv.processor import Processor
+from train.context import check_heads
 from train.layerwise import Layerwise
 from train.lora import adapt
 from train.optimizer import Optimizer, ShardedOptimizer
@@ -44,6 +45,7 @@ def build(
     else:
         model, processor = tiny_model(args.seed, texts(), args.kernels)
         model = model.to(device, dtype)
+    check_heads(model.config, args.context)
     trainable(model, stage)
     if mesh:
         parallelize(model, mesh, args.shard, dtype)

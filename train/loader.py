@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from phi4rv.batch import PackedBatch
+from train.context import ALONE, Context
 from train.data import Corpus, with_bad
 from train.packing import share
+from train.reader import Loaded
 from train.stream import Step
 
 
@@ -30,26 +34,35 @@ class Prepared:
         return with_bad(self.step.skipped, self.corpus.unreadable)
 
 
-def prefetch(source: Iterator[Step], corpus: Corpus, rank: int, world: int, pin: bool = False) -> Iterator[Prepared]:
+def prefetch(
+    source: Iterator[Step], corpus: Corpus, rank: int, world: int, pin: bool = False, context: Context = ALONE
+) -> Iterator[Prepared]:
     """Every step of ``source``. Its rows are read ahead, across the steps' borders: one beside the row in use, on a
     thread, and two for each loader process. ``pin``: in pinned memory, which a GPU copies from without waiting.
+    ``context``: the ranks that share this one's rows; they take turns to read one and hand out its parts.
     """
     begun: list[tuple[Step, int]] = []
+    turns, readers = cycle(range(context.size)), deque[int | None]()  # of each thing wanted, who reads it
 
     def wanted() -> Iterator[Any]:
         for step in source:
-            rows = share(step.costs, world)[rank]
+            rows = share(step.costs, world // context.size)[rank // context.size]
             begun.append((step, len(rows)))
+            readers.append(None)
             yield None  # the step itself: a rank without a row has it too
-            yield from (step.sequences[number] for number in rows)
+            for number in rows:
+                readers.append(next(turns))
+                yield step.sequences[number] if readers[-1] == context.rank else None
 
-    answers = corpus.workers.in_order("load", wanted(), 2 * corpus.workers.count)
+    answers = corpus.workers.in_order("load", wanted(), 2 * corpus.workers.count * context.size)
 
     def following() -> tuple[Any, Any] | None:
         ready = next(answers, None)
-        if pin and ready is not None and ready[1] is not None and ready[1].batch is not None:
-            return ready[0], replace(ready[1], batch=pinned(ready[1].batch))
-        return ready
+        if ready is None or (reader := readers.popleft()) is None:
+            return ready
+        sequence, loaded = ready[0], ready[1] or Loaded(None, [])
+        batch = context.hand_out(loaded.batch, reader)
+        return sequence, replace(loaded, batch=pinned(batch) if pin and batch is not None else batch)
 
     # One compute thread in here: a second OpenMP team that spins would halve the speed of a CPU's training step.
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:

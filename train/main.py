@@ -28,6 +28,7 @@ from phi4rv.processor import Processor
 from phi4rv.recompute import CHECKPOINTING
 from train import recipe, saving
 from train.build import build
+from train.context import join_context
 from train.data import Corpus
 from train.guard import Streak, check_weights
 from train.hardware import peak_tflops
@@ -91,6 +92,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="copies of the sharded model (HSDP)",
     )
+    add("--context", type=int, default=1, metavar="N", help="processes that share each row of tokens (all-to-all)")
     add("--device", help="cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, help="of weights and activations: bfloat16 on a GPU, float32 on a CPU")
     add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
@@ -216,6 +218,7 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
     stage = recipe.stage(args.stage, not args.data, overrides)
     shard = args.shard if ranks.world > 1 else "none"
     mesh = device_mesh(ranks, args.replicas, device) if shard != "none" else None
+    context = join_context(args.context, ranks, args.replicas)
     output = Path(ranks.from_first(str(output_folder(args)) if ranks.first else None))
     say = print if ranks.first else (lambda *words: None)
     data, heldout = data_files(args, output, ranks)
@@ -258,7 +261,9 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
         say(f"sharded: {shard}, over {mesh['shard'].size()} process(es), {args.replicas} time(s)")
     say(f"kernels: {model.ops}")
     say(f"{len(corpus)} records, {total} steps, output in {output}")
-    if stage.multiple() % ranks.world:
+    if context.size > 1:
+        say(f"context: {context.size} process(es) share a row")
+    if stage.multiple() % (ranks.world // context.size):
         say(f"unequal shares: steps of {stage.multiple()} sequences or a multiple; see --sequence-multiple")
 
     progress = Progress(output / METRICS, optimizer.steps, total) if ranks.first else None
@@ -285,7 +290,7 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
         return terminate.asked or saver.failure is not None
 
     try:
-        done = train(model, optimizer, corpus, source, total, ranks, on_step, peak, shard, stop)
+        done = train(model, optimizer, corpus, source, total, ranks, on_step, peak, shard, stop, context)
         saver.wait()
         if not done:
             save()

@@ -16,6 +16,7 @@ from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
 from phi4rv.errors import UserError
 from phi4rv.images import PATCH_INPUTS
 from phi4rv.model import Phi4RV
+from train.context import ALONE, Context
 from train.ranks import Ranks
 
 SHARDS = ("none", "optimizer", "gradients", "full")
@@ -74,10 +75,13 @@ def parallelize(model: Phi4RV, mesh: DeviceMesh, shard: str, dtype: torch.dtype)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
 
 
-def passes(model: Phi4RV, shard: str, batches: Iterable[PackedBatch], count: int) -> Iterator[PackedBatch]:
+def passes(
+    model: Phi4RV, shard: str, batches: Iterable[PackedBatch], count: int, context: Context = ALONE
+) -> Iterator[PackedBatch]:
     """``count`` batches, the same on every rank: gathers and scatters are the work of all ranks together.
 
     Where a rank has less to do, the rest are idle; where a batch has no image, the tower reads a blank one.
+    ``context``: the ranks that share this one's rows.
     """
     assert isinstance(model, FSDPModule)
     given = iter(batches)
@@ -89,15 +93,15 @@ def passes(model: Phi4RV, shard: str, batches: Iterable[PackedBatch], count: int
         if shard == "optimizer":
             model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
-        yield with_image(batch if batch is not None else idle().to(model.device))
+        yield with_image(batch if batch is not None else context.own(idle(context.size)).to(model.device))
     assert next(given, None) is None, "a rank has more rows than its share"
 
 
-def idle() -> PackedBatch:
-    """One token that nothing is learned from."""
+def idle(count: int = 1) -> PackedBatch:
+    """``count`` tokens that nothing is learned from."""
     nothing = torch.zeros(0, dtype=torch.int64)
-    token, grids = torch.zeros(1, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int32)
-    return pack([Sample(token, torch.full_like(token, NO_LABEL), torch.zeros(0, PATCH_INPUTS), grids, nothing)])
+    tokens, grids = torch.zeros(count, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int32)
+    return pack([Sample(tokens, torch.full_like(tokens, NO_LABEL), torch.zeros(0, PATCH_INPUTS), grids, nothing)])
 
 
 def with_image(batch: PackedBatch) -> PackedBatch:

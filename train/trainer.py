@@ -14,12 +14,13 @@ import torch.distributed as dist
 from phi4rv.batch import PackedBatch
 from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
+from train.context import ALONE, Context
 from train.data import Corpus
 from train.layerwise import Layerwise
 from train.loader import on_device, prefetch
 from train.metrics import Timed, peak_memory, speed
 from train.optimizer import Optimizer, learning_rate
-from train.parallel import passes
+from train.parallel import passes, with_image
 from train.ranks import Ranks
 from train.reader import Planned
 from train.recipe import PARTS, Stage
@@ -51,15 +52,18 @@ def train(
     peak: float | None = None,
     shard: str = "none",
     stop: Callable[[], bool] = lambda: False,
+    context: Context = ALONE,
 ) -> bool:
     """Runs from the optimizer's step count to ``total``; ``on_step`` gets each step and its metrics on every rank.
 
-    ``peak``: a device's TFLOP/s, which MFU is a share of. ``shard``: how ``parallelize`` cut the model. Ends early,
-    and returns False, after a step at which ``stop`` holds on some rank.
+    ``peak``: a device's TFLOP/s, which MFU is a share of. ``shard``: how ``parallelize`` cut the model. ``context``:
+    the ranks that share this one's rows. Ends early, and returns False, after a step at which ``stop`` holds on some
+    rank.
     """
     start = optimizer.steps
     remaining = islice((step for step in source() if step.number > start), total - start)
-    ahead = Timed(prefetch(remaining, corpus, ranks.rank, ranks.world, model.device.type == "cuda"))
+    pin = model.device.type == "cuda"
+    ahead = Timed(prefetch(remaining, corpus, ranks.rank, ranks.world, pin, context))
     began = time.perf_counter()
     for ready in ahead:
         step, number, rows = ready.step, ready.step.number, Timed(ready.batches)
@@ -67,8 +71,8 @@ def train(
         if isinstance(optimizer, Layerwise):
             metrics = take_layerwise_step(model, optimizer, rows, rate)
         else:
-            count = 0 if shard == "none" else -(-len(step) // ranks.world)
-            metrics = take_step(model, optimizer, rows, rate, ranks, shard, count)
+            count = 0 if shard == "none" else -(-len(step) // (ranks.world // context.size))
+            metrics = take_step(model, optimizer, rows, rate, ranks, shard, count, context)
         seconds = time.perf_counter() - began
         counted = _count(step, optimizer.stage)
         on_step(
@@ -100,16 +104,22 @@ def take_step(
     ranks: Ranks,
     shard: str = "none",
     count: int = 0,
+    context: Context = ALONE,
 ) -> dict[str, Any]:
     """One update from this rank's batches. The losses are means over the labelled tokens of all ranks' batches.
 
     A step whose loss or gradient norm is not finite is skipped, on all ranks: ``skipped_steps`` counts them. The loss
     of a mode that no document has is left out. ``count``: of a sharded model, the most batches that any rank has.
+    ``context``: the ranks that share the rows that these batches are parts of.
     """
     # Loss and labelled tokens of all documents and of those that reason; read once, after the last batch.
     sums = torch.zeros(4, dtype=torch.float64, device=model.device)
     moved = on_device(batches, model.device)
-    for batch in moved if shard == "none" else passes(model, shard, moved, count):
+    if shard != "none":
+        moved = passes(model, shard, moved, count, context)
+    elif context.size > 1:  # gradients cross between parts with an image and parts without
+        moved = map(with_image, moved)
+    for batch in moved:
         loss, losses = model.loss_sum_by_mode(batch)
         if loss.requires_grad:  # not where stage 1 meets text alone: nothing that it trains was used
             loss.backward()
