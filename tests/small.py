@@ -1,7 +1,7 @@
 """A model, data and runs small enough to train within a test."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +98,18 @@ def timeless(path: Path) -> list[dict[str, Any]]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     model, _ = phi4rv.load(folder, device="cpu")
     return dict(model.named_parameters())
+
+
+def saved_bytes(run: Callable[[], Any], model: phi4rv.Phi4RV) -> int:
+    """Bytes that autograd keeps of ``run()`` for a backward pass, the model's parameters left out."""
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in parameters:
+            kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no other storage takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(t.untyped_storage().nbytes() for t in kept.values())

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import finish, run, start, told, until_step_three
-from small import mixed_records, picture, record, small_checkpoint, small_config, write_jsonl
+from small import mixed_records, picture, record, saved_bytes, small_checkpoint, small_config, write_jsonl
 from test_parallel import assert_close
 
 from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
@@ -20,7 +20,6 @@ from phi4rv.errors import UserError
 from phi4rv.images import PATCH_INPUTS
 from phi4rv.model import Phi4RV
 from train.context import check_heads, cut, heads_of, join_context, keys_by_query
-from train.memory import saved_bytes
 from train.metrics import read_metrics
 from train.parallel import with_image
 from train.ranks import Ranks, join_ranks

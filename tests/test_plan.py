@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import small_checkpoint, write_jsonl
+from small import saved_bytes, small_checkpoint, write_jsonl
 
 from phi4rv.batch import Sample, pack
 from phi4rv.checkpoint import empty_model
@@ -55,17 +55,7 @@ def kept_by_autograd(layers: int, tower: int, T: int = 24, grid: tuple[int, int]
     initialise(model, 0)
     patches, ids = grid[0] * grid[1], torch.arange(T)
     sample = Sample(ids, ids, torch.rand(patches, 768), torch.tensor([grid], dtype=torch.int32), torch.arange(patches))
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage()._cdata not in parameters:
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.loss_sum(pack([sample]))
-    return sum(t.untyped_storage().nbytes() for t in kept.values()), config
+    return saved_bytes(lambda: model.loss_sum(pack([sample])), model), config
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")

@@ -1,13 +1,12 @@
 """Recomputed activations and compiled layers: the same numbers, fewer tensors kept, no product twice without need."""
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small import mixed_data, small_checkpoint, small_model, timeless
+from small import mixed_data, saved_bytes, small_checkpoint, small_model, timeless
 from test_training import batches
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,21 +52,6 @@ def test_recomputed_activations_give_the_same_numbers(batch: PackedBatch, kind: 
     assert kept[1].keys() == again[1].keys()
     assert len(kept[1]) > 4
     assert all(torch.equal(kept[1][n], again[1][n]) for n in kept[1])
-
-
-def saved_bytes(run: Callable[[], Any], model: Phi4RV) -> int:
-    """Bytes that autograd keeps of ``run()`` for a backward pass, the model's parameters left out."""
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in parameters:
-            kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no other storage takes its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
 def test_recomputing_keeps_little(batch: PackedBatch) -> None:
