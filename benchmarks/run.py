@@ -22,7 +22,12 @@ from benchmarks.parts import LOGS, Outcome, Part, python, run_parts, summary
 from benchmarks.records import environment, file_for, write
 
 # Each module has run() and table(records), and the command line that its part calls.
-MODULES = {"images": "benchmarks.images", "data": "benchmarks.data", "kernels": "benchmarks.kernels.__main__"}
+MODULES = {
+    "images": "benchmarks.images",
+    "data": "benchmarks.data",
+    "saving": "benchmarks.saving",
+    "kernels": "benchmarks.kernels.__main__",
+}
 
 
 def _kernels(file: Path, seconds: float) -> list[str]:
@@ -33,6 +38,7 @@ def _kernels(file: Path, seconds: float) -> list[str]:
 PARTS = [
     Part("images", 180, lambda file, seconds: python("benchmarks.images", "--json", str(file))),
     Part("data", 300, lambda file, seconds: python("benchmarks.data", "--json", str(file))),
+    Part("saving", 60, lambda file, seconds: python("benchmarks.saving", "--json", str(file))),
     Part("kernels", 600, _kernels),
 ]
 
