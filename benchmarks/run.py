@@ -21,12 +21,13 @@ import torch
 from benchmarks.parts import LOGS, Outcome, Part, python, run_parts, summary
 from benchmarks.records import environment, file_for, write
 
-# Each module has run() and table(records), and the command line that its part calls.
+# Each module has run() and table(records), and the command line that its part calls, here or in benchmarks/gpu.py.
 MODULES = {
     "images": "benchmarks.images",
     "data": "benchmarks.data",
     "saving": "benchmarks.saving",
     "kernels": "benchmarks.kernels.__main__",
+    "train_step": "benchmarks.train_step",
 }
 
 
@@ -78,7 +79,8 @@ def chosen(parts: Sequence[Part], names: Sequence[str], seconds: float | None = 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Every benchmark, beside its peers.")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=list(MODULES), help="these benchmarks")
+    names = [part.name for part in PARTS]
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=names, help="these benchmarks")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="write FOLDER/<device>/<date>-<commit>.json")
     args = parser.parse_args()
     return drive(chosen(PARTS, args.only), args.json)
