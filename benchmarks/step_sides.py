@@ -18,6 +18,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, Siglip2VisionConfig, Sigli
 from phi4rv.batch import NO_LABEL, PackedBatch
 from phi4rv.checkpoint import empty_model
 from phi4rv.config import Config
+from phi4rv.float8 import use_float8
 from train import recipe
 from train.optimizer import EPS, Optimizer
 from train.ranks import Ranks
@@ -28,9 +29,11 @@ SPREAD = 0.02  # standard deviation of random weights, transformers' own
 
 
 class Ours:
-    """The trainer's step, with the kernels of one kind (``ops.KERNELS``)."""
+    """The trainer's step, with the kernels of one kind (``ops.KERNELS``); ``float8``: as with ``--linear fp8``."""
 
-    def __init__(self, config: Config, kernels: str, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, config: Config, kernels: str, device: torch.device, dtype: torch.dtype, float8: bool = False
+    ):  # fmt: skip
         self.model = empty_model(config, device, dtype, kernels).to_empty(device=device)
         with torch.no_grad():
             for name, p in self.model.named_parameters():
@@ -38,6 +41,8 @@ class Ours:
                     p.normal_(0.0, SPREAD)
                 else:
                     p.fill_(0.0 if name.endswith("bias") else 1.0)
+        if float8:
+            use_float8(self.model)
         self.optimizer = Optimizer(trainable(self.model, STAGE), STAGE, self.model.ops)
 
     def step(self, rows: Sequence[PackedBatch]) -> float:

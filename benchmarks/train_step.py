@@ -5,13 +5,14 @@
 ``benchmarks/mixture.py``, once with its images, and once with text in the images' places. With few layers the tower
 and the optimizer take a larger share of the time than in the whole model.
 
-Beside each other, at the same number of layers and on the same rows: our kernels in CUDA and in Triton, the plain
-PyTorch that defines them (``--kernels torch``), and transformers' classes without and with Liger-Kernel
-(``benchmarks/step_sides.py`` says how). Each in a process of its own, which may fail or hang without harm.
+Beside each other, at the same number of layers and on the same rows: our kernels in CUDA and in Triton, Triton's with
+``--linear fp8``, the plain PyTorch that defines them (``--kernels torch``), and transformers' classes without and with
+Liger-Kernel (``benchmarks/step_sides.py`` says how). Each in a process of its own, which may fail or hang without harm.
 
 - tokens/s: of the whole step. MFU: useful operations (``train/cost.py``) a second over the product rate measured in
   the same run (``benchmarks/kernels/timing.py``), not over the maker's figure.
-- goals: MFU of MFU_GOALS, and RATIO_GOAL times the tokens/s of the fastest of transformers.
+- goals: MFU of MFU_GOALS, and RATIO_GOAL times the tokens/s of the fastest of transformers; in fp8, FP8_GOAL times
+  ours in bfloat16. Only sides count whose losses are those of the definitions.
 
 On a CPU a tiny model shows that everything runs; its times say nothing.
 """
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import importlib.util
 import math
 import statistics
@@ -46,10 +46,11 @@ from train.metrics import peak_memory, speed
 Record = dict[str, Any]
 
 ROWS = 8
-MFU_GOALS, RATIO_GOAL = {"text": 0.55, "images": 0.50}, 1.5
+MFU_GOALS, RATIO_GOAL, FP8_GOAL = {"text": 0.55, "images": 0.50}, 1.5, 1.3
 DEFINITIONS, OURS, THEIRS = "torch", ("triton", "cuda"), ("transformers", "transformers + Liger")
-SIDES = ("triton", *THEIRS, DEFINITIONS, "cuda")  # in this order
-CLOSE = 0.01  # by how much a kernel's losses may differ from the definitions', which start from the same weights
+FP8 = "triton, fp8"
+SIDES = ("triton", *THEIRS, FP8, DEFINITIONS, "cuda")  # in this order
+CLOSE = 0.005  # by how much a side's losses may differ from the definitions', which start from the same weights
 WARM, TIMED = 2, 3
 FULL = 0.92  # of the device's memory; the rest is the context's, fragments and what is not counted
 TINY = Config(96, 64, 80, 2, 4, 2, vision=VisionConfig(48, 64, 3, 2, num_patches=16))
@@ -84,7 +85,7 @@ def why_not(side: str, device: torch.device) -> str | None:
         return "Liger-Kernel is not installed"
     if side == "cuda":
         return cuda.why_not(device) if device.type == "cuda" else "not on a CPU"
-    return "not on a CPU" if side == "triton" and device.type != "cuda" else None
+    return "not on a CPU" if side in ("triton", FP8) and device.type != "cuda" else None
 
 
 def measure(side: str, config: Config, device_name: str, tokens: int, rows: int, product: float) -> dict[str, Record]:
@@ -93,14 +94,19 @@ def measure(side: str, config: Config, device_name: str, tokens: int, rows: int,
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.manual_seed(0)
-    make = functools.partial(Theirs, liger="Liger" in side) if side in THEIRS else functools.partial(Ours, kernels=side)
-    model: Ours | Theirs = make(config, device=device, dtype=dtype)
+    model: Ours | Theirs
+    if side in THEIRS:
+        model = Theirs(config, device, dtype, liger="Liger" in side)
+    else:
+        model = Ours(config, side.split(",")[0], device, dtype, float8=side == FP8)
     found = {}
     for case in CASES:
         given = [row.to(device) for row in make_rows(case, config, tokens, rows)]
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         taken = [_timed(model, given, on_gpu) for _ in range(WARM + TIMED if on_gpu else 2)]
+        if not all(math.isfinite(loss) for _, loss in taken):
+            raise ValueError(f"the losses of {case} are {[loss for _, loss in taken]}")
         seconds = statistics.median([t for t, _ in taken][WARM if on_gpu else 1 :])
         rates = speed(counted(config, given), seconds, 1, product / 1e12)
         found[case] = {**rates, "memory": peak_memory(device), "losses": [loss for _, loss in taken]}
@@ -162,11 +168,17 @@ def goals(result: Record) -> list[Record]:
     judged = []
     for case in CASES:
         found = {side: record[case] for side, record in result["sides"].items() if case in record}
-        right = [found[s] for s in OURS if s in found and close(found[s], found.get(DEFINITIONS))]
-        ours = max(right, key=lambda r: r["mfu"], default=None)
-        peer = max((found[s] for s in THEIRS if s in found), key=lambda r: r["tokens_per_second"], default=None)
-        ratio = ours["tokens_per_second"] / peer["tokens_per_second"] if ours and peer else None
-        for name, value, goal in (("mfu", ours and ours["mfu"], MFU_GOALS[case]), ("ratio", ratio, RATIO_GOAL)):
+        right = {side: r for side, r in found.items() if close(r, found.get(DEFINITIONS))}
+        ours, peer, fp8 = (
+            max((r["tokens_per_second"] for side, r in among.items() if side in names), default=None)
+            for names, among in ((OURS, right), (THEIRS, found), ((FP8,), right))
+        )
+        mfu = max((r["mfu"] for side, r in right.items() if side in OURS), default=None)
+        for name, value, goal in (
+            ("MFU", mfu, MFU_GOALS[case]),
+            ("over transformers", ours and peer and ours / peer, RATIO_GOAL),
+            ("fp8 over bfloat16", ours and fp8 and fp8 / ours, FP8_GOAL),
+        ):
             known = result["device"] == "cuda" and value is not None
             verdict = ("met" if value >= goal else "missed") if known else "not measured"
             judged.append({"case": case, "name": name, "goal": goal, "value": value, "verdict": verdict})

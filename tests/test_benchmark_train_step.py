@@ -18,6 +18,7 @@ from benchmarks.step_rows import CASES, TOKENS, counted, grid, make_rows
 from phi4rv.batch import NO_LABEL
 from phi4rv.checkpoint import PREFIXES, published_name
 from phi4rv.config import Config
+from phi4rv.float8 import Float8Linear
 from train.cost import operations
 
 CPU = torch.device("cpu")
@@ -121,19 +122,32 @@ def verdicts(judged: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def test_goals() -> None:
-    fast = result(triton=record(200, 0.52), torch=record(90, 0.3), transformers=record(60, 0.2), liger=record(120, 0.3))
+    sides = {"torch": record(90, 0.3), "transformers": record(60, 0.2), "liger": record(120, 0.3)}
+    fast = result(triton=record(200, 0.52), **sides, **{"triton, fp8": record(250, 0.6, last=11.02)})
     judged = train_step.goals(fast)
-    assert [goal["value"] for goal in judged] == [0.52, pytest.approx(200 / 120)] * 2
+    assert [goal["value"] for goal in judged] == [0.52, pytest.approx(200 / 120), 1.25] * 2
     assert verdicts(judged) == {
-        "text mfu": "missed", "text ratio": "met", "images mfu": "met", "images ratio": "met",
+        "text MFU": "missed", "text over transformers": "met", "text fp8 over bfloat16": "missed",
+        "images MFU": "met", "images over transformers": "met", "images fp8 over bfloat16": "missed",
     }  # fmt: skip
     assert "no nvcc" in train_step.table(fast) and "52.0% MFU" in train_step.table(fast)
-    wrong = result(triton=record(200, 0.9, last=12.0), torch=record(90, 0.3), transformers=record(60, 0.2))
+
+
+def test_what_does_not_learn_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = 11.2
+    sides = {"torch": record(90, 0.3), "transformers": record(60, 0.2)}
+    wrong = result(triton=record(200, 0.9, last), **sides, **{"triton, fp8": record(250, 0.6, last)})
     unsure = result(triton=record(200, 0.9), transformers=record(60, 0.2))  # nothing to hold its losses to
-    for found in (wrong, unsure, {**fast, "device": "cpu"}):
+    for found in (wrong, unsure, {**result(triton=record(200, 0.9), **sides), "device": "cpu"}):
         assert set(verdicts(train_step.goals(found)).values()) == {"not measured"}
-    nan = result(triton=record(200, 0.9, last=float("nan")), torch=record(90, 0.3))
-    assert set(verdicts(train_step.goals(nan)).values()) == {"not measured"}
+    monkeypatch.setattr(step_sides.Ours, "step", lambda self, rows: float("nan"))
+    with pytest.raises(ValueError, match=r"^the losses of text are \[nan, nan\]"):
+        train_step.measure("torch", train_step.TINY, "cpu", 64, 1, 1e12)
+
+
+def test_fp8_is_trained_in_fp8() -> None:
+    model = step_sides.Ours(train_step.TINY, "torch", CPU, torch.float32, float8=True).model
+    assert sum(isinstance(m, Float8Linear) for m in model.modules()) == 4 * train_step.TINY.num_hidden_layers
 
 
 def test_a_process_of_its_own() -> None:
