@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 
 from benchmarks.kernels.case import Case, Draw
+from phi4rv import reference
 from triton_kernels.fp8_linear import fp8_linear
 
 # (N, K): fused qkv, attention's output, fused gate and up, down.
@@ -23,12 +24,12 @@ def _both(T: int, N: int, K: int) -> list[Case]:
     def inputs(draw: Draw) -> tuple[Any, ...]:
         return draw.normal(T, K, grad=True), draw.normal(N, K, grad=True)
 
-    # F.linear rounds nothing to fp8: results differ by more than a comparison allows, so it is timed alone.
-    peers = {"torch bf16": F.linear}
+    # F.linear rounds nothing to fp8: its results differ by more than a comparison allows.
+    peers, bounds = {"torch": reference.fp8_linear, "torch bf16": F.linear}, ("torch bf16",)
     moved, flops = 2 * (T * K + N * K + T * N), 2 * T * N * K
     shape = f"{T}x{K} to {N}"
     return [
-        Case("fp8_linear", f"{shape} forward", inputs, fp8_linear, peers, moved, flops, bounds=tuple(peers)),
+        Case("fp8_linear", f"{shape} forward", inputs, fp8_linear, peers, moved, flops, bounds=bounds),
         Case(
             "fp8_linear",
             f"{shape} backward",
@@ -38,6 +39,6 @@ def _both(T: int, N: int, K: int) -> list[Case]:
             2 * moved,
             2 * flops,
             backward=True,
-            bounds=tuple(peers),
+            bounds=bounds,
         ),
     ]
