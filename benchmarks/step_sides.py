@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Phi3Config, Phi3ForCausalLM, Siglip2VisionConfig, Siglip2VisionModel
 
 from phi4rv.batch import NO_LABEL, PackedBatch
 from phi4rv.checkpoint import empty_model
@@ -61,6 +60,8 @@ class Theirs:
     """
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, liger: bool = False):
+        from transformers import Phi3ForCausalLM, Siglip2VisionModel
+
         if liger:
             from liger_kernel.transformers import apply_liger_kernel_to_phi3
 
@@ -140,6 +141,8 @@ def attention_of(device: torch.device) -> str:
 
 
 def _phi3(config: Config) -> Any:
+    from transformers import Phi3Config
+
     return Phi3Config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -159,6 +162,8 @@ def _phi3(config: Config) -> Any:
 
 
 def _siglip2(config: Config) -> Any:
+    from transformers import Siglip2VisionConfig
+
     return Siglip2VisionConfig(
         hidden_size=config.vision.hidden_size,
         intermediate_size=config.vision.intermediate_size,

@@ -81,6 +81,8 @@ def layers_that_fit(config: Config, memory: int, tokens: int, patches: int) -> i
 
 def why_not(side: str, device: torch.device) -> str | None:
     """Why a side cannot run here."""
+    if side in THEIRS and importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
     if side == "transformers + Liger" and importlib.util.find_spec("liger_kernel") is None:
         return "Liger-Kernel is not installed"
     if side == "cuda":

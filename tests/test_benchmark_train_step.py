@@ -145,6 +145,16 @@ def test_what_does_not_learn_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> Non
         train_step.measure("torch", train_step.TINY, "cpu", 64, 1, 1e12)
 
 
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing, reason in (("liger_kernel", "Liger-Kernel is not installed"), ("transformers", "transformers is not")):
+        monkeypatch.setattr(
+            train_step.importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else 1
+        )
+        assert str(train_step.why_not("transformers + Liger", CPU)).startswith(reason)
+    assert train_step.why_not("transformers", CPU) == "transformers is not installed"
+    assert train_step.why_not("torch", CPU) is None
+
+
 def test_fp8_is_trained_in_fp8() -> None:
     model = step_sides.Ours(train_step.TINY, "torch", CPU, torch.float32, float8=True).model
     assert sum(isinstance(m, Float8Linear) for m in model.modules()) == 4 * train_step.TINY.num_hidden_layers
