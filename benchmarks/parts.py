@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +122,27 @@ def summary(outcomes: dict[str, Outcome]) -> str:
         f"{name:{width}} {outcome['state']:11} {outcome['seconds']:6.1f} s  {outcome['last']}"[:138]
         for name, outcome in outcomes.items()
     )
+
+
+def apart(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> tuple[Any, str | None]:
+    """``function(*arguments)`` in a new process: (result, None), or (None, why there is none)."""
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_send, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(max(0.0, seconds)) else (None, f"no answer in {seconds:.3g} s")
+    except EOFError:
+        process.join()
+        return None, f"the process ended with {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        sender.send((function(*arguments), None))
+    except Exception as error:
+        sender.send((None, f"{type(error).__name__}: {error}".partition("\n")[0][:100]))

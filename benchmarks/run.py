@@ -21,8 +21,14 @@ import torch
 from benchmarks.parts import LOGS, Outcome, Part, python, run_parts, summary
 from benchmarks.records import environment, file_for, write
 
-# Each module has run() and table(records), and the command line that its part calls.
-MODULES = {"images": "benchmarks.images", "data": "benchmarks.data", "kernels": "benchmarks.kernels.__main__"}
+# Each module has run() and table(records), and the command line that its part calls, here or in benchmarks/gpu.py.
+MODULES = {
+    "images": "benchmarks.images",
+    "data": "benchmarks.data",
+    "saving": "benchmarks.saving",
+    "kernels": "benchmarks.kernels.__main__",
+    "train_step": "benchmarks.train_step",
+}
 
 
 def _kernels(file: Path, seconds: float) -> list[str]:
@@ -33,6 +39,7 @@ def _kernels(file: Path, seconds: float) -> list[str]:
 PARTS = [
     Part("images", 180, lambda file, seconds: python("benchmarks.images", "--json", str(file))),
     Part("data", 300, lambda file, seconds: python("benchmarks.data", "--json", str(file))),
+    Part("saving", 60, lambda file, seconds: python("benchmarks.saving", "--json", str(file))),
     Part("kernels", 600, _kernels),
 ]
 
@@ -72,7 +79,8 @@ def chosen(parts: Sequence[Part], names: Sequence[str], seconds: float | None = 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Every benchmark, beside its peers.")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=list(MODULES), help="these benchmarks")
+    names = [part.name for part in PARTS]
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=names, help="these benchmarks")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="write FOLDER/<device>/<date>-<commit>.json")
     args = parser.parse_args()
     return drive(chosen(PARTS, args.only), args.json)

@@ -52,6 +52,12 @@ def _why_not_triton(device: torch.device) -> str | None:
     return None
 
 
+def _why_not_fp8(device: torch.device) -> str | None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return "products in fp8 need compute capability 8.9 or more"
+    return _why_not_triton(device)
+
+
 def _operation(name: str, file: str | None = None) -> dict[str, Implementation]:
     """Its definition and its Triton kernel, a function of the same name in triton_kernels/``file``.py."""
     return {
@@ -91,6 +97,10 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         **_operation("quantized_projector", "projector"),
     },
     "scatter_rows": _operation("scatter_rows", "projector"),
+    "fp8_linear": {
+        "triton": Implementation("triton_kernels.fp8_linear", "fp8_linear", _why_not_fp8),
+        "torch": Implementation("phi4rv.reference", "fp8_linear"),
+    },
     "linear_cross_entropy": _operation("linear_cross_entropy"),
     "quantized_linear": _operation("quantized_linear"),
     "decode_gemv": {
@@ -124,6 +134,7 @@ class Operations:
     project_into: Callable[..., Any]
     quantized_projector: Callable[..., Any]
     scatter_rows: Callable[..., Any]
+    fp8_linear: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
     quantized_linear: Callable[..., Any]
     decode_gemv: Callable[..., Any]

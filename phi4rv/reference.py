@@ -8,6 +8,7 @@ float64. Gradients are autograd's.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -233,6 +234,45 @@ def quantized_projector(x: Tensor, w0: QuantizedWeight, b0: Tensor, w1: Quantize
 def _rounded(x: Tensor) -> Tensor:
     """Each row to the nearest multiples of its scale, its largest magnitude / 448, that e4m3 has. No gradient."""
     return dequantize(quantize(x, "fp8"), x.dtype)
+
+
+def quantize_rows(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x (…, C), its columns multiplied by ``by`` (C,) float32, as values in float8_e4m3fn (…, C) and scales (…).
+
+    scale = largest magnitude of the row / 448, and scale · value is the row rounded to nearest, in float32. A row with
+    a NaN or an infinity in it multiplies to NaN. No gradient.
+    """
+    wide = x.detach().float() if by is None else x.detach().float() * by
+    wide = wide.where(~wide.isnan(), math.inf)
+    q = quantize(wide.flatten(0, -2) if x.ndim > 2 else torch.atleast_2d(wide), "fp8")
+    return q.data.view(x.shape), q.scales.view(x.shape[:-1])
+
+
+def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (T, K) · weightᵀ (N, K) -> (T, N) with both rounded to fp8 by ``quantize_rows``; no bias.
+
+    x's gradient is the incoming one, its columns multiplied by the weight's scales and its rows then rounded alike,
+    times the rounded weight; the weight's gradient is the exact product (torchao's recipe rowwise_with_gw_hp; scales
+    for small groups of values and not for whole tensors: DeepSeek-V3, 2024, section 3.3).
+    """
+    return _Fp8Linear.apply(x, weight)
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        (a, a_scales), (b, b_scales) = quantize_rows(x), quantize_rows(weight)
+        wide = _wide(x).dtype
+        return (F.linear(a.to(wide), b.to(wide)) * a_scales[:, None] * b_scales).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        b, b_scales = quantize_rows(weight)
+        a, a_scales = quantize_rows(grad, b_scales)
+        wide = _wide(x).dtype
+        return (a.to(wide) @ b.to(wide) * a_scales[:, None]).to(x.dtype), grad.t() @ x
 
 
 def linear_cross_entropy(

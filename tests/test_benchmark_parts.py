@@ -142,8 +142,10 @@ def test_gpu_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_the_limits_fit_eight_minutes() -> None:
     assert sum(part.seconds for part in gpu.PARTS) <= 470
-    assert {part.name for part in gpu.PARTS} >= {"tests", "sanitizer", *run.MODULES} - {"data"}
-    for part in gpu.PARTS:
+    assert sum(part.seconds for part in gpu.APART) <= 240
+    every = [*gpu.PARTS, *gpu.APART]
+    assert {part.name for part in every} >= {"tests", "sanitizer", *run.MODULES} - {"data", "saving"}
+    for part in every:
         assert part.command(Path("file.json"), 10.0)[0] == sys.executable
 
 

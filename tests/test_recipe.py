@@ -60,13 +60,14 @@ def test_the_stages_are_the_reports(number: int) -> None:
         "sequence_multiple",
         "optimizer",
         "clipping",
+        "linear",
         "lora_rank",
         "lora_alpha",
         "lora_targets",
         "frozen_weights",
     }
     assert set(chosen) == {*REPORT[number]} | ours, "a field that no table was compared with"
-    assert (chosen["optimizer"], chosen["lora_rank"]) == ("adamw", 0)
+    assert (chosen["optimizer"], chosen["linear"], chosen["lora_rank"]) == ("adamw", "dtype", 0)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

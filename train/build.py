@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from phi4rv.checkpoint import fill, outline
 from phi4rv.errors import UserError
+from phi4rv.float8 import use_float8
 from phi4rv.model import Phi4RV
 from phi4rv.processor import Processor
 from train.context import check_heads
@@ -39,6 +40,8 @@ def build(
     that does not go with another.
     """
     _check(args, stage, mesh, ranks)
+    if stage.linear == "fp8" and device.type == "cuda" and dtype != torch.bfloat16:
+        raise UserError("--linear: fp8 writes bfloat16 on a GPU; give --dtype bfloat16")
     adapted = bool(stage.lora_rank)
     if source := args.checkpoint if adapted else step or args.checkpoint:
         model, processor = outline(source, device, dtype, args.kernels)
@@ -46,6 +49,8 @@ def build(
         model, processor = tiny_model(args.seed, texts(), args.kernels)
         model = model.to(device, dtype)
     check_heads(model.config, args.context)
+    if stage.linear == "fp8":
+        use_float8(model)
     trainable(model, stage)
     if mesh:
         parallelize(model, mesh, args.shard, dtype)

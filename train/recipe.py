@@ -16,6 +16,7 @@ PARTS = ("vision", "projector", "decoder")
 OPTIMIZERS = ("adamw", "layerwise")
 CLIPPING = ("exact", "delayed")
 FROZEN = ("dtype", *FORMATS)
+LINEAR = ("dtype", "fp8")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Stage:
     clipping: str = (
         "exact"  # of layerwise: exact takes every backward pass twice; delayed clips by the last step's norm
     )
+    linear: str = "dtype"  # products of the decoder's layers: as --dtype says, or in fp8 (phi4rv/float8.py)
     lora_rank: int = 0  # 0: the weights themselves train; else adapters of this rank on lora_targets, and they alone
     lora_alpha: float = 32.0  # the adapter's product is multiplied by lora_alpha / lora_rank
     lora_targets: str = "qkv_proj,o_proj,gate_up_proj,down_proj"  # last names, or more, of published module paths
@@ -114,8 +116,9 @@ def options() -> dict[str, type]:
 
 def _check(stage: Stage) -> None:
     """UserError naming the first option out of its range."""
-    choices = {"schedule": SCHEDULES, "too_long": TOO_LONG, "order": ORDERS}
-    for name, allowed in (choices | {"optimizer": OPTIMIZERS, "clipping": CLIPPING, "frozen_weights": FROZEN}).items():
+    choices: dict[str, tuple[str, ...]] = {"schedule": SCHEDULES, "too_long": TOO_LONG, "order": ORDERS}
+    choices |= {"optimizer": OPTIMIZERS, "clipping": CLIPPING, "frozen_weights": FROZEN, "linear": LINEAR}
+    for name, allowed in choices.items():
         if getattr(stage, name) not in allowed:
             raise UserError(f"{_flag(name)}: {getattr(stage, name)!r} is unknown, must be one of {', '.join(allowed)}")
     for name in ("lr", "clip", "global_batch", "sequence_length", "epochs", "lora_alpha"):
@@ -132,6 +135,8 @@ def _check(stage: Stage) -> None:
             raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be a finite number")
     if stage.frozen_weights != "dtype" and not stage.lora_rank:
         raise UserError(f"--frozen-weights: {stage.frozen_weights} needs adapters to train: give --lora-rank")
+    if stage.linear == "fp8" and (stage.lora_rank or "decoder" not in stage.trains):
+        raise UserError("--linear: fp8 is for decoder weights that train: not for stage 1, and leave --lora-rank out")
     if stage.clipping == "delayed" and stage.optimizer != "layerwise":
         raise UserError(f"--clipping: delayed is for --optimizer layerwise; {stage.optimizer} knows the norm in time")
     if stage.optimizer == "layerwise" and stage.lora_rank:

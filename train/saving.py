@@ -92,6 +92,10 @@ class Saver:
                 f"{newest or 'the beginning'}"
             )
 
+    def writing(self) -> bool:
+        """Whether a save is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def newest(self) -> Path | None:
         """The newest save, once the one that is being written is whole or has failed."""
         self.close()

@@ -69,11 +69,14 @@ class Recorder:
 
         JITFunction.run = compile_only
         # The products left to cuBLAS would take minutes here.
-        self.mm, torch.mm = torch.mm, lambda a, b: a.new_empty((len(a), b.shape[1]))
+        self.products = torch.mm, torch._scaled_mm
+        torch.mm = lambda a, b: a.new_empty((len(a), b.shape[1]))
+        torch._scaled_mm = lambda a, b, *_, out_dtype, **__: a.new_empty((len(a), b.shape[1]), dtype=out_dtype)
         return self
 
     def __exit__(self, *error: object) -> None:
-        JITFunction.run, torch.mm = self.launch, self.mm
+        JITFunction.run = self.launch
+        torch.mm, torch._scaled_mm = self.products
 
 
 def compile_case(case: Case, draw: Draw) -> dict[str, Any]:

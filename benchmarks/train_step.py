@@ -1,0 +1,226 @@
+"""A training step of the full-width model: ``python -m benchmarks.train_step [--json FILE] …``.
+
+5120 wide decoder with as many layers as fit, the whole tower (1152 wide), the whole vocabulary; ROWS packed rows of
+8192 random tokens, forward and backward, clipping, AdamW; nothing is recomputed. The documents have the lengths of
+``benchmarks/mixture.py``, once with its images, and once with text in the images' places. With few layers the tower
+and the optimizer take a larger share of the time than in the whole model.
+
+Beside each other, at the same number of layers and on the same rows: our kernels in CUDA and in Triton, Triton's with
+``--linear fp8``, the plain PyTorch that defines them (``--kernels torch``), and transformers' classes without and with
+Liger-Kernel (``benchmarks/step_sides.py`` says how). Each in a process of its own, which may fail or hang without harm.
+
+- tokens/s: of the whole step. MFU: useful operations (``train/cost.py``) a second over the product rate measured in
+  the same run (``benchmarks/kernels/timing.py``), not over the maker's figure.
+- goals: MFU of MFU_GOALS, and RATIO_GOAL times the tokens/s of the fastest of transformers; in fp8, FP8_GOAL times
+  ours in bfloat16. Only sides count whose losses are those of the definitions.
+
+On a CPU a tiny model shows that everything runs; its times say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.kernels import timing
+from benchmarks.parts import apart
+from benchmarks.records import write
+from benchmarks.step_rows import CASES, TOKENS, counted, make_rows
+from benchmarks.step_sides import Ours, Theirs, attention_of
+from phi4rv import cuda
+from phi4rv.batch import PackedBatch
+from phi4rv.config import Config, VisionConfig
+from phi4rv.model import Phi4RV
+from phi4rv.ops import Operations
+from train.metrics import peak_memory, speed
+
+Record = dict[str, Any]
+
+ROWS = 8
+MFU_GOALS, RATIO_GOAL, FP8_GOAL = {"text": 0.55, "images": 0.50}, 1.5, 1.3
+DEFINITIONS, OURS, THEIRS = "torch", ("triton", "cuda"), ("transformers", "transformers + Liger")
+FP8 = "triton, fp8"
+SIDES = ("triton", *THEIRS, FP8, DEFINITIONS, "cuda")  # in this order
+CLOSE = 0.005  # by how much a side's losses may differ from the definitions', which start from the same weights
+WARM, TIMED = 2, 3
+FULL = 0.92  # of the device's memory; the rest is the context's, fragments and what is not counted
+TINY = Config(96, 64, 80, 2, 4, 2, vision=VisionConfig(48, 64, 3, 2, num_patches=16))
+TINY_TOKENS, TINY_ROWS = 128, 2
+
+
+def count_bytes(config: Config, layers: int, tokens: int, patches: int) -> int:
+    """Of a step of the side that needs most, transformers with SDPA: counted, not measured.
+
+    20 bytes of each parameter: weight and gradient in bfloat16, master, two moments and the gradient again in
+    float32. Of each token and decoder layer what is kept for the backward pass, mostly 2 bytes, in norms 4: 40 C + 8 I;
+    of each patch and tower layer 20 c + 4 i (notation of ``train/cost.py``). 12 bytes of each logit, of every token.
+    """
+    v = config.vision
+    with torch.device("meta"):
+        model = Phi4RV(dataclasses.replace(config, num_hidden_layers=layers), Operations("torch"))
+    parameters = sum(p.numel() for p in model.parameters())
+    kept = tokens * layers * (40 * config.hidden_size + 8 * config.intermediate_size)
+    seen = patches * v.num_hidden_layers * (20 * v.hidden_size + 4 * v.intermediate_size)
+    return 20 * parameters + kept + seen + 12 * tokens * config.vocab_size
+
+
+def layers_that_fit(config: Config, memory: int, tokens: int, patches: int) -> int:
+    """Decoder layers, from 1 to the model's own, whose step takes at most FULL of ``memory`` bytes."""
+    one, two = (count_bytes(config, n, tokens, patches) for n in (1, 2))
+    return max(1, min(1 + int((FULL * memory - one) // (two - one)), config.num_hidden_layers))
+
+
+def why_not(side: str, device: torch.device) -> str | None:
+    """Why a side cannot run here."""
+    if side in THEIRS and importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
+    if side == "transformers + Liger" and importlib.util.find_spec("liger_kernel") is None:
+        return "Liger-Kernel is not installed"
+    if side == "cuda":
+        return cuda.why_not(device) if device.type == "cuda" else "not on a CPU"
+    return "not on a CPU" if side in ("triton", FP8) and device.type != "cuda" else None
+
+
+def measure(side: str, config: Config, device_name: str, tokens: int, rows: int, product: float) -> dict[str, Record]:
+    """Of each of CASES the record of one side. ``product``: FLOP/s that count as all."""
+    device = torch.device(device_name)
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    torch.manual_seed(0)
+    model: Ours | Theirs
+    if side in THEIRS:
+        model = Theirs(config, device, dtype, liger="Liger" in side)
+    else:
+        model = Ours(config, side.split(",")[0], device, dtype, float8=side == FP8)
+    found = {}
+    for case in CASES:
+        given = [row.to(device) for row in make_rows(case, config, tokens, rows)]
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        taken = [_timed(model, given, on_gpu) for _ in range(WARM + TIMED if on_gpu else 2)]
+        if not all(math.isfinite(loss) for _, loss in taken):
+            raise ValueError(f"the losses of {case} are {[loss for _, loss in taken]}")
+        seconds = statistics.median([t for t, _ in taken][WARM if on_gpu else 1 :])
+        rates = speed(counted(config, given), seconds, 1, product / 1e12)
+        found[case] = {**rates, "memory": peak_memory(device), "losses": [loss for _, loss in taken]}
+    return found
+
+
+def _timed(model: Ours | Theirs, rows: list[PackedBatch], on_gpu: bool) -> tuple[float, float]:
+    """Seconds and loss of a step. Reading the loss waits for the rows, the synchronisation for the update."""
+    begun = time.perf_counter()
+    loss = model.step(rows)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun, loss
+
+
+def about_device(device: str) -> Record:
+    """Measured product rate, memory, and what transformers attends with."""
+    memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
+    attention = attention_of(torch.device(device))
+    return {"product": timing.ceilings(device)["product"], "memory": memory, "attention": attention}
+
+
+def run(seconds: float = math.inf, layers: int = 0, keep: Callable[[Record], None] = lambda result: None) -> Record:
+    """All sides, one after another, within ``seconds``. ``keep`` gets the result so far after each of them."""
+    device, deadline = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic() + min(seconds, 1e6)
+    config, tokens, rows = (Config(), TOKENS, ROWS) if device == "cuda" else (TINY, TINY_TOKENS, TINY_ROWS)
+    about, reason = apart(about_device, (device,), deadline - time.monotonic())
+    if about is None:
+        raise RuntimeError(f"the device's product rate: {reason}")
+    if device == "cuda":
+        patches = max(len(row.patches) for row in make_rows("images", config, tokens, rows))
+        layers = layers or layers_that_fit(config, about["memory"], tokens, patches)
+        config = dataclasses.replace(config, num_hidden_layers=layers)
+    result: Record = {"device": device, "layers": config.num_hidden_layers, "rows": rows, "tokens": tokens, **about}
+    result["sides"] = {side: {"reason": "out of time"} for side in SIDES}
+    for number, side in enumerate(SIDES):
+        left = deadline - time.monotonic()
+        reason = why_not(side, torch.device(device)) or (None if left > 0 else "out of time")
+        if reason is None:  # none may take all the time that is left, but the last
+            limit = min(left, 2 * left / (len(SIDES) - number))
+            found, reason = apart(measure, (side, config, device, tokens, rows, about["product"]), limit)
+        result["sides"][side] = {"reason": reason} if reason else found
+        keep(result)
+    return result
+
+
+def close(record: Record, definitions: Record | None) -> bool:
+    """Whether a side learned as the definitions did, on the same rows from the same weights."""
+    if definitions is None:
+        return False
+    pairs = zip(record["losses"], definitions["losses"], strict=True)
+    return all(abs(a - b) <= CLOSE * abs(b) for a, b in pairs)
+
+
+def goals(result: Record) -> list[Record]:
+    """Of each case what the faster of our kernels reached, and whether it is enough. Kernels count whose losses are
+    those of the definitions.
+    """
+    judged = []
+    for case in CASES:
+        found = {side: record[case] for side, record in result["sides"].items() if case in record}
+        right = {side: r for side, r in found.items() if close(r, found.get(DEFINITIONS))}
+        ours, peer, fp8 = (
+            max((r["tokens_per_second"] for side, r in among.items() if side in names), default=None)
+            for names, among in ((OURS, right), (THEIRS, found), ((FP8,), right))
+        )
+        mfu = max((r["mfu"] for side, r in right.items() if side in OURS), default=None)
+        for name, value, goal in (
+            ("MFU", mfu, MFU_GOALS[case]),
+            ("over transformers", ours and peer and ours / peer, RATIO_GOAL),
+            ("fp8 over bfloat16", ours and fp8 and fp8 / ours, FP8_GOAL),
+        ):
+            known = result["device"] == "cuda" and value is not None
+            verdict = ("met" if value >= goal else "missed") if known else "not measured"
+            judged.append({"case": case, "name": name, "goal": goal, "value": value, "verdict": verdict})
+    return judged
+
+
+def table(result: Record) -> str:
+    lines = ["On a CPU, tiny: what counts is that everything runs."] if result["device"] == "cpu" else []
+    lines.append(
+        f"{result['layers']} decoder layers, {result['rows']} rows of {result['tokens']} tokens a step; "
+        f"product rate {result['product'] / 1e12:.3g} TFLOP/s; transformers attends with {result['attention']}"
+    )
+    for side, record in result["sides"].items():
+        if "reason" in record:
+            lines.append(f"  {side:22} {record['reason']}")
+        for case in (case for case in CASES if case in record):
+            r = record[case]
+            lines.append(
+                f"  {side:22} {case:7} {r['tokens_per_second']:9,.0f} tokens/s {r['mfu']:7.1%} MFU "
+                f"{r['memory'] / 2**30:6.1f} GiB  loss {r['losses'][0]:.3f} to {r['losses'][-1]:.3f}"
+            )
+    for goal in goals(result):
+        value = "-" if goal["value"] is None else f"{goal['value']:.2f}"
+        lines.append(f"goal, {goal['case']}: {goal['name']} {goal['goal']:g}, is {value}: {goal['verdict']}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description="A training step, timed.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="end within N seconds")
+    parser.add_argument("--layers", type=int, default=0, metavar="N", help="of the decoder; default: as many as fit")
+    args = parser.parse_args()
+
+    def keep(result: Record) -> None:
+        if args.json:
+            write(args.json, {"train_step": {**result, "goals": goals(result)}})
+
+    print(table(run(args.seconds, args.layers, keep)))
+
+
+if __name__ == "__main__":
+    main()
