@@ -248,6 +248,7 @@ def quantize_rows(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return q.data.view(x.shape), q.scales.view(x.shape[:-1])
 
 
+@torch.compiler.disable  # PyTorch 2.13 cannot trace the autograd function below in a graph for any length
 def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (T, K) · weightᵀ (N, K) -> (T, N) with both rounded to fp8 by ``quantize_rows``; no bias.
 
