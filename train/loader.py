@@ -46,13 +46,18 @@ def prefetch(
 
     def wanted() -> Iterator[Any]:
         for step in source:
-            rows = share(step.costs, world // context.size)[rank // context.size]
-            begun.append((step, len(rows)))
+            shares = share(step.costs, world // context.size)
+            rows, most = shares[rank // context.size], max(map(len, shares))
+            begun.append((step, most))
             readers.append(None)
             yield None  # the step itself: a rank without a row has it too
             for number in rows:
                 readers.append(next(turns))
                 yield step.sequences[number] if readers[-1] == context.rank else None
+            # Equally many on every rank: all look equally many steps ahead, and a step is planned by all together.
+            for _ in range(most - len(rows)):
+                readers.append(None)
+                yield None
 
     answers = corpus.workers.in_order("load", wanted(), 2 * corpus.workers.count * context.size)
 
@@ -78,7 +83,7 @@ def prefetch(
             for _ in range(count):
                 ready = advance()
                 assert ready is not None
-                batch = corpus.loaded(*ready)
+                batch = None if ready[1] is None else corpus.loaded(*ready)
                 if batch is not None:
                     yield batch
 

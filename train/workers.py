@@ -87,7 +87,7 @@ class Workers:
             self._pool.shutdown(wait=False, cancel_futures=True)
             children = multiprocessing.active_children()  # nobody else here starts any
             for process in children:
-                process.terminate()
+                process.kill()
             for process in children:
                 process.join(5)
             self._pool = None
@@ -98,7 +98,9 @@ _reader: Reader | None = None
 
 def _begin(files: dict[str, bytes], config: Config, stage: Stage, cache: Path | None, timeout: float) -> None:
     global _reader
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to answer
+    # Ctrl-C, and SIGTERM to a whole group or job (SLURM), are the training process's to answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _reader = Reader(Processor(files, config), stage, cache, timeout)
