@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,8 @@ Run = Callable[..., Any]
 # this project's and flash-attn's.
 PRODUCTS, ATTENTION = ("mm", "quantized_linear"), ("attention", "varlen_forward")
 # Bytes from which a tensor is worth the way to the CPU and back.
-MOVED = 1 << 20
+MOVED = 8 << 20
+UNDER_WAY = 4  # copies
 
 
 def directly(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -59,21 +61,33 @@ def _to_cpu(tensor: Tensor) -> tuple[Tensor, torch.device, torch.cuda.Event | No
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     if not tensor.is_cuda:
         return copy.copy_(tensor), tensor.device, None
-    side = _side_stream(tensor.device)
-    side.wait_stream(torch.cuda.current_stream(tensor.device))
+    side, current = _side_stream(tensor.device), torch.cuda.current_stream(tensor.device)
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         copy.copy_(tensor, non_blocking=True)
-    tensor.record_stream(side)
-    return copy, tensor.device, side.record_event()
+    event = side.record_event()
+    # A tensor is held until the layers' stream has waited for its copy: the host, which runs ahead, would else have it
+    # free much later, and memory would grow as if nothing was moved.
+    _under_way.append((event, tensor))
+    _let_go(current, UNDER_WAY)
+    return copy, tensor.device, event
 
 
 def _back(packed: tuple[Tensor, torch.device, torch.cuda.Event | None]) -> Tensor:
     copy, device, event = packed
     if event is not None:
-        torch.cuda.current_stream(device).wait_event(event)
+        current = torch.cuda.current_stream(device)
+        _let_go(current, 0)
+        current.wait_event(event)
     return copy.to(device, non_blocking=True)
 
 
+def _let_go(stream: torch.cuda.Stream, left: int) -> None:
+    while len(_under_way) > left:
+        stream.wait_event(_under_way.popleft()[0])
+
+
+_under_way: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 

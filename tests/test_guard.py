@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from small import mixed_data, small_checkpoint, small_model, timeless
+from test_resume import stop_at
 from torch import Tensor
 
 import phi4rv
@@ -23,7 +24,6 @@ from train.guard import DEVIATIONS, LEAST, PATIENCE, Spikes, Streak, check_weigh
 from train.main import main
 from train.optimizer import Optimizer
 from train.recipe import stage
-from train.stream import Step
 from train.trainer import Ranks, take_step, trainable
 
 
@@ -137,11 +137,9 @@ def test_a_skipped_step_is_counted_and_logged(
     assert all(where.startswith(f"{tmp_path / 'data.jsonl'}:") for where in steps[2]["records"])
 
     # Taken up again at a save that lies between two skipped steps: Adam's own count of steps goes on as well.
-    monkeypatch.setattr("train.main.train", lambda *a: stop_after(a, 4))
-    with pytest.raises(RuntimeError, match="power cut"):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        stop_at(patch, 4)
         main([*line, "--max-steps", "6", "--output", str(halves)])
-    monkeypatch.undo()
-    poison(monkeypatch, lambda step: step in (3, 4))
     assert main([*line, "--max-steps", "6", "--output", str(halves), "--resume"]) == 0
     assert timeless(halves / "metrics.jsonl") == steps
     ours, theirs = (dict(phi4rv.load(o / "model", device="cpu")[0].named_parameters()) for o in (halves, whole))
@@ -151,19 +149,6 @@ def test_a_skipped_step_is_counted_and_logged(
 def exported(step: Path) -> phi4rv.Phi4RV:
     export(step, step.parent / f"{step.name}-exported")
     return phi4rv.load(step.parent / f"{step.name}-exported", device="cpu")[0]
-
-
-def stop_after(arguments: tuple[Any, ...], step: int) -> bool:
-    from train.trainer import train
-
-    *rest, on_step, peak, shard, stop = arguments
-
-    def dying(metrics: dict[str, Any], taken: Step) -> None:
-        on_step(metrics, taken)
-        if metrics["step"] == step:
-            raise RuntimeError("power cut")
-
-    return train(*rest, dying, peak, shard, stop)
 
 
 def test_ten_in_a_row_end_the_run(

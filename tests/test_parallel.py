@@ -59,6 +59,14 @@ def test_recomputing_gathers_again(inputs: list[Any], single: Path, tmp_path: Pa
     assert_close(output, single)
 
 
+def test_unequal_shares_with_loader_processes(inputs: list[Any], tmp_path: Path) -> None:
+    """A rank with fewer rows must not plan further ahead than one that is still busy: planning is done together."""
+    log, output = tmp_path / "log", tmp_path / "out"
+    argv = [*inputs, "--output", output, "--shard", "full", "--workers", 4, "--sequence-multiple", 3]
+    argv += ["--global-batch", 3, "--max-steps", 24, "--save-every", 100]
+    assert finish(start(2, log, [str(a) for a in argv]), 90) == [0, 0], told(log)
+
+
 def test_bfloat16(inputs: list[Any], tmp_path: Path) -> None:
     """float32 masters, bfloat16 weights in products; one process has the masters beside the weights."""
     for world, shard in ((1, "none"), (2, "full")):

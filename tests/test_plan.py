@@ -176,6 +176,7 @@ def test_the_reports_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["share_useful"] < report["share_6pd"]
     assert 4.0 <= report["days_planned"] < 4.2
     assert made["first_fit"] == "--shard optimizer --checkpointing none", "the report's ZeRO 1"
+    assert made["equal_shares"] == "--sequence-multiple 240"
     with_share = read(capsys, "--gpus", 240, "--gpu", "b200", "--efficiency", report["share_useful"])
     assert with_share["chosen"]["days"] == pytest.approx(4 * 188.5 / 201.9, rel=0.05)
 

@@ -290,9 +290,7 @@ def test_other_data_is_named(
         ("__0_0.distcp", "remove", "cannot be read (No such file or directory)"),
         ("__0_0.distcp", "empty", "cannot be read"),
         (".metadata", "truncate", "cannot be read"),
-        (".metadata", "remove", "missing; the save is not whole"),
         ("state.json", "truncate", "broken JSON"),
-        ("state.json", "remove", "missing"),
         ("config.json", "remove", "missing"),
     ],
 )
@@ -318,11 +316,28 @@ def test_a_damaged_save_is_named(
     assert words in line
 
 
+def test_a_save_that_lost_a_file_is_left_out(
+    inputs: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And made anew, from the one before it."""
+    output = tmp_path / "out"
+    assert subprocess.run(["cp", "-r", whole, output]).returncode == 0
+    (output / "step-6" / ".metadata").unlink()
+    assert main([*inputs, "--output", str(output), "--resume"]) == 0
+    assert f"{output / 'step-6'}: not a whole save, left out" in capsys.readouterr().out
+    assert_same_run(output, whole)
+
+
 def test_only_whole_saves_count(tmp_path: Path) -> None:
-    for name in ("step-2", "step-10", ".step-12.partial-1", "step-x", "step-", ".step-11.old-4"):
+    for name in ("step-2", "step-10", "step-11", "step-12", ".step-12.partial-1", "step-x", "step-", ".step-11.old-4"):
         (tmp_path / name).mkdir()
+        for file in ("state.json", ".metadata"):
+            (tmp_path / name / file).touch()
+    (tmp_path / "step-11" / ".metadata").unlink()
+    (tmp_path / "step-12" / "state.json").unlink()
     (tmp_path / "step-99").write_text("a file")
     assert saving.newest_step(tmp_path) == tmp_path / "step-10"
+    assert [p.name for p in saving.broken_steps(tmp_path)] == ["step-11", "step-12", "step-99"]
     assert saving.newest_step(tmp_path / "none") is None
 
 

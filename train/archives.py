@@ -6,7 +6,9 @@ import hashlib
 import os
 import tarfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -109,15 +111,16 @@ def _build(archive: Path) -> np.ndarray:
 
 
 def _save(path: Path, index: np.ndarray) -> None:
-    """Whole or not there; of several processes that build it at once, the last one's stays.
+    """Whole or not there; of several processes that build it at once, the first one's stays: others may have it mapped.
 
     A full disk is an OSError and ends the run: it is no fault of the record that asks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{uuid4().hex}")  # process numbers repeat from node to node
     try:
         with open(partial, "wb") as file:
             np.save(file, index)
-        partial.rename(path)
+        with suppress(FileExistsError):
+            os.link(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -89,7 +89,8 @@ class Corpus:
             return range(count)
         # Of the sum only 32 bits count.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch + source * 2_654_435_761)
-        return torch.randperm(count, generator=generator)  # type: ignore[return-value]
+        # As numpy's: iterating a tensor makes objects of all its elements at once.
+        return torch.randperm(count, generator=generator).numpy()  # type: ignore[return-value]
 
     def plans(self, lines: Iterator[Line]) -> Iterator[list[Planned | Skipped]]:
         """What ``Reader.plan`` makes of each line, in order; measured ahead, and shared out among workers and ranks."""

@@ -48,7 +48,8 @@ def collectives(sizes: Sizes, setting: Setting, times: int) -> dict[str, float]:
     ring = (setting.gpus - 1) / setting.gpus
     trained = setting.lora_rank * sizes.ends if setting.lora_rank else sizes.trained
     reductions = 1 if setting.shard in ("none", "optimizer") else times
-    gathered = sizes.all * 2 * times if setting.shard == "full" else trained
+    gathers = {"none": trained, "full": sizes.all * 2 * times}
+    gathered = gathers.get(setting.shard, sizes.all)  # frozen weights are shared out as well
     width = SUM if setting.shard == "none" else WEIGHT
     return {"reduce-scatter": ring * SUM * trained * reductions, "all-gather": ring * width * gathered}
 

@@ -124,6 +124,8 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
     say = print if ranks.first else (lambda *words: None)
     data, heldout = data_files(args, output, ranks)
     step = ranks.from_first(saving.newest_step(output) if args.resume else None)
+    for broken in saving.broken_steps(output) if args.resume else []:
+        say(f"{broken}: not a whole save, left out")
     dtype = DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     told = {
         "stage": args.stage,
@@ -182,7 +184,9 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
         return terminate.asked or saver.failure is not None
 
     try:
-        done = train(model, optimizer, corpus, source, total, ranks, on_step, peak, shard, stop, context)
+        done = train(
+            model, optimizer, corpus, source, total, ranks, on_step, peak=peak, shard=shard, stop=stop, context=context
+        )
         saver.wait()
         if not done:
             save()

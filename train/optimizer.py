@@ -134,11 +134,16 @@ class ShardedOptimizer(Optimizer):
         """Nothing: the sums are in the parameters' ``.grad``."""
 
     def _summed(self) -> float:
-        self.grads = {n: torch.zeros(()) if p.grad is None else local(p.grad) for n, p in self.params.items()}
+        self.grads = {
+            n: torch.zeros_like(local(p.detach())) if p.grad is None else local(p.grad) for n, p in self.params.items()
+        }
         mesh = next(iter(self.params.values())).device_mesh  # type: ignore[attr-defined]
-        parts = torch.stack([g.double().square().sum() for g in self.grads.values()])
-        total = parts.sum()
-        dist.all_reduce(total, group=mesh.get_group("shard"))  # replicas hold the same
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in self.grads.values()]
+        total = torch.stack(norms).square().sum()
+        dist.all_reduce(total, group=mesh.get_group("shard"))
+        if "replicate" in mesh.mesh_dim_names:
+            # Copies hold the same gradients; their sums, in another order, may differ in the last bit.
+            dist.all_reduce(total, dist.ReduceOp.MAX, group=mesh.get_group("replicate"))
         return math.sqrt(float(total))
 
     def _clear(self) -> None:

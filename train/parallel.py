@@ -62,7 +62,8 @@ def parallelize(model: Phi4RV, mesh: DeviceMesh, shard: str, dtype: torch.dtype)
     for block in blocks:
         wrap(block)
     wrap([last, model.vision.post_layernorm, model.vision.head])  # never read, so never gathered
-    wrap(model)  # patch embedding, last norm and output layer
+    # Patch embedding, last norm and output layer: needed again at once, as the backward pass begins with them.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     # What is called in place of ``forward`` has to gather as well.
     register_fsdp_forward_method(model.projector, "into")
     for method in ("loss_sum_by_mode", "loss_sum"):
@@ -92,6 +93,8 @@ def passes(
             model.set_reshard_after_backward(last)
         if shard == "optimizer":
             model.set_requires_gradient_sync(last)
+        if shard != "optimizer":
+            model.set_requires_all_reduce(last)  # between copies of the model once a step
         model.set_is_last_backward(last)
         yield with_image(batch if batch is not None else context.own(idle(context.size)).to(model.device))
     assert next(given, None) is None, "a rank has more rows than its share"

@@ -151,7 +151,12 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         parts = estimate.memory(config, stage, sizes, data, setting)
         time = duration.time(config, stage, sizes, data, setting, gpu, shares["efficiency"])
         total = sum(parts.values())
-        row = {"options": option_line(setting), "memory": parts, "total": total, "fits": total <= gpu.memory * GIGA}
+        row = {
+            "options": option_line(setting),
+            "memory": parts,
+            "total": total,
+            "fits": total <= gpu.memory * GIGA,
+        }
         rows.append(row | {"step_seconds": time.step, "days": time.days, "setting": asdict(setting)})
         looked_at.append(setting)
     fitting = [number for number, row in enumerate(rows) if row["fits"]]
@@ -169,6 +174,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         "sample": asdict(data),
         "shares": {name: {"value": value, "from": origin(name)} for name, value in shares.items()},
         "settings": rows,
+        "equal_shares": f"--sequence-multiple {args.gpus}" if stage.multiple() % args.gpus else None,
         "first_fit": option_line(chosen) if fitting else None,
         "chosen": details(config, stage, sizes, data, chosen, gpu, shares["efficiency"]),
         "report": report_run(shares),

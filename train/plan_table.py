@@ -47,6 +47,8 @@ def _memory(plan: dict[str, Any]) -> str:
     memory = plan["gpu_stated"]["memory"]
     first = plan["first_fit"]
     lines.append(f"the first that fits {memory:g} GB: {first}" if first else f"nothing here fits {memory:g} GB")
+    if plan["equal_shares"]:
+        lines.append(f"with {plan['equal_shares']}: as it is, many a step is no equal work for all")
     return "\n".join(lines)
 
 

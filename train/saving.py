@@ -70,7 +70,11 @@ class Saver:
         copies[random_name(self.ranks.rank)] = random_state()
         state = {"step": optimizer.steps, "skipped_steps": optimizer.skipped, "recipe": asdict(optimizer.stage), **run}
 
+        device = model.device
+
         def work() -> None:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # a thread begins on the first
             try:
                 self._write(path, copies, lambda folder: _describe(folder, model, processor, dtype, state))
             except (Exception, CheckpointException) as error:
@@ -148,8 +152,7 @@ def on_cpu(tensor: Tensor) -> Tensor:
     copy = local(tensor.detach()).to("cpu", copy=True)
     if not isinstance(tensor, DTensor):
         return copy
-    where = tensor.device_mesh, tensor.placements
-    return DTensor.from_local(copy, *where, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    return DTensor(copy, tensor._spec, requires_grad=False)  # from_local would move it back to the mesh's device
 
 
 def random_name(rank: int) -> str:
@@ -238,13 +241,18 @@ def whole(path: Path) -> bool:
 
 
 def steps(output: Path) -> list[Path]:
-    """The ``step-N`` folders, by N."""
-    found = [p for p in output.glob("step-*") if p.name.removeprefix("step-").isdigit() and p.is_dir()]
+    """The ``step-N`` folders that hold a whole save, by N."""
+    found = [p for p in output.glob("step-*") if p.name.removeprefix("step-").isdigit() and whole(p)]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
+def broken_steps(output: Path) -> list[Path]:
+    """``step-N`` folders that something else has taken a part of: a save is renamed to its place when it is whole."""
+    return [p for p in sorted(output.glob("step-*")) if p.name.removeprefix("step-").isdigit() and not whole(p)]
+
+
 def newest_step(output: Path) -> Path | None:
-    """The ``step-N`` folder of the largest N, if there is one."""
+    """The whole ``step-N`` folder of the largest N, if there is one."""
     return next(reversed(steps(output)), None)
 
 

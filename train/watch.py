@@ -147,7 +147,7 @@ def gone(pid: int) -> bool:
     """Whether a process of this machine has ended, though its parent may not have taken note yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second: gone between opening and reading
         return Path("/proc/self/stat").exists()  # else a system without /proc, which tells nothing
 
 

@@ -31,6 +31,7 @@ class Workers:
     def __init__(self, reader: Reader, count: int = 0):
         self.reader, self.count = reader, count
         self._pool: ProcessPoolExecutor | None = None
+        self._closed = False
 
     def in_order(self, method: str, items: Iterable[Any], ahead: int) -> Iterator[tuple[Any, Any]]:
         """Each item and what the Reader's ``method`` makes of it; reads ``ahead`` items further than it gives.
@@ -50,6 +51,8 @@ class Workers:
             yield self._answer(*asked.popleft())
 
     def _ask(self, method: str, item: Any) -> Future[Any]:
+        if self._closed:  # by the training thread, while a loader's asked
+            raise self._died()
         if self._pool is None:
             reader = self.reader
             # spawn: a fork would copy a process in which CUDA, gloo and OpenMP have threads.
@@ -83,6 +86,7 @@ class Workers:
 
     def close(self) -> None:
         """Ends the processes; what was asked and not answered is forgotten."""
+        self._closed = True
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             children = multiprocessing.active_children()  # nobody else here starts any
