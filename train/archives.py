@@ -6,13 +6,12 @@ import hashlib
 import os
 import tarfile
 from collections import OrderedDict
-from contextlib import suppress
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 
 from phi4rv.errors import UserError
+from train.cached import cached
 
 OPEN = 256  # archives whose index a process keeps mapped
 
@@ -67,15 +66,7 @@ class ImageFiles:
         if archive in self._indexes:
             self._indexes.move_to_end(archive)
             return self._indexes[archive]
-        if self.cache is None:
-            index = _build(archive)
-        else:
-            about = archive.stat()
-            name = f"{archive.name}-{_key(str(archive.resolve())):016x}-{about.st_size}-{about.st_mtime_ns}.npy"
-            path = self.cache / name
-            if not path.exists():
-                _save(path, _build(archive))
-            index = np.load(path, mmap_mode="r")
+        index = _build(archive) if self.cache is None else cached(archive, self.cache, lambda: _build(archive))
         self._indexes[archive] = index
         if len(self._indexes) > OPEN:
             self._indexes.popitem(last=False)
@@ -108,19 +99,3 @@ def _build(archive: Path) -> np.ndarray:
         raise UserError(f"{archive}: cannot be read: {error.strerror}") from None
     index = np.array([(key, *place) for key, place in rows.items()], np.uint64).reshape(-1, 3)
     return index[np.argsort(index[:, 0])]
-
-
-def _save(path: Path, index: np.ndarray) -> None:
-    """Whole or not there; of several processes that build it at once, the first one's stays: others may have it mapped.
-
-    A full disk is an OSError and ends the run: it is no fault of the record that asks.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{uuid4().hex}")  # process numbers repeat from node to node
-    try:
-        with open(partial, "wb") as file:
-            np.save(file, index)
-        with suppress(FileExistsError):
-            os.link(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

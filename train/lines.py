@@ -12,7 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from phi4rv.errors import UserError
+from train.cached import cached
+
+INDEXED = 64 << 20  # bytes of a file from which its index is kept
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,10 @@ class Lines(Sequence[Line]):
     """
 
     def __init__(self, files: Sequence[Path], cache: Path):
-        self.files = [_File(Path(file), readable(Path(file), cache)) for file in files]
+        self.files = [_File(Path(file), readable(Path(file), cache), cache) for file in files]
         ends = [0]
         for indexed in self.files:
-            ends.append(ends[-1] + len(indexed.starts))
+            ends.append(ends[-1] + len(indexed))
         self._first = ends
 
     def __len__(self) -> int:
@@ -66,28 +71,41 @@ class Lines(Sequence[Line]):
 
 
 class _File:
-    def __init__(self, file: Path, path: Path):
+    """One file's lines. Of a large one the index is in ``cache``: mapped, and the same for all processes of a node."""
+
+    def __init__(self, file: Path, path: Path, cache: Path):
         self.file, self.path = file, path
-        self.starts = array("Q")
-        self._blank = array("Q")  # for each blank line, how many others stand before it
-        self.size = 0
         try:
-            with open(path, "rb") as lines:
-                for line in lines:
-                    if line.isspace():
-                        self._blank.append(len(self.starts))
-                    else:
-                        self.starts.append(self.size)
-                    self.size += len(line)
+            self.size = path.stat().st_size
+            index = _index(path) if self.size < INDEXED else cached(path, cache, lambda: _index(path))
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}; give a JSON Lines file") from None
-        if not self.starts:
+        blank = int(index[0])
+        self._blank, self._starts = index[1 : 1 + blank], index[1 + blank :]
+        if not len(self):
             raise UserError(f"{file}: no records, it is empty; give at least one good JSON object on a line")
 
+    def __len__(self) -> int:
+        return len(self._starts)
+
     def line(self, index: int) -> Line:
-        start = self.starts[index]
-        end = self.starts[index + 1] if index + 1 < len(self.starts) else self.size
-        return Line(self.file, self.path, start, end - start, index + 1 + bisect_right(self._blank, index))
+        start = int(self._starts[index])
+        end = int(self._starts[index + 1]) if index + 1 < len(self) else self.size
+        number = index + 1 + int(np.searchsorted(self._blank, index, "right"))
+        return Line(self.file, self.path, start, end - start, number)
+
+
+def _index(path: Path) -> np.ndarray:
+    """uint64: the number of blank lines, for each of them how many others stand before it, where the others begin."""
+    starts, blank, at = array("Q"), array("Q"), 0
+    with open(path, "rb") as lines:
+        for line in lines:
+            if line.isspace():
+                blank.append(len(starts))
+            else:
+                starts.append(at)
+            at += len(line)
+    return np.concatenate([np.array([len(blank)], np.uint64), np.array(blank), np.array(starts)]).astype(np.uint64)
 
 
 def readable(file: Path, cache: Path) -> Path:

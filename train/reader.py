@@ -179,13 +179,19 @@ def time_limit(seconds: float, name: str) -> Iterator[None]:
         yield
         return
 
+    running = True
+
     def ring(signal_number: int, frame: FrameType | None) -> None:
-        raise _TooSlow
+        if running:
+            raise _TooSlow
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        try:
+            yield
+        finally:
+            running = False  # what rings before this line is caught below, what rings after it is nothing
     except _TooSlow:
         raise UserError(f"{name}: not read within {seconds:g} s; see to its disk, or raise --image-timeout") from None
     finally:
