@@ -242,7 +242,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(
 def test_ctrl_c(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("train.main.train", interrupt)
