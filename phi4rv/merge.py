@@ -23,6 +23,7 @@ def run(argv: Sequence[str] | None) -> None:
     model, processor = load(args.checkpoint, "cpu")
     merge_adapter(model, args.adapter)
     save(model, processor, args.output)
+    print(f"written: {args.output}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
