@@ -119,19 +119,9 @@ __device__ inline void load_bytes(void* to, const void* from, uint32_t bytes, ui
                : "memory");
 }
 
-// Out of shared memory. What threads wrote there must be fenced by each writer (fence_async) before a barrier that the
-// issuing thread passes; it may be overwritten after store_wait_read.
-__device__ inline void store_box(const CUtensorMap* map, const void* from, int c0, int c1) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-               "r"(shared_address(from)), "r"(c0), "r"(c1)
-               : "memory");
-}
-__device__ inline void store_box(const CUtensorMap* map, const void* from, int c0, int c1, int c2) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
-               "r"(shared_address(from)), "r"(c0), "r"(c1), "r"(c2)
-               : "memory");
-}
-// Adds adjacent int32 to memory; in whatever order, the sums are the same.
+// Adds adjacent int32 out of shared memory to memory; in whatever order, the sums are the same. What threads wrote in
+// shared memory must be fenced by each writer (fence_async) before a barrier that the issuing thread passes; it may be
+// overwritten after store_wait_read.
 __device__ inline void add_integers(int32_t* to, const int32_t* from, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32 [%0], [%1], %2;" ::"l"(to),
                "r"(shared_address(from)), "r"(bytes)
@@ -284,9 +274,7 @@ enum Major { K_MAJOR = 0, MN_MAJOR = 1 };
   PRODUCT_SHARED(64, S32, D32, "%32", "%33", "%34", "%35", "%36", TYPE, NAME)              \
   PRODUCT_SHARED(72, S36, D36, "%36", "%37", "%38", "%39", "%40", TYPE, NAME)              \
   PRODUCT_SHARED(80, S40, D40, "%40", "%41", "%42", "%43", "%44", TYPE, NAME)              \
-  PRODUCT_SHARED(96, S48, D48, "%48", "%49", "%50", "%51", "%52", TYPE, NAME)              \
   PRODUCT_SHARED(128, S64, D64, "%64", "%65", "%66", "%67", "%68", TYPE, NAME)             \
-  PRODUCT_SHARED(192, S96, D96, "%96", "%97", "%98", "%99", "%100", TYPE, NAME)            \
   PRODUCT_SHARED(256, S128, D128, "%128", "%129", "%130", "%131", "%132", TYPE, NAME)      \
   PRODUCT_REGISTERS(64, S32, D32, "%32,%33,%34,%35", "%36", "%37", "%38", TYPE, NAME)      \
   PRODUCT_REGISTERS(72, S36, D36, "%36,%37,%38,%39", "%40", "%41", "%42", TYPE, NAME)      \
@@ -295,9 +283,7 @@ enum Major { K_MAJOR = 0, MN_MAJOR = 1 };
 
 PRODUCTS(__nv_bfloat16, "bf16")
 PRODUCTS(__half, "f16")
-PRODUCT_FLOAT8(64, S32, D32, "%32", "%33", "%34")
 PRODUCT_FLOAT8(128, S64, D64, "%64", "%65", "%66")
-PRODUCT_FLOAT8(256, S128, D128, "%128", "%129", "%130")
 
 #undef PRODUCTS
 #undef SM90A

@@ -160,6 +160,7 @@ constexpr int decode_blocks(const DecodeAttention& a) {
 }
 
 cudaError_t decode_attention(const DecodeAttention& arguments, cudaStream_t stream);
+
 // out = f(a b^T + bias), f the exact GELU or nothing; of float8, a b^T is multiplied by the scales of both rows.
 // Pointers, strides and rows of a and b in multiples of 16 bytes, n a multiple of 8; m, n and k positive.
 struct Gemm {

@@ -151,12 +151,6 @@ __device__ inline void store_matrices(void* row, const uint32_t (&d)[4]) {
                "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
                : "memory");
 }
-__device__ inline void store_matrices_transposed(void* row, const uint32_t (&d)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(row))),
-               "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
-               : "memory");
-}
 
 // ---- memory
 
@@ -173,27 +167,11 @@ __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Weights pass once: not kept in L1.
-__device__ inline uint4 load_once(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
 // Past L1, which may hold what was there in an earlier kernel.
 __device__ inline int load_l2(const int* p) {
   int v;
   asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
-}
-__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
-// Two-way ordering between blocks through memory: what was written before a release is seen after an acquire.
-__device__ inline int add_acquire_release(int* p, int value) {
-  int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
-  return before;
 }
 
 // ---- programmatic dependent launch

@@ -189,6 +189,11 @@ def dequantize(q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return ((codes - zeros) * scales[..., None]).to(dtype).flatten(1)[:, : q.shape[1]]
 
 
+def float8_rounded(x: Tensor) -> Tensor:
+    """Each row to the nearest multiples of its scale, its largest magnitude / 448, that e4m3 has. No gradient."""
+    return dequantize(quantize(x, "fp8"), x.dtype)
+
+
 def _inverse(scales: Tensor) -> Tensor:
     """1 / scales in float32; 0 where that would be infinite or nearly so."""
     wide = scales.float()

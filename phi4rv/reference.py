@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phi4rv.quantized import Moment8, QuantizedWeight, dequantize, quantize, random_bits, round_stochastically
+from phi4rv.quantized import (
+    Moment8,
+    QuantizedWeight,
+    dequantize,
+    float8_rounded,
+    quantize,
+    random_bits,
+    round_stochastically,
+)
 
 NO_LABEL = -100
 
@@ -227,13 +235,8 @@ def project_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1:
 
 def quantized_projector(x: Tensor, w0: QuantizedWeight, b0: Tensor, w1: QuantizedWeight, b1: Tensor) -> Tensor:
     """``projector`` with weights in fp8, and the rows of x and of the activation rounded to fp8 as weights are."""
-    h = F.gelu(quantized_linear(_rounded(x), w0, b0))
-    return quantized_linear(_rounded(h), w1, b1)
-
-
-def _rounded(x: Tensor) -> Tensor:
-    """Each row to the nearest multiples of its scale, its largest magnitude / 448, that e4m3 has. No gradient."""
-    return dequantize(quantize(x, "fp8"), x.dtype)
+    h = F.gelu(quantized_linear(float8_rounded(x), w0, b0))
+    return quantized_linear(float8_rounded(h), w1, b1)
 
 
 def quantize_rows(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -4,15 +4,16 @@ import os
 import shutil
 from pathlib import Path
 
-import parity
 import pytest
 import torch
 
-import phi4rv
-
-if not torch.cuda.is_available():  # before the first kernel is defined: Triton reads it then
+if not torch.cuda.is_available():  # before anything imports Triton, whose own functions are defined by it
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("PHI4RV_EMULATE", "1")  # csrc/'s kernels, thread by thread
+
+import parity
+
+import phi4rv
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from phi4rv import reference
 from phi4rv.checkpoint import empty_model
 from phi4rv.errors import UserError
 from phi4rv.float8 import Float8Linear, use_float8
+from phi4rv.recompute import CHECKPOINTING
 from train.data import Corpus
 from train.loader import prefetch
 from train.main import main
@@ -108,11 +109,12 @@ def losses(inputs: list[Any], output: Path, *more: Any) -> list[float]:
 
 def test_recomputation_changes_no_bit(inputs: list[Any], tmp_path: Path) -> None:
     """And the model that is left is the published one, in other weights than plain products leave."""
-    options = {"plain": [], "fp8": ["--linear", "fp8"], "again": ["--linear", "fp8", "--checkpointing", "full"]}
     line = [*inputs, "--max-steps", 5, "--dtype", "bfloat16"]
-    plain, ours, again = (losses(line, tmp_path / name, *more) for name, more in options.items())
-    assert ours == again != plain
-    assert weights(tmp_path / "fp8" / "model").keys() == weights(tmp_path / "plain" / "model").keys()
+    plain, ours = (losses(line, tmp_path / kind, "--linear", kind) for kind in ("dtype", "fp8"))
+    assert ours != plain
+    for kind in CHECKPOINTING[1:]:
+        assert losses(line, tmp_path / kind, "--linear", "fp8", "--checkpointing", kind) == ours, kind
+    assert weights(tmp_path / "fp8" / "model").keys() == weights(tmp_path / "dtype" / "model").keys()
 
 
 def test_the_embedded_model_learns_as_in_bfloat16(tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_another_number_of_processes_goes_on(
     ("options", "world", "words"),
     [
         (["--shard", "full", "--replicas", 2], 3, "--replicas: 2 copies cannot share 3 process(es) evenly"),
+        (["--shard", "full", "--replicas", 2], 1, "--replicas: 2 copies cannot share 1 process(es) evenly"),
         (["--replicas", 2], 1, "nothing is sharded between them; give --shard too"),
         (["--keep", -1], 1, "--keep: -1 must be 0 or more"),
     ],

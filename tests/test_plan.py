@@ -153,6 +153,9 @@ def test_time_by_hand() -> None:
         useful,
         pytest.approx(useful * 4 / 3),
     )
+    layerwise = Setting(optimizer="layerwise")
+    assert duration.sample_operations(config, stage, data, layerwise) == (useful, 2 * useful)
+    assert duration.sample_operations(config, replace(stage, clipping="delayed"), data, layerwise) == (useful, useful)
     lora = duration.sample_operations(config, stage, data, Setting(lora_rank=8))[0]
     assert lora == useful - 2 * sizes.linear * 1000
 

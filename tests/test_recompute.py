@@ -154,6 +154,7 @@ def close(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str
 def test_compiled_layers(tmp_path: Path, kind: str) -> None:
     """Rows of several lengths, with and without images, by the graphs of the first ones."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model, processor = small_model()
     rows = batches(processor, mixed_data(tmp_path, 9), [[0, 1, 2], [3], [4, 5, 6], [8], [0, 7]])
     plain = [gradients(model, row, kind) for row in rows]
@@ -170,6 +171,7 @@ def test_compiled_layers(tmp_path: Path, kind: str) -> None:
 def test_a_compiled_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By PyTorch's own compiler."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     line = ["--checkpoint", small_checkpoint(tmp_path), "--data", mixed_data(tmp_path, 5), "--device", "cpu"]
     line += ["--max-steps", 2, "--global-batch", 3, "--sequence-length", 256, "--lr", 1e-3, "--warmup", 1, "--stage", 1]
     losses = []

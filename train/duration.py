@@ -15,9 +15,10 @@ LINKS = 0.8  # share of the links' stated speed that collectives reach: an assum
 
 
 def sample_operations(config: Config, stage: Stage, data: Data, setting: Setting) -> tuple[int, int]:
-    """Of a mean sample: the useful ones (``train/cost.py``), and these with what is computed again: under ``full``
-    checkpointing the layers' forward pass. ``selective`` repeats no product; what ``offload``
-    moves is taken to move meanwhile.
+    """Of a mean sample: the useful ones (``train/cost.py``), and these with what is computed again.
+
+    ``full`` checkpointing repeats the layers' forward pass, ``selective`` no product; what ``offload`` moves is taken
+    to move meanwhile. ``layerwise`` with exact clipping takes both passes twice: for the norm, and for the updates.
 
     Under adapters the frozen weights' gradients are not asked for, and nothing before the decoder runs backward.
     """
@@ -29,7 +30,9 @@ def sample_operations(config: Config, stage: Stage, data: Data, setting: Setting
         parts = parts | halved | frozen
     useful = sum(parts.values(), Operations()).total
     layers = [part for name, part in parts.items() if name.startswith(("decoder", "vision")) and part.backward]
-    return useful, useful + (sum(p.forward for p in layers) if setting.checkpointing in ("full", "offload") else 0)
+    again = sum(p.forward for p in layers) if setting.checkpointing in ("full", "offload") else 0
+    twice = setting.optimizer == "layerwise" and stage.clipping == "exact"
+    return useful, (useful + again) * (2 if twice else 1)
 
 
 def micro_steps(stage: Stage, data: Data, setting: Setting) -> tuple[float, int]:

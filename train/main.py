@@ -117,8 +117,8 @@ def run(args: argparse.Namespace) -> None:
 def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     overrides = {name: getattr(args, name) for name in recipe.options()}
     stage = recipe.stage(args.stage, not args.data, overrides)
-    shard = args.shard if ranks.world > 1 else "none"
-    mesh = device_mesh(ranks, args.replicas, device) if shard != "none" else None
+    mesh = device_mesh(ranks, args.replicas, device) if args.shard != "none" else None
+    shard = args.shard if mesh else "none"
     context = join_context(args.context, ranks, args.replicas)
     output = Path(ranks.from_first(str(output_folder(args)) if ranks.first else None))
     say = print if ranks.first else (lambda *words: None)

@@ -22,13 +22,16 @@ from train.ranks import Ranks
 SHARDS = ("none", "optimizer", "gradients", "full")
 
 
-def device_mesh(ranks: Ranks, replicas: int, device: torch.device) -> DeviceMesh:
+def device_mesh(ranks: Ranks, replicas: int, device: torch.device) -> DeviceMesh | None:
     """(replicate, shard): ``replicas`` copies of the model, each sharded over world / replicas neighbouring ranks.
 
-    With a copy a node, gathers stay inside the node and only summed gradient shards cross between nodes.
+    None where one process is alone. With a copy a node, gathers stay inside the node and only summed gradient shards
+    cross between nodes.
     """
     if replicas < 1 or ranks.world % replicas:
         raise UserError(f"--replicas: {replicas} copies cannot share {ranks.world} process(es) evenly; give a divisor")
+    if ranks.world == 1:
+        return None
     if replicas == 1:
         return init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("shard",))
     shape = (replicas, ranks.world // replicas)

@@ -69,7 +69,6 @@ class Saver:
         copies = {name: on_cpu(t) for name, t in contents(model, optimizer).items()}
         copies[random_name(self.ranks.rank)] = random_state()
         state = {"step": optimizer.steps, "skipped_steps": optimizer.skipped, "recipe": asdict(optimizer.stage), **run}
-
         device = model.device
 
         def work() -> None:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phi4rv.quantized import QuantizedWeight, dequantize, quantize
+from phi4rv.quantized import QuantizedWeight, float8_rounded
 from triton_kernels.gelu import gelu_erf
 from triton_kernels.gemm import gemm
 from triton_kernels.launch import require, require_float, rows
@@ -267,8 +267,8 @@ def project_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1:
 
 def quantized_projector(x: Tensor, w0: QuantizedWeight, b0: Tensor, w1: QuantizedWeight, b1: Tensor) -> Tensor:
     """``projector`` with fp8 weights and rows rounded to fp8, of kernels that others use too: right, not fast."""
-    h = gelu_erf(quantized_linear(dequantize(quantize(x, "fp8"), x.dtype), w0, b0))
-    return quantized_linear(dequantize(quantize(h, "fp8"), x.dtype), w1, b1)
+    h = gelu_erf(quantized_linear(float8_rounded(x), w0, b0))
+    return quantized_linear(float8_rounded(h), w1, b1)
 
 
 def scatter_rows(row: Tensor, values: Tensor, index: Tensor) -> Tensor:

@@ -110,16 +110,6 @@ inline void load(void* to, const CUtensorMap* map, uint64_t* barrier, uint16_t b
     });
   }
 }
-inline void store(const CUtensorMap* map, const void* from, const int (&at)[4]) {
-  Block* block = self().block;
-  const std::array<int, 4> c{at[0], at[1], at[2], at[3]};
-  auto deed = some_time([m = map_at(map), block, base = shared_address(from), c] {
-    walk(m, *block, base, {c[0], c[1], c[2], c[3]}, [&](char* element, const char* place) {
-      if (element) std::memcpy(element, place, m.bytes);
-    });
-  });
-  self().stores.open.push_back(deed);
-}
 
 // ---- products
 
@@ -264,10 +254,6 @@ inline void load_bytes(void* to, const void* from, uint32_t bytes, uint64_t* bar
     b->bytes -= bytes;
     emulator::settle(*b);
   });
-}
-inline void store_box(const CUtensorMap* map, const void* from, int c0, int c1) { emulator::store(map, from, {c0, c1, 0, 0}); }
-inline void store_box(const CUtensorMap* map, const void* from, int c0, int c1, int c2) {
-  emulator::store(map, from, {c0, c1, c2, 0});
 }
 inline void add_integers(int32_t* to, const int32_t* from, uint32_t bytes) {
   if (bytes % 16 || uintptr_t(to) % 16 || shared_address(from) % 16) emulator::fail("a bulk sum off its 16 bytes");

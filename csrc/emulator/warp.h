@@ -107,10 +107,6 @@ inline void store_matrices(void* row, const uint32_t (&d)[4]) {
   uint32_t copy[4] = {d[0], d[1], d[2], d[3]};
   move_matrices(copy, row, false, true);
 }
-inline void store_matrices_transposed(void* row, const uint32_t (&d)[4]) {
-  uint32_t copy[4] = {d[0], d[1], d[2], d[3]};
-  move_matrices(copy, row, true, true);
-}
 
 inline void copy_async(void* to, const void* from, bool wanted = true) {
   if (emulator::shared_address(to) % 16 || (wanted && uintptr_t(from) % 16)) emulator::fail("a copy off its 16 bytes");
@@ -129,15 +125,7 @@ void copy_wait() {
   emulator::self().copies.wait(PENDING);
 }
 
-inline uint4 load_once(const void* p) {
-  uint4 v;
-  if (uintptr_t(p) % 16) emulator::fail("a load off its 16 bytes");
-  std::memcpy(&v, p, 16);
-  return v;
-}
 inline int load_l2(const int* p) { return *p; }
-inline void prefetch_l2(const void*) {}
-inline int add_acquire_release(int* p, int value) { return atomicAdd(p, value); }
 
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}

@@ -6,19 +6,16 @@ import os
 import subprocess
 import sys
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from csrc import build
 from phi4rv import cuda, reference
 from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, Place, close, parity
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 EDGES = [1, 15, 16, 17, 63, 64, 65]
 WIDE_EDGES = [127, 128, 129, 191, 192, 193]
 GPU = [place for place in CUDA_PLACES if place.marks]
