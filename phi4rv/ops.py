@@ -80,6 +80,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "cuda": Implementation("phi4rv.cuda", "paged_decode_attention", cuda.why_not),
         **_operation("paged_decode_attention", "decode_attention"),
     },
+    "paged_prefill_attention": {"torch": Implementation("phi4rv.reference", "paged_prefill_attention")},
     "rms_norm": _operation("rms_norm"),
     "layer_norm": _operation("layer_norm"),
     "rope": _operation("rope"),
@@ -123,6 +124,7 @@ class Operations:
     packed_attention: Callable[..., Any]
     decode_attention: Callable[..., Any]
     paged_decode_attention: Callable[..., Any]
+    paged_prefill_attention: Callable[..., Any]
     rms_norm: Callable[..., Any]
     layer_norm: Callable[..., Any]
     rope: Callable[..., Any]

@@ -129,6 +129,32 @@ def paged_decode_attention(
     return out
 
 
+def paged_prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Packed runs of new tokens against a paged cache that holds them already: a prompt's next chunk.
+
+    q (T, H, D): document b's new tokens are rows cu_seqlens[b] : cu_seqlens[b+1], the last of its lengths[b] rows, and
+    each sees itself and what precedes it. cu_seqlens (B+1,) int32; max_seqlen bounds the runs. The rest as in
+    ``paged_decode_attention``. A run may be empty. Returns (T, H, D).
+    """
+    outs = [q[:0]]
+    size = k_pages.shape[1]
+    for b, (qd, length) in enumerate(zip(q.split(cu_seqlens.diff().tolist()), lengths.tolist(), strict=True)):
+        pages = page_table[b, : math.ceil(length / size)].long()
+        k, v = (x[pages].flatten(0, 1)[:length] for x in (k_pages, v_pages))
+        outs.append(_attend_stored(qd, k, v, k_scale, v_scale))
+    return torch.cat(outs)
+
+
 def _attend_stored(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> Tensor:
     """One document's new tokens against its rows as the cache holds them; zeros if it has none."""
     if not len(k):
