@@ -11,10 +11,12 @@ from typing import Any
 
 import phi4rv
 from infer.draw import draw_answer
-from infer.engine import Generation, generate
-from infer.sampling import Sampling
-from phi4rv.answers import pixel_box
-from phi4rv.chat import IMAGE_MARK, MODES
+from infer.engine import Engine
+from infer.limits import engine_options, limits_of
+from infer.request import Event, Generation, Options, Sampling
+from infer.weights import load
+from phi4rv.answers import THINK_END, find_boxes, find_points, pixel_box
+from phi4rv.chat import IMAGE_MARK, MODES, THINK
 from phi4rv.command import Parser, exit_status, usable_device
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
@@ -32,16 +34,39 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt", action="append", required=True, metavar="TEXT", help="repeat it to ask several at once")
     add("--mode", default="auto", choices=MODES, help="think first, answer directly, or let the model decide")
     add("--max-new-tokens", type=int, default=4096, metavar="N")
+    add("--max-thinking-tokens", type=int, metavar="N", help="then the thought is ended and the answer begins")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0, help="0 keeps every token")
-    add("--seed", type=int, default=0)
+    add("--min-p", type=float, default=0.0, help="keeps tokens at least this share as probable as the best")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X")
+    add("--seed", type=int, default=0, help="prompt i draws with seed + i")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends the answer where it says this")
+    add("--json-schema", metavar="FILE", help="the answer is JSON that fits the schema in this file")
+    add("--regex", metavar="PATTERN", help="the answer matches this")
+    add("--logprobs", type=int, metavar="N", help="with --json: each token's log-probability and the N best")
+    add("--weights", metavar="FORMAT", help="int8, fp8, int4, …: quantise as they are loaded (see infer.quantize)")
+    engine_options(parser)
     add("--dtype", choices=DTYPES, help="the checkpoint's unless given")
     add("--device", help="cuda where there is one, else cpu")
     add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
     add("--json", action="store_true", help="one JSON object a prompt, a line each")
     add("--draw", metavar="PNG", help="write the picture with the answer's boxes on it")
     return parser.parse_args(argv)
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    schema = Path(args.json_schema).read_text(encoding="utf-8") if args.json_schema else None
+    return Options(
+        max_new_tokens=args.max_new_tokens,
+        sampling=Sampling(**{name: getattr(args, name) for name in names}),
+        stop=tuple(args.stop),
+        logprobs=args.logprobs,
+        max_thinking_tokens=args.max_thinking_tokens,
+        json_schema=schema,
+        regex=args.regex,
+    )
 
 
 def split_images(texts: Sequence[str], images: Sequence[Any]) -> list[list[Any]]:
@@ -66,79 +91,103 @@ def prompts_of(args: argparse.Namespace) -> list[phi4rv.Prompt]:
 
 def as_json(generation: Generation, processor: phi4rv.Processor) -> dict[str, Any]:
     """The object that ``--json`` prints. ``boxes`` are pixels of the prompt's first image."""
-    answer = generation.answer(processor)
+    boxes = find_boxes(generation.text)
     images = generation.prompt.images
     size = open_image(images[0]).size if images else None
-    new = len(generation.token_ids)
-    return {
-        "text": answer.text,
-        "thinking": answer.thinking,
+    decoding = generation.total_seconds - generation.first_token_seconds
+    made: dict[str, Any] = {
+        "text": generation.text,
+        "thinking": generation.thinking,
         "token_ids": generation.token_ids,
         "prompt_tokens": generation.prompt_tokens,
+        "cached_tokens": generation.cached_tokens,
         "image_tokens": generation.image_tokens,
         "finish_reason": generation.finish_reason,
-        "boxes": [pixel_box(box, *size) for box in answer.boxes] if size else [],
-        "normalized_boxes": answer.boxes,
+        "boxes": [pixel_box(box, *size) for box in boxes] if size else [],
+        "normalized_boxes": boxes,
         "timing": {
-            "prefill_seconds": generation.prefill_seconds,
-            "decode_seconds": generation.decode_seconds,
-            "tokens_per_second": new / generation.decode_seconds if generation.decode_seconds else None,
+            "queue_seconds": generation.queue_seconds,
+            "first_token_seconds": generation.first_token_seconds,
+            "total_seconds": generation.total_seconds,
+            "tokens_per_second": (len(generation.token_ids) - 1) / decoding if decoding > 0 else None,
         },
     }
+    if generation.logprobs:
+        made["logprobs"] = [
+            {"token": processor.decode([p.token_id]), "logprob": p.logprob, "top": dict(_spelled(p.top, processor))}
+            for p in generation.logprobs
+        ]
+    return made
 
 
-class Stream:
-    """Prints the text of one prompt as its tokens come; a character waits until all its bytes are there."""
-
-    def __init__(self, processor: phi4rv.Processor):
-        self.processor, self.ids, self.printed = processor, [], ""  # type: tuple[Any, list[int], str]
-
-    def __call__(self, number: int, token: int) -> None:
-        self.ids.append(token)
-        text = self.processor.decode(self.ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(self.printed) :], end="", flush=True)
-            self.printed = text
-
-    def end(self) -> None:
-        print(self.processor.decode(self.ids)[len(self.printed) :], flush=True)
+def _spelled(top: Sequence[tuple[int, float]], processor: phi4rv.Processor) -> list[tuple[str, float]]:
+    return [(processor.decode([token]), value) for token, value in top]
 
 
-def write_drawing(path: Path, generations: Sequence[Generation], processor: phi4rv.Processor) -> None:
+class Printer:
+    """Prints one answer as it comes, a thought between its tags in front."""
+
+    def __init__(self) -> None:
+        self.thinking = False
+
+    def __call__(self, event: Event) -> None:
+        if event.thinking:
+            self._print(event.thinking if self.thinking else f"{THINK}\n{event.thinking}")
+            self.thinking = True
+        if event.text:
+            self._print(f"\n{THINK_END}\n{event.text}" if self.thinking else event.text)
+            self.thinking = False
+        if event.generation:
+            self._print(f"\n{THINK_END}\n" if self.thinking else "\n")
+
+    @staticmethod
+    def _print(text: str) -> None:
+        print(text, end="", flush=True)
+
+
+def write_drawing(path: Path, generations: Sequence[Generation]) -> None:
     """The first picture of the first prompt that has one, with that prompt's boxes and points."""
     shown = next((g for g in generations if g.prompt.images), None)
     if shown is None:
         raise UserError("--draw: there is no picture to draw on; give one with --image")
-    answer = shown.answer(processor)
+    boxes, points = find_boxes(shown.text), find_points(shown.text)
     try:
-        draw_answer(open_image(shown.prompt.images[0]), answer.boxes, answer.points).save(path)
+        draw_answer(open_image(shown.prompt.images[0]), boxes, points).save(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--draw {path}: cannot be written ({error}); give a .png in a folder that exists") from None
-    if not answer.boxes and not answer.points:
+    if not boxes and not points:
         print("--draw: the answer names no box and no point; the picture is written as it is", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> None:
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    options, limits = options_of(args), limits_of(args)
     if args.draw and not args.image:
         raise UserError("--draw: there is no picture to draw on; give one with --image")
+    if args.adapter and args.weights:
+        raise UserError("--adapter: cannot be merged into --weights; merge it first with python -m phi4rv.merge")
     prompts = prompts_of(args)
     dtype = DTYPES[args.dtype] if args.dtype else None
     device = usable_device(args.device) if args.device else None
-    model, processor = phi4rv.load(args.checkpoint, device, dtype, args.kernels)
+    model, processor = load(args.checkpoint, device, dtype, args.kernels, args.weights)
     if args.adapter:
         merge_adapter(model, args.adapter)
-    stream = Stream(processor) if not args.json and len(prompts) == 1 else None
-    generations = generate(model, processor, prompts, args.max_new_tokens, sampling, stream)
-    if stream:
-        stream.end()
-    for generation in generations:
-        if args.json:
-            print(json.dumps(as_json(generation, processor), ensure_ascii=False))
-        elif not stream:
-            print(processor.decode(generation.token_ids))
+    engine = Engine((model, processor), limits=limits)
+    if len(prompts) == 1 and not args.json:
+        printer = Printer()
+        for event in engine.stream(prompts[0], options):
+            printer(event)
+            generation = event.generation
+        assert generation is not None
+        generations = [generation]
+    else:
+        generations = engine.generate(prompts, options, progress=len(prompts) > 1 and sys.stderr.isatty())
+        for generation in generations:
+            if args.json:
+                print(json.dumps(as_json(generation, processor), ensure_ascii=False))
+            else:
+                Printer()(Event(0, (), generation.thinking or "", generation.text, generation=generation))
     if args.draw:
-        write_drawing(Path(args.draw), generations, processor)
+        write_drawing(Path(args.draw), generations)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

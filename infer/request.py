@@ -78,6 +78,10 @@ class Options:
             except ValueError as error:
                 raise UserError(f"--json-schema: not JSON ({error})") from None
 
+    @property
+    def constrained(self) -> bool:
+        return self.json_schema is not None or self.regex is not None
+
 
 @dataclass(frozen=True)
 class TokenLogprob:

@@ -132,6 +132,25 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
     )
 
 
+def image_batch(patches: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> PackedBatch:
+    """Images alone, for the vision tower: patches (P_i, 768) and rows, columns of each. No tokens, no documents."""
+    sizes = torch.tensor(grids, dtype=torch.int32).view(-1, 2)
+    counts = sizes.prod(dim=1)
+    nothing = torch.empty(0, dtype=torch.int64)
+    return PackedBatch(
+        input_ids=nothing,
+        positions=nothing.to(torch.int32),
+        cu_seqlens=torch.zeros(1, dtype=torch.int32),
+        max_seqlen=0,
+        labels=None,
+        patches=torch.cat(list(patches)),
+        grids=sizes,
+        cu_patches=_offsets(counts),
+        max_patches=int(counts.max()),
+        image_positions=nothing,
+    )
+
+
 def _offsets(lengths: Tensor) -> Tensor:
     """(N+1,) int32 running sum of (N,) lengths, from 0."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

@@ -96,13 +96,16 @@ class Processor:
         """Encodes and packs ``prompts``, without labels. UserError for one over the context window: nothing is cut."""
         samples = [self.encode(prompt) for prompt in prompts]
         for number, sample in enumerate(samples, 1):
-            if len(sample) > self.config.context:
-                which = f"prompt {number}" if len(samples) > 1 else "the prompt"
-                raise UserError(
-                    f"{which} has {len(sample)} tokens ({len(sample.image_positions)} of them from images), "
-                    f"the model's window holds {self.config.context}; shorten the text or shrink the images"
-                )
+            self.check_window(sample, f"prompt {number}" if len(samples) > 1 else "the prompt")
         return pack(samples)
+
+    def check_window(self, sample: Sample, which: str) -> None:
+        """UserError, naming ``which`` prompt it is, for one over the context window."""
+        if len(sample) > self.config.context:
+            raise UserError(
+                f"{which} has {len(sample)} tokens ({len(sample.image_positions)} of them from images), "
+                f"the model's window holds {self.config.context}; shorten the text or shrink the images"
+            )
 
     def encode(self, prompt: Prompt) -> Sample:
         """The tokens of one prompt, up to where the answer begins, with its patches."""

@@ -9,15 +9,19 @@ import torch
 from PIL import Image
 
 import phi4rv
+from infer.engine import Engine
+from infer.limits import Limits
+from infer.request import Generation, Options, Sampling
 from phi4rv.checkpoint import empty_model
 from phi4rv.config import Config, VisionConfig
-from phi4rv.processor import Processor
+from phi4rv.processor import Processor, Prompt
 from train.metrics import read_metrics
 from train.tiny import initialise
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = Path(__file__).parent / "data" / "tiny-checkpoint"
 # What a clock or the machine decides, and so differs from run to run.
+GREEDY = Sampling()
 TIMES = ("seconds", "tokens_per_second", "images_per_second", "tflops", "mfu", "data_wait", "memory")
 
 
@@ -98,6 +102,22 @@ def timeless(path: Path) -> list[dict[str, Any]]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     model, _ = phi4rv.load(folder, device="cpu")
     return dict(model.named_parameters())
+
+
+def generate(
+    model: phi4rv.Phi4RV,
+    processor: Processor,
+    prompts: Sequence[Prompt],
+    count: int,
+    sampling: Sampling = GREEDY,
+    **limits: Any,
+) -> list[Generation]:
+    """Answers of a new engine, which then holds nothing any more."""
+    engine = Engine((model, processor), limits=Limits(**limits))
+    made = engine.generate(prompts, Options(max_new_tokens=count, sampling=sampling))
+    engine.check()
+    assert engine.counters.pages_used == 0
+    return made
 
 
 def saved_bytes(run: Callable[[], Any], model: phi4rv.Phi4RV) -> int:

@@ -6,8 +6,8 @@ import parity
 import pytest
 import torch
 from parity import BOUNDS, Case, answered, gradients, relative
+from small import generate
 
-from infer.engine import generate
 from phi4rv import Phi4RV, Processor, pack
 
 CASES = parity.cases()
@@ -108,7 +108,7 @@ def test_greedy_tokens_by_full_recomputation(tiny: Tiny) -> None:
 
 
 def test_greedy_tokens_of_the_engine(tiny: Tiny) -> None:
-    together = generate(*tiny, [case.prompt for case in CASES], max_new_tokens=12)
+    together = generate(*tiny, [case.prompt for case in CASES], 12)
     for case, generation in zip(CASES, together, strict=True):
         assert generation.token_ids == case.record["greedy"]
-        assert generate(*tiny, [case.prompt], max_new_tokens=12)[0].token_ids == case.record["greedy"]
+        assert generate(*tiny, [case.prompt], 12)[0].token_ids == case.record["greedy"]

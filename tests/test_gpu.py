@@ -8,10 +8,9 @@ from pathlib import Path
 import parity
 import pytest
 import torch
-from small import small_checkpoint
+from small import generate, small_checkpoint
 
 import phi4rv
-from infer.engine import generate
 from train import main
 from train.synthetic import write_dataset
 
@@ -45,7 +44,7 @@ def test_golden_features_logits_and_loss(on_gpu: tuple[phi4rv.Phi4RV, phi4rv.Pro
 
 def test_golden_tokens(on_gpu: tuple[phi4rv.Phi4RV, phi4rv.Processor]) -> None:
     model, processor = on_gpu
-    made = generate(model, processor, [case.prompt for case in CASES], max_new_tokens=12)
+    made = generate(model, processor, [case.prompt for case in CASES], 12)
     assert [generation.token_ids for generation in made] == [case.record["greedy"] for case in CASES]
 
 

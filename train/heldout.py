@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infer.engine import generate
+from infer.engine import Engine
+from infer.limits import Limits
+from infer.request import Options
 from phi4rv.answers import Answer, Box, parse_answer
 from phi4rv.chat import IMAGE_MARK, THINK
 from phi4rv.model import Phi4RV
@@ -17,8 +19,8 @@ from phi4rv.processor import Processor, Prompt
 from train.archives import ImageFiles
 from train.records import Record
 
-MAX_NEW_TOKENS = 64
-TOGETHER = 50  # prompts in one prefill
+OPTIONS = Options(max_new_tokens=64)
+TOGETHER = 50  # questions
 FILES = ImageFiles()
 Scores = dict[str, float | int | None]
 
@@ -56,12 +58,10 @@ def shuffled(questions: Sequence[Question]) -> list[Question]:
 
 
 def answers(model: Phi4RV, processor: Processor, questions: Sequence[Question]) -> list[Answer]:
-    """Greedy answers, TOGETHER at a time."""
-    out = []
-    for start in range(0, len(questions), TOGETHER):
-        prompts = [q.prompt for q in questions[start : start + TOGETHER]]
-        out += [g.answer(processor) for g in generate(model, processor, prompts, MAX_NEW_TOKENS)]
-    return out
+    """Greedy answers, TOGETHER at a time at most, in a cache of two windows: training may hold most of the memory."""
+    limits = Limits(max_running=TOGETHER, cache_tokens=2 * model.config.context)
+    made = Engine((model, processor), limits=limits).generate([q.prompt for q in questions], OPTIONS)
+    return [generation.answer(processor) for generation in made]
 
 
 def score(questions: Sequence[Question], given: Sequence[Answer]) -> Scores:

@@ -8,10 +8,9 @@ import parity
 import pytest
 import torch
 from PIL import Image
-from small import small_config, small_model
+from small import generate, small_config, small_model
 
 import phi4rv
-from infer.engine import generate
 from phi4rv.chat import Message
 from phi4rv.checkpoint import empty_model
 from phi4rv.ops import IMPLEMENTATIONS
@@ -57,7 +56,7 @@ def test_tokens(place: Place) -> None:
     model, twin, processor = twins(place)
     image = Image.effect_noise((40, 30), 90).convert("RGB")
     prompts = [phi4rv.Prompt("<image>\nWhat?", [image], "nothink"), phi4rv.Prompt("Hello", [], "nothink")]
-    made, found = ([g.token_ids for g in generate(m, processor, prompts, max_new_tokens=3)] for m in (model, twin))
+    made, found = ([g.token_ids for g in generate(m, processor, prompts, 3)] for m in (model, twin))
     assert found == made
 
 

@@ -1,0 +1,59 @@
+"""A prompt made ready for the engine: its tokens, and its pictures by their content."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from infer.pages import page_key
+from infer.pictures import Picture
+from infer.request import Options
+from phi4rv.processor import Processor, Prompt
+
+UNDER_IMAGE = -1  # the token id where a patch stands
+
+
+@dataclass(frozen=True)
+class Request:
+    """ids (T,) int64 of the prompt, UNDER_IMAGE under its pictures."""
+
+    prompt: Prompt
+    options: Options
+    ids: Tensor
+    pictures: Sequence[Picture]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(p.end - p.begin for p in self.pictures)
+
+    def page_key(self, before: bytes, known: Tensor, begin: int, end: int) -> bytes:
+        """The key of the page that holds tokens begin : end of ``known``, behind the page of key ``before``."""
+        content = known[begin:end].numpy().tobytes()
+        for picture in self.pictures:
+            if picture.touches(begin, end):
+                content += picture.digest + (begin - picture.begin).to_bytes(8, "little", signed=True)
+        return page_key(before, content)
+
+
+def prepare(
+    processor: Processor, prompt: Prompt, options: Options, known: Container[bytes], which: str = "the prompt"
+) -> Request:
+    """Tokenizes, and makes the patches of the pictures, but for those whose content is ``known``. UserError for a
+    picture that cannot be read, a prompt that does not fit its template or, called ``which``, is over the window.
+    """
+    pictures = [Picture.of(processor, source) for source in prompt.images]
+    sample = processor.tokens(prompt.messages(), [p.grid for p in pictures], prompt.mode)
+    processor.check_window(sample, which)
+    places = sample.image_positions.tolist()
+    for picture in pictures:
+        if picture.digest not in known:
+            picture.read()
+        picture.begin = places[0]
+        places = places[picture.end - picture.begin :]
+    return Request(prompt, options, sample.input_ids.index_fill(0, sample.image_positions, UNDER_IMAGE), pictures)
