@@ -94,6 +94,7 @@ class Engine:
             Constraint(self.processor, options, self.stops)  # says what is wrong with it
         return prepare(self.processor, prompt, options, self.images, which)
 
+    @torch.inference_mode()
     def submit(self, request: Request | Prompt, options: Options = GREEDY) -> int:
         """Queues a request and returns its number, which its events carry. ``options`` are for a prompt."""
         if isinstance(request, Prompt):
@@ -115,6 +116,7 @@ class Engine:
         self._gauge()
         return entry.number
 
+    @torch.inference_mode()
     def cancel(self, number: int) -> None:
         """Ends a request, unless it is over: its pages are free at once, its last event comes with the next step."""
         for entry in [*self.scheduler.waiting, *self.scheduler.running]:
