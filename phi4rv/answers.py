@@ -13,10 +13,10 @@ Point = tuple[float, float]
 THINK_END = "</think>"
 # The released tokenizer's spelling, the report's, and the misspelling in the report's own example.
 DIRECT_SPELLINGS = (DIRECT, "<nothink>", "<notthink>")
+ENDS = (END_OF_TURN, "<|endoftext|>")
 
 _NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _NON_FINITE = r"[+-]?(?:nan|inf(?:inity)?)"
-_ENDS = (END_OF_TURN, "<|endoftext|>")
 
 
 def _bracketed(item: str, repeats: str) -> re.Pattern[str]:
@@ -52,18 +52,30 @@ def parse_answer(text: str, mode: str = "auto") -> Answer:
     without its ``</think>`` (the token limit) leaves an empty final text.
     """
     check_mode(mode)
-    body = text.strip()
-    while body.endswith(_ENDS):
-        for end in _ENDS:
-            body = body.removesuffix(end).rstrip()
+    body = strip_ends(text).lstrip()
     thinking = None
     if body.startswith(THINK) or mode == "think":
         thinking, _, body = body.removeprefix(THINK).partition(THINK_END)
         thinking = thinking.strip()
-    body = body.strip()
-    while spelling := _direct_spelling(body):
-        body = body.removeprefix(spelling).lstrip()
+    body = strip_direct(body).rstrip()
     return Answer(thinking, body, find_boxes(body), find_points(body))
+
+
+def strip_ends(text: str) -> str:
+    """``text`` without the end tokens and the white space behind it."""
+    text = text.rstrip()
+    while text.endswith(ENDS):
+        for end in ENDS:
+            text = text.removesuffix(end).rstrip()
+    return text
+
+
+def strip_direct(text: str) -> str:
+    """``text`` without the direct-answer tokens, however spelled, and the white space in front of it."""
+    text = text.lstrip()
+    while spelling := _direct_spelling(text):
+        text = text.removeprefix(spelling).lstrip()
+    return text
 
 
 def canonical_answer(value: str, direct_token: str) -> str:
