@@ -65,7 +65,11 @@ class Engine:
 
         on_gpu = self.model.device.type == "cuda"
         self.overlap = on_gpu if limits.overlap is None else limits.overlap
-        graphs = Graphs(on_gpu if limits.graphs is None else limits.graphs)
+        # The definition of attention asks the host for lengths, which no graph can hold.
+        capturable = on_gpu and self.model.ops.chosen["paged_decode_attention"] != "torch"
+        if limits.graphs and not capturable:
+            raise UserError("graphs: need a GPU and --kernels triton or cuda for paged_decode_attention")
+        graphs = Graphs(capturable if limits.graphs is None else limits.graphs)
         size = limits.page_size
         held = torch.float8_e4m3fn if limits.cache_dtype == "fp8" else self.model.decoder.norm.weight.dtype
         pages = 1 + -(-cache_tokens(self.config, held, self.model.device, limits) // size)

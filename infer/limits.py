@@ -16,7 +16,7 @@ class Limits:
     """max_running: requests that decode at once. cache_tokens: tokens that the paged cache holds, at least the model's
     window; None: by memory. chunk_tokens: prompt tokens of a prefill pass while others decode. cache_dtype: None (the
     model's) or ``fp8``. speculate: tokens drafted by prompt lookup, 0: none. graphs, overlap: CUDA graphs, and reading
-    a step's tokens while the next one runs; None: where there is a GPU.
+    a step's tokens while the next one runs; None: where there is a GPU and its kernels allow it.
     """
 
     max_running: int = 64

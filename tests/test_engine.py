@@ -398,6 +398,7 @@ def test_times_are_in_order(small: Pair, prompts: list[Prompt]) -> None:
 @pytest.mark.parametrize(
     ("limits", "words"),
     [
+        ({"graphs": True}, "graphs: need a GPU"),
         ({"max_running": 0}, "--max-running: 0 must be 1 or more"),
         ({"cache_tokens": 100}, "--cache-tokens: 100 must be at least 320, the model's window"),
         ({"page_size": 20}, "--page-size: 20 must be 16, 32"),
