@@ -265,11 +265,12 @@ class Engine:
             return 0
         for entry in ready:
             self._set_mask(entry)
+        began = time.perf_counter()
         chosen, settled = self.steps.decode([entry.slot for entry in ready], width, plain)
         self.counters.decode_steps += 1
         self.counters.drafted_tokens += (width - 1) * len(ready)
         alone = all(entry.prefilled for entry in self.scheduler.running)
-        timed = (bucket, width > 1) if settled and alone else None
+        timed = (bucket, width > 1, began) if settled and alone else None
         self._launched(chosen, ready, width, timed)
         return 1
 
@@ -301,7 +302,9 @@ class Engine:
 
     # What a pass brought.
 
-    def _launched(self, chosen: Chosen, entries: list[Running], width: int, timed: tuple[int, bool] | None) -> None:
+    def _launched(
+        self, chosen: Chosen, entries: list[Running], width: int, timed: tuple[int, bool, float] | None
+    ) -> None:
         for entry in entries:
             entry.in_flight += width
             entry.steps += 1
@@ -329,7 +332,8 @@ class Engine:
             self._take(entry, tokens[row][:count], [] if probabilities is None else probabilities[row][:count])
         now = time.perf_counter()
         if pending.timed:
-            self._payoff.record(*pending.timed, brought, now - max(pending.began, self._last_read))
+            bucket, drafted, began = pending.timed
+            self._payoff.record(bucket, drafted, brought, now - max(began, self._last_read))
         self._last_read = now
 
     def _take(self, entry: Running, tokens: Sequence[int], probabilities: Sequence[TokenLogprob]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,14 +47,14 @@ class Chosen:
 class Pending:
     """A pass that was launched for ``entries``, and the copies of what it chose, under way to the host.
 
-    width: tokens of each entry at most. top: None, or how many log-probabilities beside the chosen token's. timed: what
-    the pass counts for in ``speculation.Payoff``, if it does.
+    width: tokens of each entry at most. top: None, or how many log-probabilities beside the chosen token's. timed: batch
+    size, whether it drafted, and when it began, if it counts for ``speculation.Payoff``.
     """
 
     def __init__(
-        self, chosen: Chosen, entries: list[Running], width: int, top: int | None, timed: tuple[int, bool] | None
+        self, chosen: Chosen, entries: list[Running], width: int, top: int | None, timed: tuple[int, bool, float] | None
     ):
-        self.entries, self.width, self.timed, self.began = entries, width, timed, time.perf_counter()
+        self.entries, self.width, self.timed = entries, width, timed
         count = len(entries)
         tokens = chosen.tokens[:count]
         results = [tokens, chosen.counted[:count]]
