@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Set
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +30,14 @@ class Constraint:
     is wrong or uses what llguidance cannot follow, and from any method where the grammar turns out to be too complex.
     """
 
-    def __init__(self, processor: Processor, options: Options, ends: frozenset[int]):
+    def __init__(self, processor: Processor, options: Options, ends: Set[int]):
         self._option = "--regex" if options.json_schema is None else "--json-schema"
         try:
             from llguidance import LLMatcher, regex_to_lark
         except ModuleNotFoundError:
             raise UserError(f"{self._option} needs llguidance: pip install 'phi4rv[constrained]'") from None
-        tokenizer, self._plain = _vocabulary(processor, ends)
         self._ends = sorted(ends)
+        tokenizer, self._plain = _vocabulary(processor, tuple(self._ends))
         if options.json_schema is None:
             # ASCII digits, for who asks for \d wants a number.
             grammar = LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(options.regex or '', 'd')}/")
@@ -98,12 +99,12 @@ def _reason(message: str) -> str:
 
 
 @lru_cache(maxsize=2)
-def _vocabulary(processor: Processor, ends: frozenset[int]) -> tuple[llguidance.LLTokenizer, Tensor]:
+def _vocabulary(processor: Processor, ends: tuple[int, ...]) -> tuple[llguidance.LLTokenizer, Tensor]:
     """The tokens as llguidance wants them (this takes a second), and which are plain text, (vocab_size,) bool."""
     from llguidance import LLTokenizer
 
     size = processor.config.vocab_size
-    tokenizer = LLTokenizer(processor.files[TOKENIZER].decode(), n_vocab=size, eos_token=sorted(ends))
+    tokenizer = LLTokenizer(processor.files[TOKENIZER].decode(), n_vocab=size, eos_token=list(ends))
     added = processor.tokenizer.get_added_tokens_decoder()
     named = processor.tokenizer.get_vocab(with_added_tokens=True).values()
     plain = torch.zeros(size, dtype=torch.bool)
