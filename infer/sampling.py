@@ -46,7 +46,7 @@ def pick(
     values, order = logits.nan_to_num(-infinity, infinity, -infinity).sort(descending=True, stable=True)
     # In float64, and from the largest down: neither a tiny temperature nor a long tail may round to nothing.
     best = values[:, :1].double()
-    below = torch.where(values == best, 0.0, (values.double() - best) / temperature)
+    below = ((values.double() - best) / temperature).masked_fill_(values == best, 0.0)
     kept = (top_k == 0) | (torch.arange(values.shape[1], device=values.device) < top_k)
     probabilities = below.masked_fill(~kept, -infinity).softmax(1)
     # The first has nothing before it and stays. top_p 1 keeps what is rounded away against it.

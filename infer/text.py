@@ -67,8 +67,10 @@ class TextStream:
 
     def _bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id) or ""
-        # An added token may have characters that stand for no byte.
-        return bytes(map(_BYTES.__getitem__, token)) if _BYTES.keys() >= set(token) else token.encode()
+        try:
+            return bytes(map(_BYTES.__getitem__, token))
+        except KeyError:  # an added token, with characters that stand for no byte
+            return token.encode()
 
     def _read(self, new: str, last: bool) -> Delta:
         if self._stage == "stopped":
@@ -154,5 +156,10 @@ def _may_become(text: str, patterns: Sequence[str]) -> bool:
 
 def _beginning(text: str, patterns: Sequence[str]) -> int:
     """Where the longest end of ``text`` begins that is a beginning of one of ``patterns``, and not all of it."""
-    ends = ((i, p) for p in patterns for i in range(max(0, len(text) - len(p) + 1), len(text)))
-    return min((i for i, p in ends if p.startswith(text[i:])), default=len(text))
+    start = len(text)
+    for pattern in patterns:
+        at = text.find(pattern[0], max(0, len(text) - len(pattern) + 1), start)
+        while at >= 0 and not pattern.startswith(text[at:]):
+            at = text.find(pattern[0], at + 1, start)
+        start = at if at >= 0 else start
+    return start

@@ -21,26 +21,8 @@ MODES = ("auto", "think", "nothink")
 PIECES = [
     *("<think>", "</think>", "<|dummy_84|>", "<nothink>", "<notthink>", "<|im_end|>", "<|endoftext|>", "<|im_start|>"),
     *("<", "</", "<th", "ink", ">", "<no", "<not", "think>", "<|", "<|im_", "im_end", "|>", "<|im_end", "<|end"),
-    *(
-        " ",
-        "\n",
-        "\n\n",
-        " \t",
-        "\u3000",
-        "\x1c",
-        "\x85",
-        "a",
-        "b",
-        "ab",
-        "abc",
-        "stop",
-        "st",
-        "op",
-        "é",
-        "😀",
-        "👩‍👩‍👧",
-        "\ufffd",
-    ),
+    *(" ", "\n", "\n\n", " \t", "\u3000", "\x1c", "\x85", "é", "😀", "👩\u200d👩\u200d👧", "\ufffd"),
+    *("a", "b", "ab", "abc", "stop", "st", "op"),
 ]
 
 
@@ -123,7 +105,7 @@ STOPS = st.lists(
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(TOKENS, st.sampled_from(MODES), STOPS, st.lists(st.integers(0, 60), max_size=8))
-@example(ids_of("xabcab"), "nothink", ("abca", "bc"), [])
+@example(ids_of("xabcab"), "nothink", ("abca", "bc"), [0])
 @example(ids_of("a<|im_end|>"), "nothink", ("d|>b",), [])
 def test_the_answer_ends_at_the_first_stop_string(
     ids: list[int], mode: str, stop: tuple[str, ...], cuts: list[int]
