@@ -94,23 +94,22 @@ class Engine:
         """Decodes the pictures and tokenizes, for ``submit``; from any thread. UserError for what cannot be asked."""
         if options.max_thinking_tokens is not None and self.think.end < 0:
             raise UserError(f"--max-thinking-tokens: the tokenizer has no {THINK_END}")
-        if options.constrained:
-            Constraint(self.processor, options, self.stops)  # says what is wrong with it
-        return prepare(self.processor, prompt, options, self.images, which)
+        constraint = Constraint(self.processor, options, self.stops) if options.constrained else None
+        return prepare(self.processor, prompt, options, self.images, constraint, which)
 
     @torch.inference_mode()
     def submit(self, request: Request | Prompt, options: Options = GREEDY) -> int:
         """Queues a request and returns its number, which its events carry. ``options`` are for a prompt."""
         if isinstance(request, Prompt):
             request = self.prepare(request, options)
-        asked, mode = request.options, request.prompt.mode
+        asked, mode, constraint = request.options, request.prompt.mode, request.constraint
         self._number += 1
         entry = Running(
             number=self._number,
             request=request,
             room=min(self.config.context - len(request.ids), asked.max_new_tokens),
             stream=TextStream(self.processor, mode, asked.stop),
-            guide=Guide(Constraint(self.processor, asked, self.stops), mode, self.think) if asked.constrained else None,
+            guide=Guide(constraint.copy(), mode, self.think) if constraint else None,
         )
         self.counters.prompt_tokens += request.prompt_tokens
         self.counters.image_tokens += request.image_tokens
@@ -212,8 +211,7 @@ class Engine:
         self._fetch_features(spans)
         chunks = [self._chunk(*span) for span in spans]
         ready = [entry for entry, _, end in spans if end == entry.target]
-        for entry in ready:
-            self._set_mask(entry)
+        self._set_masks(ready)
         chosen = self.steps.prefill(chunks, all(_plain(entry) for entry in ready))
         self.counters.prefill_passes += 1
         for entry, _, end in spans:
@@ -263,8 +261,7 @@ class Engine:
             self._grow(entry, width, ready)
         if not ready:
             return 0
-        for entry in ready:
-            self._set_mask(entry)
+        self._set_masks(ready)
         began = time.perf_counter()
         chosen, settled = self.steps.decode([entry.slot for entry in ready], width, plain)
         self.counters.decode_steps += 1
@@ -338,36 +335,44 @@ class Engine:
 
     def _take(self, entry: Running, tokens: Sequence[int], probabilities: Sequence[TokenLogprob]) -> None:
         """Adds new tokens to an answer, up to where it ends, and tells of them."""
-        new: list[int] = []
-        reason = None
-        for token in tokens:
+        if entry.first_token is None:
+            entry.first_token = time.perf_counter()
+        begin, deltas, reason = len(entry.answer), [], None
+        while reason is None and (count := len(entry.answer) - begin) < len(tokens):
+            token = tokens[count]
             if token in self.stops:
                 reason = "stop"
                 break
-            new.append(token)
-            if entry.guide and entry.guide.accept(entry.answer, token):  # a constrained step brings one token
+            complete = self._guided(entry, token)
+            entry.answer.append(token)
+            deltas.append(entry.stream.push([token]))  # one by one, so that the answer ends with what completes a stop
+            if complete or deltas[-1].stopped:
                 reason = "stop"
-                break
-            if len(entry.answer) + len(new) == entry.room:
+            elif len(entry.answer) == entry.room:
                 reason = "length"
-                break
-        if entry.first_token is None:
-            entry.first_token = time.perf_counter()
-        entry.answer += new
+        new = entry.answer[begin:]
         self.counters.generated_tokens += len(new)
-        options = entry.request.options
-        told = [replace(p, top=p.top[: options.logprobs]) for p in probabilities[: len(new)]]
-        told = told if options.logprobs is not None else []
+        wanted = entry.request.options.logprobs
+        told = [] if wanted is None else [replace(p, top=p.top[:wanted]) for p in probabilities[: len(new)]]
         entry.logprobs += told
-        delta = entry.stream.push(new)
-        if delta.stopped:
-            reason = "stop"
-        event = Event(entry.number, tuple(new), delta.thinking, delta.text, tuple(told))
+        thinking, text = "".join(d.thinking for d in deltas), "".join(d.text for d in deltas)
+        event = Event(entry.number, tuple(new), thinking, text, tuple(told))
+        reason = "error" if entry.error else reason
         if reason:
             self._finish(entry, reason, event)
         else:
             self.scheduler.publish(entry, entry.length - 1)
             self._events.append(event)
+
+    def _guided(self, entry: Running, token: int) -> bool:
+        """Tells a request's constraint of its next token. Whether nothing may follow."""
+        if entry.guide is None:
+            return False
+        try:
+            return entry.guide.accept(entry.answer, token)
+        except UserError as error:
+            entry.error = str(error)
+            return False
 
     def _finish(self, entry: Running, reason: str, event: Event | None = None) -> None:
         if entry.slot >= 0:
@@ -387,6 +392,7 @@ class Engine:
             thinking=entry.stream.thinking,
             text=entry.stream.text,
             finish_reason=reason,
+            error=entry.error,
             cached_tokens=entry.cached_tokens,
             queue_seconds=(entry.admitted or now) - entry.submitted,
             first_token_seconds=(entry.first_token or now) - entry.submitted,
@@ -397,10 +403,17 @@ class Engine:
         self._events.append(replace(event, thinking=thinking, text=text, generation=generation))
         self.counters.finished[reason] += 1
 
-    def _set_mask(self, entry: Running) -> None:
-        """Tells the device what a constrained request may say next."""
-        if entry.guide:
-            self.slots.allowed[entry.slot].copy_(entry.guide.allowed(entry.answer), non_blocking=True)
+    def _set_masks(self, entries: list[Running]) -> None:
+        """Tells the device what constrained requests may say next. One whose constraint fails ends with its step."""
+        for entry in entries:
+            if entry.guide is None:
+                continue
+            try:
+                allowed = entry.guide.allowed(entry.answer)
+            except UserError as error:
+                entry.error = str(error)
+                continue
+            self.slots.allowed[entry.slot].copy_(allowed, non_blocking=True)
 
     def _gauge(self) -> None:
         counters, scheduler = self.counters, self.scheduler

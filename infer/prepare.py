@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from infer.constraint import Constraint
 from infer.pages import page_key
 from infer.pictures import Picture
 from infer.request import Options
@@ -17,12 +18,13 @@ UNDER_IMAGE = -1  # the token id where a patch stands
 
 @dataclass(frozen=True)
 class Request:
-    """ids (T,) int64 of the prompt, UNDER_IMAGE under its pictures."""
+    """ids (T,) int64 of the prompt, UNDER_IMAGE under its pictures. It may be submitted several times."""
 
     prompt: Prompt
     options: Options
     ids: Tensor
     pictures: Sequence[Picture]
+    constraint: Constraint | None
 
     @property
     def prompt_tokens(self) -> int:
@@ -42,7 +44,12 @@ class Request:
 
 
 def prepare(
-    processor: Processor, prompt: Prompt, options: Options, known: Container[bytes], which: str = "the prompt"
+    processor: Processor,
+    prompt: Prompt,
+    options: Options,
+    known: Container[bytes],
+    constraint: Constraint | None = None,
+    which: str = "the prompt",
 ) -> Request:
     """Tokenizes, and makes the patches of the pictures, but for those whose content is ``known``. UserError for a
     picture that cannot be read, a prompt that does not fit its template or, called ``which``, is over the window.
@@ -56,4 +63,5 @@ def prepare(
             picture.read()
         picture.begin = places[0]
         places = places[picture.end - picture.begin :]
-    return Request(prompt, options, sample.input_ids.index_fill(0, sample.image_positions, UNDER_IMAGE), pictures)
+    ids = sample.input_ids.index_fill(0, sample.image_positions, UNDER_IMAGE)
+    return Request(prompt, options, ids, pictures, constraint)

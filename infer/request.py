@@ -97,9 +97,10 @@ class Generation:
     """What became of one prompt.
 
     finish_reason: ``stop`` (end of text, a stop string, or a constraint that is complete), ``length`` (a limit was
-    reached) or ``cancelled``. ``token_ids`` has no end-of-text token. ``thinking`` and ``text`` as in
-    ``answers.Answer``, but a stop string and what follows it are cut. cached_tokens: of the prompt, what the prefix
-    cache held. Seconds since the request was submitted: until its prefill began, until its first token, until its last.
+    reached), ``cancelled``, or ``error`` (its constraint became too complex; ``error`` says more). ``token_ids`` has no
+    end-of-text token. ``thinking`` and ``text`` as in ``answers.Answer``, but a stop string and what follows it are cut.
+    cached_tokens: of the prompt, what the prefix cache held. Seconds since the request was submitted: until its prefill
+    began, until its first token, until its last.
     """
 
     prompt: Prompt
@@ -110,6 +111,7 @@ class Generation:
     thinking: str | None = None
     text: str = ""
     finish_reason: str = "length"
+    error: str | None = None
     cached_tokens: int = 0
     queue_seconds: float = 0.0
     first_token_seconds: float = 0.0

@@ -46,6 +46,7 @@ class Running:
     cached_tokens: int = 0
     features: dict[bytes, Tensor] = field(default_factory=dict)
     finished: bool = False
+    error: str | None = None
     submitted: float = field(default_factory=time.perf_counter)
     admitted: float | None = None
     first_token: float | None = None

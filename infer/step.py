@@ -52,7 +52,12 @@ class Pending:
     """
 
     def __init__(
-        self, chosen: Chosen, entries: list[Running], width: int, top: int | None, timed: tuple[int, bool, float] | None
+        self,
+        chosen: Chosen,
+        entries: list[Running],
+        width: int,
+        top: int | None,
+        timed: tuple[int, bool, float] | None,
     ):
         self.entries, self.width, self.timed = entries, width, timed
         count = len(entries)
