@@ -371,7 +371,7 @@ class Engine:
         try:
             return entry.guide.accept(entry.answer, token)
         except UserError as error:
-            entry.error = str(error)
+            entry.error = entry.error or str(error)
             return False
 
     def _finish(self, entry: Running, reason: str, event: Event | None = None) -> None:

@@ -98,9 +98,9 @@ class Generation:
 
     finish_reason: ``stop`` (end of text, a stop string, or a constraint that is complete), ``length`` (a limit was
     reached), ``cancelled``, or ``error`` (its constraint became too complex; ``error`` says more). ``token_ids`` has no
-    end-of-text token. ``thinking`` and ``text`` as in ``answers.Answer``, but a stop string and what follows it are cut.
-    cached_tokens: of the prompt, what the prefix cache held. Seconds since the request was submitted: until its prefill
-    began, until its first token, until its last.
+    end-of-text token. ``thinking`` and ``text`` as in ``answers.Answer``, but a stop string and what follows it are
+    cut. cached_tokens: of the prompt, what the prefix cache held. Seconds since the request was submitted: until its
+    prefill began, until its first token, until its last.
     """
 
     prompt: Prompt

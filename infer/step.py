@@ -47,8 +47,8 @@ class Chosen:
 class Pending:
     """A pass that was launched for ``entries``, and the copies of what it chose, under way to the host.
 
-    width: tokens of each entry at most. top: None, or how many log-probabilities beside the chosen token's. timed: batch
-    size, whether it drafted, and when it began, if it counts for ``speculation.Payoff``.
+    width: tokens of each entry at most. top: None, or how many log-probabilities beside the chosen token's. timed:
+    batch size, whether it drafted, and when it began, if it counts for ``speculation.Payoff``.
     """
 
     def __init__(
