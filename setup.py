@@ -37,7 +37,12 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=["triton_kernels", "phi4rv", "train", "train.synthetic", "infer"],
-    package_data={"train": ["*.jinja"], "triton_kernels": ["tuned.json"], "phi4rv": [f"lib/{build.LIBRARY.name}"]},
+    package_data={
+        "train": ["*.jinja"],
+        "infer": ["page.html"],
+        "triton_kernels": ["tuned.json"],
+        "phi4rv": [f"lib/{build.LIBRARY.name}"],
+    },
     cmdclass={"build_py": BuildWithKernels, "bdist_wheel": Wheel},
     install_requires=[
         "torch>=2.11,<2.14",

@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line: it names the file, line or argument, and says what would be right. Command-line
     programs print it after ``error:`` and exit with 2; nothing else of the traceback is shown.
     """
+
+
+class WindowError(UserError):
+    """A prompt has more tokens than the model's window holds."""

@@ -16,7 +16,7 @@ from phi4rv.answers import DIRECT_SPELLINGS
 from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
 from phi4rv.chat import IMAGE_MARK, THINK, ChatTemplate, Message, match_images
 from phi4rv.config import Config, read_json
-from phi4rv.errors import UserError
+from phi4rv.errors import UserError, WindowError
 from phi4rv.images import PATCH_INPUTS, image_to_patches, open_image, target_grid
 
 TEMPLATE = "chat_template.jinja"
@@ -100,9 +100,9 @@ class Processor:
         return pack(samples)
 
     def check_window(self, sample: Sample, which: str) -> None:
-        """UserError, naming ``which`` prompt it is, for one over the context window."""
+        """WindowError, naming ``which`` prompt it is, for one over the context window."""
         if len(sample) > self.config.context:
-            raise UserError(
+            raise WindowError(
                 f"{which} has {len(sample)} tokens ({len(sample.image_positions)} of them from images), "
                 f"the model's window holds {self.config.context}; shorten the text or shrink the images"
             )

@@ -1,0 +1,329 @@
+"""OpenAI's chat request, read: JSON -> messages, pictures and Options. Whatever would change the answer and is not
+served is an error that names the field."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from infer.errors import ApiError, of_user_error
+from infer.request import LARGEST_SEED, Options, Sampling
+from phi4rv.answers import parse_answer
+from phi4rv.chat import IMAGE_MARK, Message
+from phi4rv.errors import UserError
+from phi4rv.processor import Processor
+
+MOST_CHOICES = 8
+MOST_MESSAGES = 512
+MOST_PICTURES = 16
+MOST_STOPS, LONGEST_STOP = 16, 256
+LONGEST_CONSTRAINT = 64 * 1024
+LARGEST_INTEGER = 2**31 - 1
+WORD_JOINER = "\u2060"
+
+ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+MODES = {"none": "nothink", "minimal": "nothink", "low": "think", "medium": "think", "high": "think", "xhigh": "think"}
+# Change nothing about the answer.
+HARMLESS = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention", "prediction", "parallel_tool_calls"),
+)
+# Nothing is asked for by these values of what is not served.
+NEUTRAL = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "verbosity": ("medium",),
+    "audio": (),
+    "web_search_options": (),
+}
+_MISSING: Any = object()
+_NAMES = {
+    str: "a string",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat request. ``pictures``: a data URL, URL or file id for each image mark of the messages, in order."""
+
+    messages: list[Message]
+    pictures: list[str]
+    mode: str
+    options: list[Options]  # one for each choice
+    stream: bool
+    include_usage: bool
+
+
+@dataclass
+class Fields:
+    """The fields of a JSON object, taken one by one; null counts as absent. ``place`` is what errors call it."""
+
+    values: dict[str, Any]
+    place: str = ""
+    taken: set[str] = field(default_factory=set)
+
+    @staticmethod
+    def of(value: Any, place: str) -> Fields:
+        if not isinstance(value, dict):
+            raise ApiError(400, f"{place}: must be an object", place)
+        return Fields(value, place)
+
+    def name(self, key: str) -> str:
+        return f"{self.place}.{key}" if self.place else key
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value, of this kind: an integer is a number too, true and false are neither. ApiError 400 otherwise."""
+        self.taken.add(key)
+        value = self.values.get(key)
+        if value is None:
+            if default is _MISSING:
+                raise ApiError(400, f"{self.name(key)}: missing; give {_NAMES[kind]}", self.name(key))
+            return default
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            raise ApiError(400, f"{self.name(key)}: must be {_NAMES[kind]}", self.name(key))
+        if kind in (int, float) and isinstance(value, int) and abs(value) > LARGEST_INTEGER and key != "seed":
+            raise ApiError(400, f"{self.name(key)}: {str(value)[:20]} is out of range", self.name(key))
+        if kind is str:
+            check_text(value, self.name(key))
+        return value
+
+    def need(self, key: str, kind: type) -> Any:
+        return self.get(key, kind, _MISSING)
+
+    def skip(self, keys: Iterable[str]) -> None:
+        self.taken.update(keys)
+
+    def end(self) -> None:
+        """ApiError 400 for a field that nobody has taken and that is not null."""
+        for key in self.values.keys() - self.taken:
+            if self.values[key] is not None:
+                shown = self.name(key[:100])
+                raise ApiError(400, f"{shown}: not supported; leave it out", shown, "unsupported_parameter")
+
+
+def check_text(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, f"{place}: holds half of a surrogate pair, which is no character", place) from None
+
+
+class ChatReader:
+    """Reads chat requests for one model. ``most_tokens``: the largest max_tokens, and what counts without one."""
+
+    def __init__(self, processor: Processor, model: str, most_tokens: int):
+        self.model, self.most_tokens = model, most_tokens
+        added = processor.tokenizer.get_added_tokens_decoder().values()
+        special = {t.content for t in added if t.special or (t.content[0], t.content[-1]) == ("<", ">")} | {IMAGE_MARK}
+        self._special = re.compile(f"(?=(?:{'|'.join(map(re.escape, sorted(special)))}))(.)", re.DOTALL)
+
+    def plain(self, text: str) -> str:
+        """``text`` in which nothing is a special token or an image mark: behind the first character of each goes an
+        invisible word joiner, so that it reads the same and is tokenized as ordinary text."""
+        return self._special.sub(rf"\1{WORD_JOINER}", text)
+
+    def read(self, body: Any) -> Chat:
+        """The request of a body. ApiError 400 naming the field that is wrong, 404 for another model's name."""
+        fields = Fields.of(body, "the body") if not isinstance(body, dict) else Fields(body)
+        model = fields.get("model", str, self.model)
+        if model != self.model:
+            raise ApiError(
+                404, f"model: there is no {model[:100]!r} here, only {self.model!r}", "model", "model_not_found"
+            )
+        messages, pictures = self._messages(fields.need("messages", list))
+        stream = fields.get("stream", bool, False)
+        extra = fields.get("stream_options", dict, {})
+        if extra and not stream:
+            raise ApiError(400, "stream_options: only with stream true", "stream_options")
+        of_stream = Fields(extra, "stream_options")
+        include_usage = of_stream.get("include_usage", bool, False)
+        of_stream.skip(["include_obfuscation"])
+        of_stream.end()
+        mode = _mode(fields)
+        try:
+            options = self._options(fields)
+        except UserError as error:
+            raise of_user_error(error) from None
+        choices = fields.get("n", int, 1)
+        if not 1 <= choices <= MOST_CHOICES:
+            raise ApiError(400, f"n: {choices} must be 1 to {MOST_CHOICES}", "n")
+        _nothing_else(fields)
+        return Chat(messages, pictures, mode, [_seeded(options, i) for i in range(choices)], stream, include_usage)
+
+    def _messages(self, given: list) -> tuple[list[Message], list[str]]:
+        if not 1 <= len(given) <= MOST_MESSAGES:
+            raise ApiError(400, f"messages: {len(given)} given; 1 to {MOST_MESSAGES} are accepted", "messages")
+        messages: list[Message] = []
+        pictures: list[str] = []
+        for number, one in enumerate(given):
+            fields = Fields.of(one, f"messages[{number}]")
+            role = fields.need("role", str)
+            if role not in ROLES:
+                known = ", ".join(ROLES)
+                raise ApiError(400, f"{fields.name('role')}: {role[:40]!r} is not one of {known}", fields.name("role"))
+            text, shown = self._content(fields, ROLES[role])
+            fields.skip(["name", "refusal", "annotations", "reasoning_content", "reasoning"])
+            if fields.values.get("tool_calls") == []:
+                fields.skip(["tool_calls"])
+            fields.end()
+            messages.append(Message(ROLES[role], text))
+            pictures += shown
+        if len(pictures) > MOST_PICTURES:
+            raise ApiError(400, f"messages: {len(pictures)} images; at most {MOST_PICTURES} are accepted", "messages")
+        return messages, pictures
+
+    def _content(self, fields: Fields, role: str) -> tuple[str, list[str]]:
+        """The text of a message, with an image mark for each of its pictures, and those."""
+        content = fields.values.get("content")
+        if not isinstance(content, list):
+            text = fields.need("content", str)
+            # An earlier answer is repeated without its thought, as clients do that keep reasoning_content apart.
+            return self.plain(parse_answer(text).text if role == "assistant" else text), []
+        fields.skip(["content"])
+        lines: list[str] = []
+        pictures: list[str] = []
+        for number, one in enumerate(content):
+            part = Fields.of(one, f"{fields.name('content')}[{number}]")
+            kind = part.need("type", str)
+            if kind == "text":
+                text = part.need("text", str)
+                lines.append(self.plain(parse_answer(text).text if role == "assistant" else text))
+            elif kind in ("image_url", "file") and role == "user":
+                pictures.append(_picture(part, kind))
+                lines.append(IMAGE_MARK)
+            else:
+                raise ApiError(400, f"{part.name('type')}: {kind[:40]!r} is not served for {role}", part.name("type"))
+            part.end()
+        return "\n".join(lines), pictures  # as the model was taught: an image mark, a line's end, the question
+
+    def _options(self, fields: Fields) -> Options:
+        limits = [(key, fields.get(key, int)) for key in ("max_completion_tokens", "max_tokens")]
+        for key, value in limits:
+            if value is not None and not 1 <= value <= self.most_tokens:
+                raise ApiError(400, f"{key}: {value} must be 1 to {self.most_tokens}, the server's limit", key)
+        given = [value for _, value in limits if value is not None]
+        top = fields.get("top_logprobs", int)
+        logprobs = fields.get("logprobs", bool, False)
+        if top is not None and not logprobs:
+            raise ApiError(400, "top_logprobs: only with logprobs true", "top_logprobs")
+        names = (
+            ("temperature", float),
+            ("top_p", float),
+            ("min_p", float),
+            ("repetition_penalty", float),
+            ("top_k", int),
+        )
+        chosen = {key: value for key, kind in names if (value := fields.get(key, kind)) is not None}
+        if chosen.get("top_k") == -1:  # every token, as other servers have it
+            chosen["top_k"] = 0
+        seed = fields.get("seed", int)
+        return Options(
+            max_new_tokens=min(given, default=self.most_tokens),
+            sampling=Sampling(**chosen, seed=secrets.randbelow(LARGEST_SEED) if seed is None else seed % LARGEST_SEED),
+            stop=_stops(fields),
+            logprobs=(top or 0) if logprobs else None,
+            max_thinking_tokens=fields.get("max_thinking_tokens", int),
+            json_schema=_schema(fields),
+            regex=_short(fields.get("guided_regex", str), "guided_regex"),
+        )
+
+
+def _seeded(options: Options, choice: int) -> Options:
+    seed = (options.sampling.seed + choice) % LARGEST_SEED
+    return replace(options, sampling=replace(options.sampling, seed=seed))
+
+
+def _picture(part: Fields, kind: str) -> str:
+    if kind == "file":
+        inner = Fields(part.need("file", dict), part.name("file"))
+        picture = inner.need("file_id", str)
+    else:
+        inner = Fields(part.need("image_url", dict), part.name("image_url"))
+        picture = inner.need("url", str)
+        inner.skip(["detail"])
+    inner.end()
+    return picture
+
+
+def _mode(fields: Fields) -> str:
+    """think, nothink or auto, from reasoning_effort or chat_template_kwargs. ApiError where they disagree."""
+    modes: dict[str, str] = {}
+    effort = fields.get("reasoning_effort", str)
+    if effort is not None:
+        if effort not in MODES:
+            known = ", ".join(MODES)
+            raise ApiError(400, f"reasoning_effort: {effort[:40]!r} is not one of {known}", "reasoning_effort")
+        modes["reasoning_effort"] = MODES[effort]
+    kwargs = Fields(fields.get("chat_template_kwargs", dict, {}), "chat_template_kwargs")
+    mode = kwargs.get("mode", str)
+    if mode is not None:
+        if mode not in ("auto", "think", "nothink"):
+            place = "chat_template_kwargs.mode"
+            raise ApiError(400, f"{place}: {mode[:40]!r} is not one of auto, think, nothink", place)
+        modes["chat_template_kwargs.mode"] = mode
+    for key in ("enable_thinking", "thinking"):
+        value = kwargs.get(key, bool)
+        if value is not None:
+            modes[kwargs.name(key)] = "think" if value else "nothink"
+    kwargs.end()
+    if len(set(modes.values())) > 1:
+        said = ", ".join(f"{place} says {mode}" for place, mode in modes.items())
+        raise ApiError(400, f"{said}: give one of them", next(iter(modes)))
+    return next(iter(modes.values()), "auto")
+
+
+def _stops(fields: Fields) -> tuple[str, ...]:
+    given = fields.values.get("stop")
+    stops = fields.get("stop", list, []) if not isinstance(given, str) else [fields.need("stop", str)]
+    if len(stops) > MOST_STOPS or not all(isinstance(s, str) and len(s) <= LONGEST_STOP for s in stops):
+        raise ApiError(400, f"stop: must be at most {MOST_STOPS} strings of at most {LONGEST_STOP} characters", "stop")
+    for stop in stops:
+        check_text(stop, "stop")
+    return tuple(stops)
+
+
+def _short(text: str | None, place: str) -> str | None:
+    if text is not None and len(text) > LONGEST_CONSTRAINT:
+        raise ApiError(400, f"{place}: {len(text)} characters; at most {LONGEST_CONSTRAINT} are accepted", place)
+    return text
+
+
+def _schema(fields: Fields) -> dict[str, Any] | None:
+    given = Fields(fields.get("response_format", dict, {"type": "text"}), "response_format")
+    kind = given.need("type", str)
+    schema: dict[str, Any] | None = None
+    if kind == "json_object":
+        schema = {"type": "object"}
+    elif kind == "json_schema":
+        inner = Fields(given.need("json_schema", dict), "response_format.json_schema")
+        schema = inner.need("schema", dict)
+        _short(str(schema), inner.name("schema"))
+        check_text(str(schema), inner.name("schema"))
+        inner.skip(["name", "strict", "description"])
+        inner.end()
+    elif kind != "text":
+        place = "response_format.type"
+        raise ApiError(400, f"{place}: {kind[:40]!r} is not one of text, json_object, json_schema", place)
+    given.end()
+    return schema
+
+
+def _nothing_else(fields: Fields) -> None:
+    fields.skip(HARMLESS)
+    fields.skip(key for key, values in NEUTRAL.items() if fields.values.get(key) in values)
+    fields.end()

@@ -1,0 +1,170 @@
+"""``python -m infer.serve --checkpoint DIR``: an OpenAI-compatible server, with a page at ``/``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infer.engine import Engine
+from infer.limits import engine_options, limits_of
+from infer.weights import load
+from phi4rv.command import Parser, exit_status, usable_device
+from phi4rv.config import DTYPES
+from phi4rv.errors import UserError
+from phi4rv.lora import merge_adapter
+from phi4rv.ops import KERNELS
+
+if TYPE_CHECKING:
+    from infer.server import App
+
+KEY_VARIABLE = "PHI4RV_API_KEY"
+BACKLOG = 1024
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m infer.serve", description="Serve a checkpoint over HTTP.")
+    add, positive = parser.add_argument, _in_range(1)
+    add("--checkpoint", required=True, metavar="DIR", help="a folder in the published layout, or a quantised one")
+    add("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 for every one of the machine's")
+    add("--port", type=_in_range(0, 65535), default=8000, help="0 takes a free one")
+    add("--model-name", metavar="NAME", help="what requests call the model; the folder's name unless given")
+    add("--api-key-file", metavar="FILE", help=f"a file with the key that /v1 asks for; or set {KEY_VARIABLE}")
+    add("--allow-urls", nargs="+", default=[], metavar="HOST", help="hosts, or host:port, that image URLs may name")
+    add("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's layout, merged into the weights as they are loaded")
+    add("--weights", metavar="FORMAT", help="int8, fp8, int4, …: quantise as they are loaded (see infer.quantize)")
+    engine_options(parser)
+    add("--dtype", choices=DTYPES, help="the checkpoint's unless given")
+    add("--device", help="cuda where there is one, else cpu")
+    add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}")
+    add("--max-queue", type=_in_range(0), default=1024, metavar="N", help="requests that may wait; others get 429")
+    add("--max-body-mb", type=positive, default=32, metavar="N")
+    add("--max-files-mb", type=positive, default=256, metavar="N", help="uploaded files that are kept, in all")
+    add("--max-image-megapixels", type=positive, default=40, metavar="N")
+    add(
+        "--max-prompt-tokens",
+        type=positive,
+        metavar="N",
+        help="413 for longer prompts; the model's window unless given",
+    )
+    add("--max-new-tokens", type=positive, default=4096, metavar="N", help="the largest max_tokens")
+    add("--request-timeout", type=positive, default=600, metavar="SECONDS", help="for a whole answer")
+    add("--grace", type=_in_range(0), default=30, metavar="SECONDS", help="for running answers after SIGTERM")
+    return parser.parse_args(argv)
+
+
+def _in_range(low: int, high: int | None = None) -> type:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{value} must be {low} " + (f"to {high}" if high else "or more"))
+        return value
+
+    return integer  # type: ignore[return-value]
+
+
+def api_key(args: argparse.Namespace) -> str | None:
+    """The key of the file or the environment; None where neither is given. UserError for an empty one."""
+    if not args.api_key_file:
+        return os.environ.get(KEY_VARIABLE) or None
+    try:
+        key = Path(args.api_key_file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--api-key-file {args.api_key_file}: cannot be read ({error})") from None
+    if not key:
+        raise UserError(f"--api-key-file {args.api_key_file}: is empty; write the key in it")
+    return key
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket at this address that does not listen yet, so that a taken port is told before the model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, protocol)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        raise UserError(f"--port: cannot listen on {host} port {port} ({error.strerror}); give another") from None
+    return made
+
+
+async def serve(app: App, listener: socket.socket, grace: float) -> None:
+    """Serves until SIGTERM or SIGINT; then takes nothing new, and ends when what runs has, or after ``grace`` s."""
+    from aiohttp import web
+
+    from infer.web import Server
+
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    runner = web.ServerRunner(Server(app.handle), shutdown_timeout=1.0)
+    await runner.setup()
+    site = web.SockSite(runner, listener, backlog=BACKLOG)
+    await site.start()
+    host, port = listener.getsockname()[:2]
+    print(f"{app.model} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    await stop.wait()
+    print("stopping", flush=True)
+    await site.stop()
+    await app.drain(grace)
+    await runner.cleanup()
+    await app.background.close()
+
+
+def allow_many_connections() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def run(args: argparse.Namespace) -> None:
+    missing = [name for name in ("aiohttp", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"infer.serve needs {' and '.join(missing)}: pip install 'phi4rv[serve]'")
+    from infer.server import App, ServerLimits
+
+    engine_limits = limits_of(args)
+    key = api_key(args)
+    listener = bound_socket(args.host, args.port)
+    device = usable_device(args.device) if args.device else None
+    model, processor = load(
+        args.checkpoint, device, DTYPES[args.dtype] if args.dtype else None, args.kernels, args.weights
+    )
+    if args.adapter:
+        merge_adapter(model, args.adapter)
+    engine = Engine((model, processor), limits=engine_limits)
+    limits = ServerLimits(
+        body=args.max_body_mb << 20,
+        uploads=args.max_files_mb << 20,
+        pixels=args.max_image_megapixels * 1_000_000,
+        prompt_tokens=args.max_prompt_tokens,
+        new_tokens=args.max_new_tokens,
+        waiting=args.max_queue,
+        request_seconds=args.request_timeout,
+    )
+    name = args.model_name or Path(args.checkpoint).resolve().name
+
+    async def main() -> None:
+        app = App(engine, name, limits, key, tuple(args.allow_urls))
+        await serve(app, listener, args.grace)
+
+    allow_many_connections()
+    asyncio.run(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return exit_status(lambda: run(arguments(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
