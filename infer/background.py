@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from infer.engine import Engine
 from infer.errors import ApiError, of_user_error
@@ -21,11 +22,19 @@ RETRY_SECONDS = 2
 _log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
+class Place:
+    """Of so many requests ``held`` places in the queue, ``taken`` of them among those that are prepared."""
+
+    held: int
+    taken: int = 0
+
+
 class _Mailbox:
     """The events of one ask that have not been read yet. Used on the event loop alone, but for ``numbers``."""
 
-    def __init__(self, requests: int):
-        self.remaining = requests
+    def __init__(self, requests: int, place: Place):
+        self.remaining, self.place = requests, place
         self.unread: list[tuple[int, Event]] = []
         self.error: ApiError | None = None
         self.filled = asyncio.Event()
@@ -80,21 +89,27 @@ class Background:
             raise ApiError(429, f"{self.active} requests are running or waiting; try again later", code="queue_full")
 
     @asynccontextmanager
-    async def admitted(self, requests: int) -> AsyncIterator[None]:
-        """Holds the places of so many requests; waits until they are free. ApiError 429 or 500 at once, if any."""
+    async def admitted(self, requests: int) -> AsyncIterator[Place]:
+        """Waits for the places of so many requests, and frees them when the engine is done with them, at the latest
+        when this is left. ApiError 429 or 500 at once, if any.
+        """
         self.check_room(requests)
         self.active += requests
-        taken = 0
+        place = Place(requests)
         try:
             async with self._taking:
-                while taken < min(requests, 2 * self.running):
+                while place.taken < min(requests, 2 * self.running):
                     await self._places.acquire()
-                    taken += 1
-            yield
+                    place.taken += 1
+            yield place
         finally:
-            self.active -= requests
-            for _ in range(taken):
-                self._places.release()
+            self._leave(place)
+
+    def _leave(self, place: Place) -> None:
+        self.active -= place.held
+        for _ in range(place.taken):
+            self._places.release()
+        place.held = place.taken = 0
 
     async def prepare(self, prompt: Prompt, options: Options) -> Request:
         """Decodes and tokenizes in a thread of the pool. ApiError 400 for what is wrong with the prompt."""
@@ -103,14 +118,14 @@ class Background:
         except UserError as error:
             raise of_user_error(error) from None
 
-    async def ask(self, requests: Sequence[Request]) -> AsyncGenerator[list[tuple[int, Event]], None]:
+    async def ask(self, requests: Sequence[Request], place: Place) -> AsyncGenerator[list[tuple[int, Event]], None]:
         """Yields what has come since the last time: (which request, event). Ends when all have ended.
 
         Left early, cancels what still runs: close it with ``contextlib.aclosing``. ApiError 500 if the engine fails,
         408 if more than ``most_unread`` events were not taken.
         """
         self.check_alive()
-        mailbox = _Mailbox(len(requests))
+        mailbox = _Mailbox(len(requests), place)
         self._mailboxes.add(mailbox)
         self._post(lambda: self._submit(mailbox, requests))
         try:
@@ -150,6 +165,9 @@ class Background:
                 mailbox.put(choice, event)
             if len(mailbox.unread) > self._most_unread:
                 mailbox.fail(ApiError(408, "the answer was read too slowly", code="slow_reader"))
+                self._post(lambda mailbox=mailbox: self._cancel(mailbox))  # type: ignore[misc]
+            if mailbox.error is not None or not mailbox.remaining:
+                self._leave(mailbox.place)  # however long its client still reads
 
     # --- in the engine's thread ---
 

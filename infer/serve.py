@@ -106,7 +106,7 @@ async def serve(app: App, listener: socket.socket, grace: float) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    runner = web.ServerRunner(Server(app.handle), shutdown_timeout=1.0)
+    runner = web.ServerRunner(Server(app.handle, app.seconds), shutdown_timeout=1.0)
     await runner.setup()
     site = web.SockSite(runner, listener, backlog=BACKLOG)
     await site.start()

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import logging
 import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -21,16 +20,15 @@ from infer.background import Background
 from infer.engine import Engine
 from infer.errors import ApiError
 from infer.metrics import Metrics
-from infer.prepare import Request
 from infer.protocol import Chat, ChatReader
 from infer.replies import Reply
 from infer.request import Event, Generation
 from infer.sources import Pictures, Uploads, check_picture
-from infer.web import Bodies, EventStream, error_response, json_response, read_form, read_json
+from infer.web import Bodies, EventStream, Seconds, error_response, json_response, read_form, read_json
 from phi4rv.processor import Prompt
 
 PAGE = Path(__file__).with_name("page.html")
-_log = logging.getLogger(__name__)
+Batches = AsyncGenerator[list[tuple[int, Event]], None]
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,9 @@ class ServerLimits:
     request_seconds: float = 600.0
 
 
+LIMITS, SECONDS = ServerLimits(), Seconds()
+
+
 class App:
     """Answers HTTP requests by an engine. ``model``: the name it goes by. ``hosts``: those that URLs may name."""
 
@@ -53,18 +54,19 @@ class App:
         self,
         engine: Engine,
         model: str,
-        limits: ServerLimits = ServerLimits(),
+        limits: ServerLimits = LIMITS,
         api_key: str | None = None,
         hosts: tuple[str, ...] = (),
+        seconds: Seconds = SECONDS,
     ):
-        self.engine, self.model, self.limits, self.hosts = engine, model, limits, hosts
+        self.engine, self.model, self.limits, self.seconds = engine, model, limits, seconds
         self._key = hashlib.sha256(api_key.encode()).digest() if api_key else None
         self.background = Background(engine, limits.waiting)
         self.metrics = Metrics(engine.counters, lambda: self.background.active)
         self.uploads = Uploads(limits.uploads)
         self.pictures = Pictures(hosts, self.uploads, limits.body, limits.pixels)
         self.reader = ChatReader(engine.processor, model, limits.new_tokens)
-        self.bodies = Bodies(limits.body, 16 * limits.body)
+        self.bodies = Bodies(limits.body, 16 * limits.body, seconds.body)
         self.stopping, self.open = False, 0
         self._longest_token = max(map(len, engine.processor.tokenizer.get_vocab(with_added_tokens=True)))
         self._page, self._policy = _page()
@@ -187,7 +189,7 @@ class App:
     async def chat(self, request: web.BaseRequest, name: str) -> web.StreamResponse:
         arrived = time.monotonic()
         self.background.check_room()
-        stream = EventStream(request)
+        stream = EventStream(request, self.seconds.stall)
         try:
             async with self.bodies.of(request) as body:
                 chat = self.reader.read(read_json(request, body))
@@ -208,10 +210,10 @@ class App:
         self._check_length(chat)
         images = [await self.pictures.find(source, "image_url") for source in chat.pictures]
         prompt = Prompt(chat.messages, images, chat.mode)
-        async with self.background.admitted(len(chat.options)):
+        async with self.background.admitted(len(chat.options)) as place:
             requests = [await self.background.prepare(prompt, options) for options in chat.options]
             self._check_tokens(requests[0].prompt_tokens, "")
-            async with aclosing(self._timed(requests, arrived)) as batches:
+            async with aclosing(self._timed(self.background.ask(requests, place), arrived)) as batches:
                 async for batch in batches:
                     ended |= {choice: event.generation for choice, event in batch if event.generation}
                     if chat.stream:
@@ -237,10 +239,10 @@ class App:
             message = f"messages: {about}{tokens} tokens; at most {most} are accepted"
             raise ApiError(413, message, "messages", "prompt_too_large")
 
-    async def _timed(self, requests: list[Request], arrived: float) -> AsyncGenerator[list[tuple[int, Event]], None]:
+    async def _timed(self, asked: Batches, arrived: float) -> Batches:
         """The batches of the answers, whose times are observed as they pass."""
         last: dict[int, float] = {}
-        async with aclosing(self.background.ask(requests)) as batches:
+        async with aclosing(asked) as batches:
             async for batch in batches:
                 now = time.monotonic()
                 tokens: dict[int, int] = {}

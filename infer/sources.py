@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from PIL import Image
 from yarl import URL
 
 from infer.errors import ApiError, of_user_error
@@ -29,16 +30,17 @@ _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM
 
 def check_picture(content: bytes, most_pixels: int, place: str) -> None:
     """ApiError 415 for another format, 413 for more pixels (nothing is decoded yet), 400 for a broken header."""
+    too_large = ApiError(413, f"{place}: more than {most_pixels} pixels", place, "image_too_large")
     webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
     if not content.startswith(_SIGNATURES) and not webp:
         raise ApiError(415, f"{place}: not a PNG, JPEG, WebP, GIF or BMP picture", place, "unsupported_image")
     try:
         width, height = image_size(content, place)
     except UserError as error:
-        raise of_user_error(error) from None
+        bomb = isinstance(error.__cause__, Image.DecompressionBombError)
+        raise (too_large if bomb else of_user_error(error)) from None
     if width * height > most_pixels:
-        message = f"{place}: {width} x {height} pixels; at most {most_pixels} in all are accepted"
-        raise ApiError(413, message, place, "image_too_large")
+        raise too_large
 
 
 @dataclass(frozen=True)

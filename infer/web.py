@@ -16,15 +16,24 @@ from aiohttp.http_exceptions import LineTooLong
 
 from infer.errors import ApiError
 
-HEADER_SECONDS = 15.0
-BODY_SECONDS = 60.0
-STALL_SECONDS = 30.0
-IDLE_SECONDS = 75.0
 MOST_HEADERS = 64
 LONGEST_LINE = 8190
 MOST_VALUES = 1 << 20
 MOST_PARTS = 16
 JSON_TYPE = "application/json"
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """How long a client may take: for the headers, for a body, with nothing asked, to take what it is sent; and how
+    long the rest of a refused body is read, so that the client is told why instead of finding the connection closed."""
+
+    headers: float = 15.0
+    body: float = 60.0
+    idle: float = 75.0
+    stall: float = 30.0
+    linger: float = 10.0
+
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -49,28 +58,29 @@ def error_response(error: ApiError) -> web.Response:
 
 
 class Connection(web.RequestHandler):
-    """One connection. A first request whose headers are not there in ``header_seconds`` gets 408: aiohttp's own limit
+    """One connection. A first request whose headers are not there in time gets 408: aiohttp's own limit
     (``keepalive_timeout``) counts from the end of an answer. What aiohttp refuses by itself gets a JSON body."""
 
-    __slots__ = ("_timer", "asked", "header_seconds")
+    __slots__ = ("_timer", "asked", "seconds")
 
-    def __init__(self, manager: web.Server, header_seconds: float, idle_seconds: float):
+    def __init__(self, manager: web.Server, seconds: Seconds):
         super().__init__(
             manager,
             loop=asyncio.get_running_loop(),
-            keepalive_timeout=idle_seconds,
+            keepalive_timeout=seconds.idle,
+            lingering_time=seconds.linger,
             access_log=None,  # type: ignore[arg-type]
             max_headers=MOST_HEADERS,
             max_line_size=LONGEST_LINE,
             max_field_size=LONGEST_LINE,
             auto_decompress=False,  # a compressed body would be larger than it looks
         )
-        self.asked, self.header_seconds = False, header_seconds
+        self.asked, self.seconds = False, seconds
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._timer = asyncio.get_running_loop().call_later(self.header_seconds, self._too_slow)
+        self._timer = asyncio.get_running_loop().call_later(self.seconds.headers, self._too_slow)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._timer is not None:
@@ -80,7 +90,7 @@ class Connection(web.RequestHandler):
     def _too_slow(self) -> None:
         if self.asked or self.transport is None:
             return
-        body = encoded(ApiError(408, f"the headers did not come in {self.header_seconds:g} s").body())
+        body = encoded(ApiError(408, f"the headers did not come in {self.seconds.headers:g} s").body())
         head = f"HTTP/1.1 408 Request Timeout\r\nContent-Type: {JSON_TYPE}\r\nContent-Length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)
         self.force_close()
@@ -113,22 +123,22 @@ class Connection(web.RequestHandler):
 class Server(web.Server):
     """Makes a Connection for each client; a handler is cancelled when its client goes."""
 
-    def __init__(self, handler: Handler, header_seconds: float = HEADER_SECONDS, idle_seconds: float = IDLE_SECONDS):
+    def __init__(self, handler: Handler, seconds: Seconds):
         async def asked(request: web.BaseRequest) -> web.StreamResponse:
             request.protocol.asked = True  # type: ignore[attr-defined]
             return await handler(request)
 
         super().__init__(asked, handler_cancellation=True)
-        self._seconds = header_seconds, idle_seconds
+        self._seconds = seconds
 
     def __call__(self) -> Connection:
-        return Connection(self, *self._seconds)
+        return Connection(self, self._seconds)
 
 
 class Bodies:
     """Reads bodies: each at most ``largest`` bytes and in ``seconds``, all that are held at most ``most`` bytes."""
 
-    def __init__(self, largest: int, most: int, seconds: float = BODY_SECONDS):
+    def __init__(self, largest: int, most: int, seconds: float):
         self.largest, self.most, self.seconds, self.held = largest, most, seconds, 0
 
     @asynccontextmanager
@@ -213,7 +223,7 @@ def read_form(request: web.BaseRequest, body: bytearray) -> dict[str, FormPart]:
 class EventStream:
     """Server-sent events; the response begins with the first, so that what goes wrong before has its own status."""
 
-    def __init__(self, request: web.BaseRequest, stall_seconds: float = STALL_SECONDS):
+    def __init__(self, request: web.BaseRequest, stall_seconds: float):
         self.request, self.stall_seconds = request, stall_seconds
         self.response: web.StreamResponse | None = None
 

@@ -58,10 +58,14 @@ class Served:
             return read_all(connection)
 
 
-def chat_bytes(text: str, **fields: Any) -> bytes:
-    """A chat request as it goes over the wire."""
+CLOSE = b"Host: x\r\nConnection: close\r\n"
+
+
+def chat_bytes(text: str, last: bool = False, **fields: Any) -> bytes:
+    """A chat request as it goes over the wire; ``last``: the connection ends with the answer."""
     body = json.dumps({"messages": [{"role": "user", "content": text}], **fields}).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += "Connection: close\r\n" if last else ""
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -84,17 +88,15 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 @contextmanager
-def serving(
-    engine: Any, model: str = "tiny", seconds: tuple[float, float] = (15.0, 75.0), **options: Any
-) -> Iterator[Served]:
-    """Serves ``engine`` on a free port. ``seconds``: for the headers, and for an idle connection."""
+def serving(engine: Any, model: str = "tiny", **options: Any) -> Iterator[Served]:
+    """Serves ``engine`` on a free port. ``options``: of ``App``."""
     ready: list[Served] = []
     started, ended = threading.Event(), threading.Event()
     stop = asyncio.Event()
 
     async def main() -> None:
         app = App(engine, model, **options)
-        runner = web.ServerRunner(Server(app.handle, *seconds), shutdown_timeout=0.2)
+        runner = web.ServerRunner(Server(app.handle, app.seconds), shutdown_timeout=0.2)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
         await site.start()
