@@ -21,7 +21,7 @@ MOST_MESSAGES = 512
 MOST_PICTURES = 16
 MOST_STOPS, LONGEST_STOP = 16, 256
 LONGEST_CONSTRAINT = 64 * 1024
-LARGEST_INTEGER = 2**31 - 1
+LARGEST_NUMBER = 2**31 - 1
 WORD_JOINER = "\u2060"
 
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
@@ -96,7 +96,8 @@ class Fields:
         fits = isinstance(value, (int, float) if kind is float else kind)
         if not fits or (isinstance(value, bool) and kind is not bool):
             raise ApiError(400, f"{self.name(key)}: must be {_NAMES[kind]}", self.name(key))
-        if kind in (int, float) and isinstance(value, int) and abs(value) > LARGEST_INTEGER and key != "seed":
+        # The engine computes with numbers of 32 bits; a seed is reduced to what it takes.
+        if kind in (int, float) and key != "seed" and not abs(value) <= LARGEST_NUMBER:
             raise ApiError(400, f"{self.name(key)}: {str(value)[:20]} is out of range", self.name(key))
         if kind is str:
             check_text(value, self.name(key))

@@ -10,7 +10,7 @@ import openai
 import pytest
 import small
 from fake_engine import FakeEngine
-from serving import Served, serving
+from serving import Served, serving, until
 
 import phi4rv
 from infer import Engine, Limits, Options, Sampling
@@ -179,21 +179,39 @@ def test_models_and_errors(client: openai.OpenAI) -> None:
 
 def test_errors_within_a_stream_are_raised(engine: Engine) -> None:
     fake = FakeEngine(engine.processor, seconds=0.01)
-    with serving(fake, limits=ServerLimits(request_seconds=0.5)) as served:
-        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
-            with pytest.raises(openai.APIError, match=r"longer than 0\.5 s"):
-                list(ask(client, "endless small", stream=True))
-            with pytest.raises(openai.InternalServerError):
-                ask(client, "endless small")
+    with (
+        serving(fake, limits=ServerLimits(request_seconds=0.5)) as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.APIError, match=r"longer than 0\.5 s"):
+            list(ask(client, "endless small", stream=True))
+        with pytest.raises(openai.InternalServerError):
+            ask(client, "endless small")
 
 
 def test_leaving_a_stream_frees_the_request(client: openai.OpenAI, served: Served) -> None:
-    from serving import until
-
     with ask(client, stream=True, max_tokens=64, reasoning_effort="high") as stream:
         next(iter(stream))
     until(lambda: not served.app.background.active and not served.app.engine.busy)
     assert served.app.engine.counters.pages_used == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 2**31 - 1},
+        {"temperature": 5e-324},
+        {"temperature": 1, "top_p": 5e-324, "top_k": 2**31 - 1, "min_p": 1, "seed": 2**200},
+        {"repetition_penalty": 2**31 - 1},
+        {"repetition_penalty": 5e-324, "temperature": 2},
+        {"stop": ["e", " ", "\N{SNOWMAN}"], "max_thinking_tokens": 0, "n": 8},
+        {"logprobs": True, "top_logprobs": 20, "temperature": 1e-30, "repetition_penalty": 1e-30},
+    ],
+)
+def test_options_at_their_edges_are_answered(served: Served, fields: dict[str, Any]) -> None:
+    status, told = served.ask(QUESTION, max_tokens=4, reasoning_effort="low", **fields)
+    assert status == 200 and len(told["choices"]) == fields.get("n", 1)
+    assert "NaN" not in json.dumps(told)
 
 
 def test_the_key() -> None:
