@@ -1,0 +1,177 @@
+"""The server under many clients: ``python -m benchmarks.server_load [--clients 500] [--requests 10000]``, and options
+of ``infer.serve``.
+
+Starts ``infer.serve`` on a checkpoint (the tests' tiny one unless given) as a process of its own, asks each of
+QUESTIONS once, alone, and then lets so many clients stream answers at once, each asking the next question as soon as
+its last answer has ended. Told are requests that were dropped (no answer, or one that breaks off), answers that differ
+from the one given alone, times to the first token and to the last, and the process's memory after every tenth of the
+requests. Then SIGTERM, while every client waits for an answer: those must come, and the process must end with 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from benchmarks.records import write
+
+TINY = Path(__file__).parent.parent / "tests" / "data" / "tiny-checkpoint"
+QUESTIONS = 50
+TOKENS = 8
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class Load:
+    """What has been seen. Seconds from a request's sending; memory in MB by the number of answers there were."""
+
+    requests: int
+    asked: int = 0
+    answered: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    different: int = 0
+    first: list[float] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)
+    memory: dict[int, float] = field(default_factory=dict)
+
+
+def body(number: int) -> dict[str, Any]:
+    """Question ``number``: greedy or drawn, with and without thought."""
+    text = f"What is number {number}? " + "Think well. " * (number % 7)
+    sampling = {"temperature": float(number % 2), "seed": number, "max_tokens": TOKENS}
+    effort = "high" if number % 3 else "none"
+    return {"messages": [{"role": "user", "content": text}], "stream": True, "reasoning_effort": effort, **sampling}
+
+
+async def ask(session: aiohttp.ClientSession, number: int, load: Load | None = None) -> str:
+    """The answer to a question, thought and text. ConnectionError if it breaks off or is refused."""
+    began, first, said = time.monotonic(), 0.0, ""
+    async with session.post("/v1/chat/completions", json=body(number)) as response:
+        if response.status != 200:
+            raise ConnectionError(f"status {response.status}")
+        async for line in response.content:
+            if not line.startswith(b"data: "):
+                continue
+            first = first or time.monotonic()
+            if line.startswith(b"data: [DONE]"):
+                break
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise ConnectionError(event["error"]["code"])
+            delta = event["choices"][0]["delta"]
+            said += (delta.get("reasoning_content") or "") + (delta.get("content") or "")
+        else:
+            raise ConnectionError("broken off")
+    if load is not None:
+        load.first.append(first - began)
+        load.total.append(time.monotonic() - began)
+    return said
+
+
+def resident(process: int) -> float:
+    """The process's memory in MB."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE / 1e6
+
+
+async def client(session: aiohttp.ClientSession, load: Load, right: list[str], process: int) -> None:
+    """Asks until all requests have been asked."""
+    while load.asked < load.requests:
+        number = load.asked % QUESTIONS
+        load.asked += 1
+        try:
+            load.different += await ask(session, number, load) != right[number]
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            load.dropped[str(error) or type(error).__name__] += 1
+        load.answered += 1
+        if load.answered % max(1, load.requests // 10) == 0:
+            load.memory[load.answered] = round(resident(process), 1)
+
+
+async def measure(url: str, clients: int, load: Load, process: int) -> tuple[float, int]:
+    """Fills ``load``. Seconds it took, and how many of the last answers, asked before SIGTERM, did not come."""
+    connector = aiohttp.TCPConnector(limit=0)
+    limit = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(url, connector=connector, timeout=limit) as session:
+        right = [await ask(session, number) for number in range(QUESTIONS)]
+        load.memory[0] = round(resident(process), 1)
+        began = time.monotonic()
+        await asyncio.gather(*(client(session, load, right, process) for _ in range(clients)))
+        seconds = time.monotonic() - began
+        last = [asyncio.create_task(ask(session, number % QUESTIONS)) for number in range(clients)]
+        while await active(session) < clients and not all(task.done() for task in last):
+            await asyncio.sleep(0.01)
+        os.kill(process, signal.SIGTERM)
+        answers = await asyncio.gather(*last, return_exceptions=True)
+        return seconds, sum(answer != right[number % QUESTIONS] for number, answer in enumerate(answers))
+
+
+async def active(session: aiohttp.ClientSession) -> int:
+    async with session.get("/metrics") as response:
+        lines = (await response.text()).splitlines()
+    return int(float(next(line.split()[1] for line in lines if line.startswith("phi4rv_active_requests "))))
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(seconds, n=100) if len(seconds) > 1 else seconds * 99
+    return {"p50": round(cuts[49], 3), "p99": round(cuts[98], 3), "max": round(max(seconds, default=0.0), 3)}
+
+
+def run(args: argparse.Namespace, others: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "infer.serve", "--checkpoint", str(args.checkpoint), "--port", "0"]
+    command += ["--dtype", "float32", "--max-queue", str(2 * args.clients), "--grace", "120", *others]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        words = server.stdout.readline().split()
+        if not words:
+            raise SystemExit("infer.serve did not start")
+        url = words[-1]
+        load = Load(args.requests)
+        seconds, unfinished = asyncio.run(measure(url, args.clients, load, server.pid))
+        status = server.wait(180)
+    finally:
+        server.kill()
+    return {
+        "clients": args.clients,
+        "requests": args.requests,
+        "seconds": round(seconds, 1),
+        "requests_per_second": round(args.requests / seconds, 1),
+        "dropped": dict(load.dropped),
+        "different": load.different,
+        "seconds_to_first_token": quantiles(load.first),
+        "seconds_to_last_token": quantiles(load.total),
+        "memory_mb_after_requests": load.memory,
+        "exit_status_after_sigterm": status,
+        "answers_lost_by_sigterm": unfinished,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The server under many clients.")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=TINY, metavar="DIR")
+    add("--clients", type=int, default=500)
+    add("--requests", type=int, default=10_000)
+    add("--json", type=Path, metavar="FILE")
+    args, others = parser.parse_known_args()  # the others are infer.serve's
+    made = run(args, others)
+    print(json.dumps(made, indent=2))
+    if args.json:
+        write(args.json, made)
+
+
+if __name__ == "__main__":
+    main()
