@@ -14,11 +14,11 @@ from infer.engine import Engine
 from infer.errors import ApiError, of_user_error
 from infer.prepare import Request
 from infer.request import Event, Options
-from phi4rv.errors import UserError
-from phi4rv.processor import Prompt
+from phi4rv.errors import UserError, WindowError
+from phi4rv.processor import Processor, Prompt
 
 MOST_UNREAD = 1024
-RETRY_SECONDS = 2
+PIECE = 1 << 14  # characters
 _log = logging.getLogger(__name__)
 
 
@@ -114,6 +114,7 @@ class Background:
     async def prepare(self, prompt: Prompt, options: Options) -> Request:
         """Decodes and tokenizes in a thread of the pool. ApiError 400 for what is wrong with the prompt."""
         try:
+            await self._loop.run_in_executor(self._pool, check_length, self.engine.processor, prompt)
             return await self._loop.run_in_executor(self._pool, self.engine.prepare, prompt, options)
         except UserError as error:
             raise of_user_error(error) from None
@@ -213,6 +214,23 @@ class Background:
                 self._open.pop(event.request, None)
         if sent:
             self._loop.call_soon_threadsafe(self._deliver, sent)
+
+
+def check_length(processor: Processor, prompt: Prompt) -> None:
+    """WindowError for a text of far more tokens than the window holds.
+
+    It is cut in pieces, so that it is known after those that fill the window; cuts change the count a little, so what
+    is near the window is left to the engine. ``encode_batch_fast`` lets other threads run, which ``encode`` does not.
+    """
+    window, count = processor.config.context, 0
+    texts = [message.content for message in prompt.messages()]
+    if sum(map(len, texts)) <= window:
+        return
+    for text in texts:
+        for begin in range(0, len(text), PIECE):
+            count += len(processor.tokenizer.encode_batch_fast([text[begin : begin + PIECE]])[0].ids)
+            if count > window + window // 4:
+                raise WindowError(f"the prompt has more than {count} tokens, the model's window holds {window}")
 
 
 def _broken() -> ApiError:

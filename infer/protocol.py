@@ -11,8 +11,8 @@ from typing import Any
 
 from infer.errors import ApiError, of_user_error
 from infer.request import LARGEST_SEED, Options, Sampling
-from phi4rv.answers import parse_answer
-from phi4rv.chat import IMAGE_MARK, Message
+from phi4rv.answers import THINK_END
+from phi4rv.chat import IMAGE_MARK, THINK, Message
 from phi4rv.errors import UserError
 from phi4rv.processor import Processor
 
@@ -20,7 +20,7 @@ MOST_CHOICES = 8
 MOST_MESSAGES = 512
 MOST_PICTURES = 16
 MOST_STOPS, LONGEST_STOP = 16, 256
-LONGEST_CONSTRAINT = 64 * 1024
+LONGEST_CONSTRAINT, DEEPEST_SCHEMA = 64 * 1024, 50
 LARGEST_NUMBER = 2**31 - 1
 WORD_JOINER = "\u2060"
 
@@ -128,15 +128,18 @@ class ChatReader:
     """Reads chat requests for one model. ``most_tokens``: the largest max_tokens, and what counts without one."""
 
     def __init__(self, processor: Processor, model: str, most_tokens: int):
-        self.model, self.most_tokens = model, most_tokens
+        self.model, self.most_tokens, self._window = model, most_tokens, processor.config.context
+        # A token stands for at most so many characters.
+        self._longest = max(map(len, processor.tokenizer.get_vocab(with_added_tokens=True)))
         added = processor.tokenizer.get_added_tokens_decoder().values()
         special = {t.content for t in added if t.special or (t.content[0], t.content[-1]) == ("<", ">")} | {IMAGE_MARK}
-        self._special = re.compile(f"(?=(?:{'|'.join(map(re.escape, sorted(special)))}))(.)", re.DOTALL)
+        firsts = {text[0]: [re.escape(t[1:]) for t in special if t[0] == text[0]] for text in special}
+        self._special = re.compile("|".join(f"{re.escape(c)}(?={'|'.join(rest)})" for c, rest in firsts.items()))
 
     def plain(self, text: str) -> str:
         """``text`` in which nothing is a special token or an image mark: behind the first character of each goes an
         invisible word joiner, so that it reads the same and is tokenized as ordinary text."""
-        return self._special.sub(rf"\1{WORD_JOINER}", text)
+        return self._special.sub(rf"\g<0>{WORD_JOINER}", text)
 
     def read(self, body: Any) -> Chat:
         """The request of a body. ApiError 400 naming the field that is wrong, 404 for another model's name."""
@@ -169,6 +172,10 @@ class ChatReader:
     def _messages(self, given: list) -> tuple[list[Message], list[str]]:
         if not 1 <= len(given) <= MOST_MESSAGES:
             raise ApiError(400, f"messages: {len(given)} given; 1 to {MOST_MESSAGES} are accepted", "messages")
+        tokens = sum(map(_characters, given)) // self._longest
+        if tokens > self._window:  # whatever they are: no work is done for a text that is hopelessly long
+            message = f"messages: at least {tokens} tokens; the model's window holds {self._window}"
+            raise ApiError(400, message, "messages", "context_length_exceeded")
         messages: list[Message] = []
         pictures: list[str] = []
         for number, one in enumerate(given):
@@ -192,9 +199,7 @@ class ChatReader:
         """The text of a message, with an image mark for each of its pictures, and those."""
         content = fields.values.get("content")
         if not isinstance(content, list):
-            text = fields.need("content", str)
-            # An earlier answer is repeated without its thought, as clients do that keep reasoning_content apart.
-            return self.plain(parse_answer(text).text if role == "assistant" else text), []
+            return self._said(fields.need("content", str), role), []
         fields.skip(["content"])
         lines: list[str] = []
         pictures: list[str] = []
@@ -202,8 +207,7 @@ class ChatReader:
             part = Fields.of(one, f"{fields.name('content')}[{number}]")
             kind = part.need("type", str)
             if kind == "text":
-                text = part.need("text", str)
-                lines.append(self.plain(parse_answer(text).text if role == "assistant" else text))
+                lines.append(self._said(part.need("text", str), role))
             elif kind in ("image_url", "file") and role == "user":
                 pictures.append(_picture(part, kind))
                 lines.append(IMAGE_MARK)
@@ -211,6 +215,12 @@ class ChatReader:
                 raise ApiError(400, f"{part.name('type')}: {kind[:40]!r} is not served for {role}", part.name("type"))
             part.end()
         return "\n".join(lines), pictures  # as the model was taught: an image mark, a line's end, the question
+
+    def _said(self, text: str, role: str) -> str:
+        """Plain text; an earlier answer is repeated without its thought, as by clients that keep it apart."""
+        if role == "assistant" and text.startswith(THINK):
+            text = text.partition(THINK_END)[2].lstrip()
+        return self.plain(text)
 
     def _options(self, fields: Fields) -> Options:
         limits = [(key, fields.get(key, int)) for key in ("max_completion_tokens", "max_tokens")]
@@ -304,6 +314,25 @@ def _short(text: str | None, place: str) -> str | None:
     return text
 
 
+def _check_depth(value: Any, place: str) -> None:
+    """ApiError 400 for JSON nested so deep that a parser with a stack would give up."""
+    level = [value]
+    for _ in range(DEEPEST_SCHEMA):
+        level = [inner for one in level for inner in _within(one)]
+    if level:
+        raise ApiError(400, f"{place}: nested more than {DEEPEST_SCHEMA} deep", place)
+
+
+def _within(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _characters(message: Any) -> int:
+    """Of a message or a part, whatever it may be."""
+    text = [message.get("content"), message.get("text")] if isinstance(message, dict) else []
+    return sum(len(t) if isinstance(t, str) else sum(map(_characters, t)) if isinstance(t, list) else 0 for t in text)
+
+
 def _schema(fields: Fields) -> dict[str, Any] | None:
     given = Fields(fields.get("response_format", dict, {"type": "text"}), "response_format")
     kind = given.need("type", str)
@@ -313,6 +342,7 @@ def _schema(fields: Fields) -> dict[str, Any] | None:
     elif kind == "json_schema":
         inner = Fields(given.need("json_schema", dict), "response_format.json_schema")
         schema = inner.need("schema", dict)
+        _check_depth(schema, inner.name("schema"))
         _short(str(schema), inner.name("schema"))
         check_text(str(schema), inner.name("schema"))
         inner.skip(["name", "strict", "description"])

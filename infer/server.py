@@ -68,7 +68,6 @@ class App:
         self.reader = ChatReader(engine.processor, model, limits.new_tokens)
         self.bodies = Bodies(limits.body, 16 * limits.body, seconds.body)
         self.stopping, self.open = False, 0
-        self._longest_token = max(map(len, engine.processor.tokenizer.get_vocab(with_added_tokens=True)))
         self._page, self._policy = _page()
         self._routes: dict[str, dict[str, Callable[[web.BaseRequest, str], Awaitable[web.StreamResponse]]]] = {
             "/": {"GET": self.page},
@@ -207,12 +206,11 @@ class App:
     async def _answer(self, chat: Chat, stream: EventStream, arrived: float) -> web.StreamResponse:
         reply = Reply(self.model, self.engine.processor)
         ended: dict[int, Generation] = {}
-        self._check_length(chat)
         images = [await self.pictures.find(source, "image_url") for source in chat.pictures]
         prompt = Prompt(chat.messages, images, chat.mode)
         async with self.background.admitted(len(chat.options)) as place:
             requests = [await self.background.prepare(prompt, options) for options in chat.options]
-            self._check_tokens(requests[0].prompt_tokens, "")
+            self._check_tokens(requests[0].prompt_tokens)
             async with aclosing(self._timed(self.background.ask(requests, place), arrived)) as batches:
                 async for batch in batches:
                     ended |= {choice: event.generation for choice, event in batch if event.generation}
@@ -225,18 +223,10 @@ class App:
         await stream.end(*[reply.closing(generations)] if chat.include_usage else [])
         return stream.response
 
-    def _check_length(self, chat: Chat) -> None:
-        """Refuses a text that is too long whatever its tokens are, before any work is done for it."""
-        size = sum(len(message.content.encode()) for message in chat.messages)
-        self._check_tokens(size // self._longest_token, "at least ")
-
-    def _check_tokens(self, tokens: int, about: str) -> None:
-        window, most = self.engine.config.context, self.limits.prompt_tokens
-        if tokens > window:
-            message = f"messages: {about}{tokens} tokens; the model's window holds {window}"
-            raise ApiError(400, message, "messages", "context_length_exceeded")
+    def _check_tokens(self, tokens: int) -> None:
+        most = self.limits.prompt_tokens
         if most is not None and tokens > most:
-            message = f"messages: {about}{tokens} tokens; at most {most} are accepted"
+            message = f"messages: {tokens} tokens; at most {most} are accepted"
             raise ApiError(413, message, "messages", "prompt_too_large")
 
     async def _timed(self, asked: Batches, arrived: float) -> Batches:

@@ -53,6 +53,11 @@ class Upload:
     purpose: str
     created: int
 
+    @property
+    def size(self) -> int:
+        """Bytes of memory, about."""
+        return len(self.content) + 1024
+
     def described(self) -> dict[str, Any]:
         """OpenAI's file object."""
         return {
@@ -75,14 +80,14 @@ class Uploads:
     size: int = 0
 
     def add(self, filename: str, content: bytes, purpose: str) -> Upload:
-        if len(content) > self.most_bytes:
-            raise ApiError(413, f"file: {len(content)} bytes; all files together may have {self.most_bytes}", "file")
         # Who knows an id may use the file, so ids cannot be guessed.
         upload = Upload(f"file-{secrets.token_hex(16)}", filename, content, purpose, int(time.time()))
+        if upload.size > self.most_bytes:
+            raise ApiError(413, f"file: {len(content)} bytes; all files together may have {self.most_bytes}", "file")
         self.held[upload.id] = upload
-        self.size += len(content)
+        self.size += upload.size
         while self.size > self.most_bytes:
-            self.size -= len(self.held.popitem(last=False)[1].content)
+            self.size -= self.held.popitem(last=False)[1].size
         return upload
 
     def get(self, name: str, place: str) -> Upload:
@@ -93,7 +98,7 @@ class Uploads:
         return self.held[name]
 
     def remove(self, name: str) -> None:
-        self.size -= len(self.get(name, "file_id").content)
+        self.size -= self.get(name, "file_id").size
         del self.held[name]
 
 
@@ -101,7 +106,7 @@ class _PublicAddresses(AbstractResolver):
     """Names resolve to public addresses alone: a listed name must not lead into the network the server stands in."""
 
     def __init__(self) -> None:
-        self._resolver = aiohttp.DefaultResolver()
+        self._resolver = aiohttp.ThreadedResolver()
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET

@@ -30,9 +30,9 @@ class FakeEngine:
     """Answers the last user's text: "echo …" by its words, one a step, after the thought "Hm." in mode think;
     "endless" never ends; "break" raises in the step. ``seconds``: what a step takes. ``seen``: the prompts."""
 
-    def __init__(self, processor: Processor, max_running: int = 64, seconds: float = 0.0, context: int = 16384):
+    def __init__(self, processor: Processor, max_running: int = 64, seconds: float = 0.0):
         self.processor, self.seconds = processor, seconds
-        self.config = SimpleNamespace(context=context)
+        self.config = processor.config
         self.limits = SimpleNamespace(max_running=max_running)
         self.counters = Counters()
         self.seen: list[tuple[Prompt, Options]] = []

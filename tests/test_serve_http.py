@@ -22,7 +22,7 @@ from infer.server import ServerLimits
 from infer.web import Seconds
 from phi4rv import Processor
 
-LIMITS = ServerLimits(body=1 << 20, uploads=4096, pixels=10_000, new_tokens=50, waiting=4)
+LIMITS = ServerLimits(body=1 << 20, uploads=8192, pixels=10_000, new_tokens=50, waiting=4)
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +224,15 @@ def test_system_messages_that_the_template_drops(served: Served) -> None:
 
 
 def test_long_prompts(processor: Processor) -> None:
-    with serving(FakeEngine(processor, context=500), limits=ServerLimits(prompt_tokens=100)) as served:
-        assert code(served.ask("a " * 10**6)) == (400, "context_length_exceeded")
-        assert not served.app.engine.seen  # known by its length alone
-        assert code(served.ask(" a b" * 300)) == (400, "context_length_exceeded")
+    """The small model's window holds 1024 tokens."""
+    with serving(FakeEngine(processor), limits=ServerLimits(prompt_tokens=100)) as served:
+        longest = max(map(len, processor.tokenizer.get_vocab()))
+        for text in ("a " * 10**6, "a" * 1024 * longest):  # known by their lengths, and by their first pieces
+            assert code(served.ask(text)) == (400, "context_length_exceeded")
+            many = [{"role": "user", "content": [{"type": "text", "text": text[::100]}] * 100}]
+            assert code(served.call("POST", "/v1/chat/completions", {"messages": many}))[0] == 400
+        assert not served.app.engine.seen
+        assert code(served.ask(" a b" * 600)) == (400, "context_length_exceeded")
         assert code(served.ask(" a b" * 100)) == (413, "prompt_too_large")
         assert served.ask(" a b" * 10)[0] == 200
 
@@ -293,14 +298,14 @@ def test_uploads_are_asked_about_and_displaced(served: Served) -> None:
     prompt = served.app.engine.seen[-1][0]
     assert prompt.images == [png(16, 16)] * 2 and prompt.text[0].content == "<image>\n<image>\necho Hi."
     assert served.call("GET", f"/v1/files/{first['id']}")[1] == first
-    others = [send_file(served, png(16, 17 + i))[1]["id"] for i in range(4096 // first["bytes"])]
+    others = [send_file(served, png(16, 17 + i))[1]["id"] for i in range(8)]
     assert served.call("GET", f"/v1/files/{first['id']}")[0] == 404
     assert served.ask([part])[0] == 404
     assert served.call("DELETE", f"/v1/files/{others[-1]}")[1]["deleted"]
     assert served.call("GET", f"/v1/files/{others[-1]}")[0] == 404
     held = served.app.uploads
-    assert held.size == sum(len(one.content) for one in held.held.values()) <= 4096
-    assert send_file(served, b"BM" + os.urandom(5000))[0] in (400, 413)
+    assert held.size == sum(one.size for one in held.held.values()) <= 8192
+    assert send_file(served, b"BM" + os.urandom(9000))[0] in (400, 413)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,13 @@ def ask(reader: ChatReader, content: Any = "Hi.", **fields: Any) -> Chat:
     return reader.read({"messages": [{"role": "user", "content": content}], **fields})
 
 
+def deep(levels: int) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for _ in range(levels):
+        made = {"items": made}
+    return made
+
+
 def refused(reader: ChatReader, **fields: Any) -> ApiError:
     body = {"messages": [{"role": "user", "content": "Hi."}], **fields}
     with pytest.raises((ApiError, UserError)) as caught:
@@ -161,6 +168,14 @@ def test_the_response_format(reader: ChatReader, value: Any, schema: Any) -> Non
         ({"chat_template_kwargs": {"mode": "fast"}}, "chat_template_kwargs.mode"),
         ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs.add_generation_prompt"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": deep(60)}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": deep(900)}}},
+            "response_format.json_schema.schema",
+        ),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "regex"),
         ({"guided_regex": "a" * 70000}, "guided_regex"),
