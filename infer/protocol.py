@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from infer.errors import ApiError, of_user_error
+from infer.fields import Fields, check_depth, check_text
 from infer.request import LARGEST_SEED, Options, Sampling
 from phi4rv.answers import THINK_END
 from phi4rv.chat import IMAGE_MARK, THINK, Message
@@ -20,8 +20,7 @@ MOST_CHOICES = 8
 MOST_MESSAGES = 512
 MOST_PICTURES = 16
 MOST_STOPS, LONGEST_STOP = 16, 256
-LONGEST_CONSTRAINT, DEEPEST_SCHEMA = 64 * 1024, 50
-LARGEST_NUMBER = 2**31 - 1
+LONGEST_CONSTRAINT = 64 * 1024
 WORD_JOINER = "\u2060"
 
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
@@ -45,15 +44,6 @@ NEUTRAL = {
     "audio": (),
     "web_search_options": (),
 }
-_MISSING: Any = object()
-_NAMES = {
-    str: "a string",
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
 
 
 @dataclass(frozen=True)
@@ -66,62 +56,6 @@ class Chat:
     options: list[Options]  # one for each choice
     stream: bool
     include_usage: bool
-
-
-@dataclass
-class Fields:
-    """The fields of a JSON object, taken one by one; null counts as absent. ``place`` is what errors call it."""
-
-    values: dict[str, Any]
-    place: str = ""
-    taken: set[str] = field(default_factory=set)
-
-    @staticmethod
-    def of(value: Any, place: str) -> Fields:
-        if not isinstance(value, dict):
-            raise ApiError(400, f"{place}: must be an object", place)
-        return Fields(value, place)
-
-    def name(self, key: str) -> str:
-        return f"{self.place}.{key}" if self.place else key
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value, of this kind: an integer is a number too, true and false are neither. ApiError 400 otherwise."""
-        self.taken.add(key)
-        value = self.values.get(key)
-        if value is None:
-            if default is _MISSING:
-                raise ApiError(400, f"{self.name(key)}: missing; give {_NAMES[kind]}", self.name(key))
-            return default
-        fits = isinstance(value, (int, float) if kind is float else kind)
-        if not fits or (isinstance(value, bool) and kind is not bool):
-            raise ApiError(400, f"{self.name(key)}: must be {_NAMES[kind]}", self.name(key))
-        # The engine computes with numbers of 32 bits; a seed is reduced to what it takes.
-        if kind in (int, float) and key != "seed" and not abs(value) <= LARGEST_NUMBER:
-            raise ApiError(400, f"{self.name(key)}: {str(value)[:20]} is out of range", self.name(key))
-        if kind is str:
-            check_text(value, self.name(key))
-        return value
-
-    def need(self, key: str, kind: type) -> Any:
-        return self.get(key, kind, _MISSING)
-
-    def skip(self, keys: Iterable[str]) -> None:
-        self.taken.update(keys)
-
-    def end(self) -> None:
-        """ApiError 400 for a field that nobody has taken and that is not null."""
-        for key in self.values.keys() - self.taken:
-            if self.values[key] is not None:
-                shown = self.name(key[:100])
-                raise ApiError(400, f"{shown}: not supported; leave it out", shown, "unsupported_parameter")
-
-
-def check_text(text: str, place: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ApiError(400, f"{place}: holds half of a surrogate pair, which is no character", place) from None
 
 
 class ChatReader:
@@ -314,23 +248,12 @@ def _short(text: str | None, place: str) -> str | None:
     return text
 
 
-def _check_depth(value: Any, place: str) -> None:
-    """ApiError 400 for JSON nested so deep that a parser with a stack would give up."""
-    level = [value]
-    for _ in range(DEEPEST_SCHEMA):
-        level = [inner for one in level for inner in _within(one)]
-    if level:
-        raise ApiError(400, f"{place}: nested more than {DEEPEST_SCHEMA} deep", place)
-
-
-def _within(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
 def _characters(message: Any) -> int:
-    """Of a message or a part, whatever it may be."""
-    text = [message.get("content"), message.get("text")] if isinstance(message, dict) else []
-    return sum(len(t) if isinstance(t, str) else sum(map(_characters, t)) if isinstance(t, list) else 0 for t in text)
+    """How much text a message holds, whatever else it may be."""
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = (part.get("text") for part in parts if isinstance(part, dict))
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _schema(fields: Fields) -> dict[str, Any] | None:
@@ -342,7 +265,7 @@ def _schema(fields: Fields) -> dict[str, Any] | None:
     elif kind == "json_schema":
         inner = Fields(given.need("json_schema", dict), "response_format.json_schema")
         schema = inner.need("schema", dict)
-        _check_depth(schema, inner.name("schema"))
+        check_depth(schema, inner.name("schema"))
         _short(str(schema), inner.name("schema"))
         check_text(str(schema), inner.name("schema"))
         inner.skip(["name", "strict", "description"])

@@ -34,7 +34,7 @@ def ask(reader: ChatReader, content: Any = "Hi.", **fields: Any) -> Chat:
 def deep(levels: int) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for _ in range(levels):
-        made = {"items": made}
+        made = {"content": [made]}
     return made
 
 
@@ -187,6 +187,12 @@ def test_the_response_format(reader: ChatReader, value: Any, schema: Any) -> Non
         ({"messages": [{"role": "tool", "content": "Hi."}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": deep(900)}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": [deep(900)]}]}]},
+            "messages[0].content[0].text",
+        ),
+        ({"messages": [{"role": "user", "content": [deep(900)]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": "\udc00"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "Hi.", "weight": 1}]}, "messages[0].weight"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
