@@ -56,7 +56,7 @@ setup(
     extras_require={
         "triton": ["triton>=3.6"],
         "tensorboard": ["tensorboard"],
-        "serve": ["aiohttp>=3.11", "prometheus-client>=0.20"],
+        "serve": ["aiohttp>=3.14", "prometheus-client>=0.20"],
         "constrained": ["llguidance>=1.0"],
         "dev": ["pytest", "pytest-xdist", "transformers>=5", "ruff", "mypy"],
         "build": ["ninja"],

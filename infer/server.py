@@ -66,7 +66,7 @@ class App:
         self.uploads = Uploads(limits.uploads)
         self.pictures = Pictures(hosts, self.uploads, limits.body, limits.pixels)
         self.reader = ChatReader(engine.processor, model, limits.new_tokens)
-        self.bodies = Bodies(limits.body, 16 * limits.body, seconds.body)
+        self.bodies = Bodies(limits.body, 64 * limits.body, seconds.body)
         self.stopping, self.open = False, 0
         self._page, self._policy = _page()
         self._routes: dict[str, dict[str, Callable[[web.BaseRequest, str], Awaitable[web.StreamResponse]]]] = {
@@ -192,6 +192,7 @@ class App:
         try:
             async with self.bodies.of(request) as body:
                 chat = self.reader.read(read_json(request, body))
+                body.clear()  # its pictures go on counting as held
                 async with asyncio.timeout(self.limits.request_seconds):
                     return await self._answer(chat, stream, arrived)
         except TimeoutError:
@@ -237,11 +238,12 @@ class App:
                 now = time.monotonic()
                 tokens: dict[int, int] = {}
                 for choice, event in batch:
-                    tokens[choice] = tokens.get(choice, 0) + len(event.token_ids)
+                    if event.token_ids:
+                        tokens[choice] = tokens.get(choice, 0) + len(event.token_ids)
                 for choice, count in tokens.items():
-                    if choice in last and count:
+                    if choice in last:
                         self.metrics.between_tokens.observe((now - last[choice]) / count)
-                    elif count:
+                    else:
                         self.metrics.first_token.observe(now - arrived)
                     last[choice] = now
                 yield batch

@@ -151,12 +151,13 @@ class Bodies:
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
-        body = bytearray()
+        body, size = bytearray(), 0
         try:
             await self._fill(body, request)
+            size = len(body)
             yield body
         finally:
-            self.held -= len(body)
+            self.held -= size or len(body)
 
     async def _fill(self, body: bytearray, request: web.BaseRequest) -> None:
         try:
