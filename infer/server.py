@@ -18,13 +18,14 @@ from aiohttp import web
 
 from infer.background import Background
 from infer.engine import Engine
-from infer.errors import ApiError
+from infer.errors import ApiError, of_user_error
 from infer.metrics import Metrics
 from infer.protocol import Chat, ChatReader
 from infer.replies import Reply
 from infer.request import Event, Generation
 from infer.sources import Pictures, Uploads, check_picture
 from infer.web import Bodies, EventStream, Seconds, error_response, json_response, read_form, read_json
+from phi4rv.errors import UserError
 from phi4rv.processor import Prompt
 
 PAGE = Path(__file__).with_name("page.html")
@@ -215,6 +216,9 @@ class App:
             async with aclosing(self._timed(self.background.ask(requests, place), arrived)) as batches:
                 async for batch in batches:
                     ended |= {choice: event.generation for choice, event in batch if event.generation}
+                    failed = next((generation.error for generation in ended.values() if generation.error), None)
+                    if failed:  # a constraint turned out too complex
+                        raise of_user_error(UserError(failed))
                     if chat.stream:
                         opening = [reply.opening(i) for i in range(len(requests))] if stream.response is None else []
                         await stream.send(*opening, *reply.chunks(batch))

@@ -131,6 +131,11 @@ def test_an_answer_of_a_schema(client: openai.OpenAI) -> None:
     ):
         with pytest.raises(openai.BadRequestError):
             ask(client, extra_body=wrong)
+    endless: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+    with pytest.raises(openai.BadRequestError):  # found out while it is answered
+        ask(client, response_format=endless, reasoning_effort="none")
+    with pytest.raises(openai.APIError, match="json_schema"):
+        list(ask(client, response_format=endless, reasoning_effort="none", stream=True))
 
 
 def test_async_clients_get_their_own_answers(served: Served, engine: Engine) -> None:
