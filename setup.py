@@ -36,10 +36,10 @@ setup(
     description="Train and run Phi-4-reasoning-vision-15B on packed sequences",
     license="MIT",
     python_requires=">=3.11",
-    packages=["triton_kernels", "phi4rv", "train", "train.synthetic", "infer"],
+    packages=["triton_kernels", "phi4rv", "train", "train.synthetic", "infer", "infer.server"],
     package_data={
         "train": ["*.jinja"],
-        "infer": ["page.html"],
+        "infer.server": ["page.html"],
         "triton_kernels": ["tuned.json"],
         "phi4rv": [f"lib/{build.LIBRARY.name}"],
     },

@@ -25,7 +25,7 @@ from phi4rv.lora import merge_adapter
 from phi4rv.ops import KERNELS
 
 if TYPE_CHECKING:
-    from infer.server import App
+    from infer.server.routes import App
 
 KEY_VARIABLE = "PHI4RV_API_KEY"
 BACKLOG = 1024
@@ -101,7 +101,7 @@ async def serve(app: App, listener: socket.socket, grace: float) -> None:
     """Serves until SIGTERM or SIGINT; then takes nothing new, and ends when what runs has, or after ``grace`` s."""
     from aiohttp import web
 
-    from infer.web import Server
+    from infer.server.web import Server
 
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     missing = [name for name in ("aiohttp", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise UserError(f"infer.serve needs {' and '.join(missing)}: pip install 'phi4rv[serve]'")
-    from infer.server import App, ServerLimits
+    from infer.server.routes import App, ServerLimits
 
     engine_limits = limits_of(args)
     key = api_key(args)

@@ -15,8 +15,8 @@ from typing import Any
 
 from aiohttp import web
 
-from infer.server import App
-from infer.web import Server
+from infer.server.routes import App
+from infer.server.web import Server
 
 
 @dataclass

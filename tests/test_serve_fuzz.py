@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import Served, chat_bytes, serving, until
 
-from infer.errors import ApiError
-from infer.protocol import Chat, ChatReader
-from infer.server import ServerLimits
-from infer.web import Seconds, encoded
+from infer.server.errors import ApiError
+from infer.server.protocol import Chat, ChatReader
+from infer.server.routes import ServerLimits
+from infer.server.web import Seconds, encoded
 from phi4rv import Processor
 
 FIXED = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))

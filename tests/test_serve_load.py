@@ -12,7 +12,7 @@ from PIL import Image
 from serving import Served, serving, until
 
 from infer import Engine, Limits, Options, Sampling
-from infer.server import ServerLimits
+from infer.server.routes import ServerLimits
 from phi4rv import Prompt
 
 CLIENTS = 60

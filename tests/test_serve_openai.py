@@ -14,7 +14,7 @@ from serving import Served, serving, until
 
 import phi4rv
 from infer import Engine, Limits, Options, Sampling
-from infer.server import ServerLimits
+from infer.server.routes import ServerLimits
 from phi4rv import Message, Prompt
 
 QUESTION = "Where is the red button?"

@@ -16,7 +16,7 @@ from fake_engine import FakeEngine
 from PIL import Image
 from serving import Served, serving
 
-from infer.server import ServerLimits
+from infer.server.routes import ServerLimits
 from phi4rv import Processor
 
 LIMITS = ServerLimits(body=1 << 20, uploads=8192, pixels=10_000, new_tokens=50, waiting=4)

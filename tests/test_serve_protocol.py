@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import small
 
-from infer.errors import ApiError, of_user_error
-from infer.protocol import MOST_MESSAGES, WORD_JOINER, Chat, ChatReader
-from infer.replies import Reply
 from infer.request import LARGEST_SEED, Event, Generation, TokenLogprob
+from infer.server.errors import ApiError, of_user_error
+from infer.server.protocol import MOST_MESSAGES, WORD_JOINER, Chat, ChatReader
+from infer.server.replies import Reply
 from phi4rv import Message, Processor, Prompt, UserError
 
 PIXEL = "data:image/png;base64," + base64.b64encode(b"not looked at here").decode()

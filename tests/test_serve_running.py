@@ -11,8 +11,8 @@ import small
 from fake_engine import FakeEngine
 from serving import CLOSE, Served, chat_bytes, read_all, serving, until
 
-from infer.server import ServerLimits
-from infer.web import Seconds
+from infer.server.routes import ServerLimits
+from infer.server.web import Seconds
 from phi4rv import Processor
 
 

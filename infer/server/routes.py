@@ -16,15 +16,15 @@ from typing import Any
 
 from aiohttp import web
 
-from infer.background import Background
 from infer.engine import Engine
-from infer.errors import ApiError, of_user_error
-from infer.metrics import Metrics
-from infer.protocol import Chat, ChatReader
-from infer.replies import Reply
 from infer.request import Event, Generation
-from infer.sources import Pictures, Uploads, check_picture
-from infer.web import Bodies, EventStream, Seconds, error_response, json_response, read_form, read_json
+from infer.server.background import Background
+from infer.server.errors import ApiError, of_user_error
+from infer.server.metrics import Metrics
+from infer.server.protocol import Chat, ChatReader
+from infer.server.replies import Reply
+from infer.server.sources import Pictures, Uploads, check_picture
+from infer.server.web import Bodies, EventStream, Seconds, error_response, json_response, read_form, read_json
 from phi4rv.errors import UserError
 from phi4rv.processor import Prompt
 

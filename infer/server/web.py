@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 
-from infer.errors import ApiError
+from infer.server.errors import ApiError
 
 MOST_HEADERS = 64
 LONGEST_LINE = 8190

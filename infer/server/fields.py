@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from infer.errors import ApiError
+from infer.server.errors import ApiError
 
 LARGEST_NUMBER = 2**31 - 1
 DEEPEST = 50

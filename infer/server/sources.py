@@ -18,7 +18,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from PIL import Image
 from yarl import URL
 
-from infer.errors import ApiError, of_user_error
+from infer.server.errors import ApiError, of_user_error
 from phi4rv.errors import UserError
 from phi4rv.images import image_size
 

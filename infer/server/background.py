@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from infer.engine import Engine
-from infer.errors import ApiError, of_user_error
 from infer.prepare import Request
 from infer.request import Event, Options
+from infer.server.errors import ApiError, of_user_error
 from phi4rv.errors import UserError, WindowError
 from phi4rv.processor import Processor, Prompt
 

@@ -8,9 +8,9 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Any
 
-from infer.errors import ApiError, of_user_error
-from infer.fields import Fields, check_depth, check_text
 from infer.request import LARGEST_SEED, Options, Sampling
+from infer.server.errors import ApiError, of_user_error
+from infer.server.fields import Fields, check_depth, check_text
 from phi4rv.answers import THINK_END
 from phi4rv.chat import IMAGE_MARK, THINK, Message
 from phi4rv.errors import UserError
