@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 # Enough to indent by; a model that is unsure of itself would write white space without end.
 WHITE_SPACE = r"[ \t\r\n]{0,40}"
 
+# Tenths of the library's own: what takes it longer than some ten milliseconds a token would hold up everyone's.
+LIMITS = {
+    "initial_lexer_fuel": 500_000,
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 50_000,
+}
+
 
 class Constraint:
     """The state of one answer that ``options.json_schema`` or ``options.regex`` constrains (one of them is set).
@@ -33,18 +41,21 @@ class Constraint:
     def __init__(self, processor: Processor, options: Options, ends: Set[int]):
         self._option = "--regex" if options.json_schema is None else "--json-schema"
         try:
-            from llguidance import LLMatcher, regex_to_lark
+            from llguidance import LLMatcher, LLParserLimits, regex_to_lark
         except ModuleNotFoundError:
             raise UserError(f"{self._option} needs llguidance: pip install 'phi4rv[constrained]'") from None
         self._ends = sorted(ends)
         tokenizer, self._plain = _vocabulary(processor, tuple(self._ends))
-        if options.json_schema is None:
-            # ASCII digits, for who asks for \d wants a number.
-            grammar = LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(options.regex or '', 'd')}/")
-        else:
-            schema = _checked(options.json_schema)
-            grammar = LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": WHITE_SPACE})
-        self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        try:
+            if options.json_schema is None:
+                # ASCII digits, for who asks for \d wants a number.
+                grammar = LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(options.regex or '', 'd')}/")
+            else:
+                schema = _checked(options.json_schema)
+                grammar = LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": WHITE_SPACE})
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self._option}: {' '.join(str(error).split())}") from None
+        self._matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
         self._check()
 
     @property

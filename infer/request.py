@@ -12,6 +12,7 @@ from phi4rv.processor import Processor, Prompt
 
 MOST_LOGPROBS = 20
 LARGEST_SEED = 2**63
+LARGEST = 1e6  # of a temperature or a penalty; on the device they are float32
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, fits, right in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (every token) or more"),
+            ("temperature", 0 <= self.temperature <= LARGEST, f"0 to {LARGEST:g}"),
+            ("top_k", 0 <= self.top_k < LARGEST_SEED, "0 (every token) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            (
+                "repetition_penalty",
+                1 / LARGEST <= self.repetition_penalty <= LARGEST,
+                f"{1 / LARGEST:g} to {LARGEST:g}",
+            ),
             ("seed", 0 <= self.seed < LARGEST_SEED, "in [0, 2^63)"),
         ):
             if not fits:

@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,7 +155,8 @@ def run(args: argparse.Namespace) -> None:
     name = args.model_name or Path(args.checkpoint).resolve().name
 
     async def main() -> None:
-        app = App(engine, name, limits, key, tuple(args.allow_urls))
+        local = key is None and ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+        app = App(engine, name, limits, key, tuple(args.allow_urls), local=local)
         await serve(app, listener, args.grace)
 
     allow_many_connections()

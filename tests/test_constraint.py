@@ -186,6 +186,10 @@ def test_white_space_has_an_end() -> None:
     assert not state.allowed()[newline]
 
 
+def nested(depth: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": nested(depth - 1) if depth else {}}}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -197,6 +201,8 @@ def test_white_space_has_an_end() -> None:
         (Options(json_schema={"enum": []}), "--json-schema: Unsatisfiable schema"),
         (Options(json_schema="3"), "--json-schema: 3 must be an object"),
         (Options(json_schema={"const": float("nan")}), "--json-schema: not JSON (Out of range float"),
+        (Options(regex="(a{1000}){1000}"), "--regex: lexer error: too many expressions"),
+        (Options(json_schema=nested(150)), "--json-schema: recursion limit exceeded"),
         (Options(json_schema={"const": {1}}), "--json-schema: not JSON (Object of type set"),
     ],
 )

@@ -212,6 +212,24 @@ def test_the_key(processor: Processor) -> None:
         assert served.call("GET", "/v1/nothing")[0] == 404
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:80", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example:8000", 403),
+        ("10.0.0.1:8000", 403),
+        ("", 403),
+    ],
+)
+def test_a_name_that_is_made_to_point_here_is_not_answered(processor: Processor, host: str, status: int) -> None:
+    """DNS rebinding: a page from elsewhere would ask under its own name."""
+    with serving(FakeEngine(processor), local=True) as served:
+        assert served.call("GET", "/v1/models", Host=host)[0] == status
+
+
 def test_the_page_runs_its_own_script_alone(served: Served) -> None:
     answer = served.send(b"GET / HTTP/1.1\r\n%s\r\n" % CLOSE).decode()
     head, _, page = answer.partition("\r\n\r\n")

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,10 @@ LIMITS, SECONDS = ServerLimits(), Seconds()
 
 
 class App:
-    """Answers HTTP requests by an engine. ``model``: the name it goes by. ``hosts``: those that URLs may name."""
+    """Answers HTTP requests by an engine. ``model``: the name it goes by. ``hosts``: those that URLs may name. ``local``:
+    only requests to this machine's own names are answered; a page from elsewhere whose name is made to point here (DNS
+    rebinding) may not ask.
+    """
 
     def __init__(
         self,
@@ -59,8 +63,10 @@ class App:
         api_key: str | None = None,
         hosts: tuple[str, ...] = (),
         seconds: Seconds = SECONDS,
+        local: bool = False,
     ):
         self.engine, self.model, self.limits, self.seconds = engine, model, limits, seconds
+        self._local = local
         self._key = hashlib.sha256(api_key.encode()).digest() if api_key else None
         self.background = Background(engine, limits.waiting)
         self.metrics = Metrics(engine.counters, lambda: self.background.active)
@@ -121,6 +127,8 @@ class App:
         raise ApiError(404, f"there is nothing at {path[:100]!r}")
 
     async def _checked(self, request: web.BaseRequest, route: str, name: str) -> web.StreamResponse:
+        if self._local and not _names_this_machine(request.host):
+            raise ApiError(403, f"Host: {request.host[:100]!r} is not this machine; use localhost or set an API key")
         if route.startswith("/v1/"):
             self._check_key(request)
         methods = self._routes[route]
@@ -251,6 +259,14 @@ class App:
                         self.metrics.first_token.observe(now - arrived)
                     last[choice] = now
                 yield batch
+
+
+def _names_this_machine(host: str) -> bool:
+    name = host.rpartition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
+    try:
+        return name == "localhost" or ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _page() -> tuple[bytes, str]:
