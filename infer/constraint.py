@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Enough to indent by; a model that is unsure of itself would write white space without end.
 WHITE_SPACE = r"[ \t\r\n]{0,40}"
 
-# Tenths of the library's own: what takes it longer than some ten milliseconds a token would hold up everyone's.
+# Below the library's own: what takes it longer than some ten milliseconds a token would hold up everyone's.
 LIMITS = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 50_000,

@@ -12,7 +12,7 @@ from phi4rv.processor import Processor, Prompt
 
 MOST_LOGPROBS = 20
 LARGEST_SEED = 2**63
-LARGEST = 1e6  # of a temperature or a penalty; on the device they are float32
+LARGEST = 1e30  # of a temperature or a penalty; on the device they are float32
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Sampling:
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             (
                 "repetition_penalty",
-                1 / LARGEST <= self.repetition_penalty <= LARGEST,
-                f"{1 / LARGEST:g} to {LARGEST:g}",
+                1e-30 <= self.repetition_penalty <= LARGEST,
+                f"1e-30 to {LARGEST:g}",
             ),
             ("seed", 0 <= self.seed < LARGEST_SEED, "in [0, 2^63)"),
         ):

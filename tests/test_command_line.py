@@ -238,7 +238,7 @@ WRONG: dict[str, Callable[[Path, Path], tuple[list[object], str]]] = {
     "no tokens": lambda d, c: (["--max-new-tokens", "0"], "--max-new-tokens: 0 must be 1 or more"),
     "negative tokens": lambda d, c: (["--max-new-tokens=-5"], "--max-new-tokens: -5 must be"),
     "tokens that are no number": lambda d, c: (["--max-new-tokens", "many"], "--max-new-tokens: invalid int"),
-    "temperature": lambda d, c: (["--temperature=-1"], "--temperature: -1.0 must be 0 to 1e+06"),
+    "temperature": lambda d, c: (["--temperature=-1"], "--temperature: -1.0 must be 0 to 1e+30"),
     "temperature nan": lambda d, c: (["--temperature", "nan"], "--temperature: nan must be"),
     "top-p": lambda d, c: (["--top-p", "0"], "--top-p: 0.0 must be"),
     "top-k": lambda d, c: (["--top-k=-1"], "--top-k: -1 must be"),

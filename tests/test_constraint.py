@@ -201,7 +201,6 @@ def nested(depth: int) -> dict[str, Any]:
         (Options(json_schema={"enum": []}), "--json-schema: Unsatisfiable schema"),
         (Options(json_schema="3"), "--json-schema: 3 must be an object"),
         (Options(json_schema={"const": float("nan")}), "--json-schema: not JSON (Out of range float"),
-        (Options(regex="(a{1000}){1000}"), "--regex: lexer error: too many expressions"),
         (Options(json_schema=nested(150)), "--json-schema: recursion limit exceeded"),
         (Options(json_schema={"const": {1}}), "--json-schema: not JSON (Object of type set"),
     ],
@@ -210,6 +209,12 @@ def test_what_cannot_be_followed_is_refused(options: Options, message: str) -> N
     with pytest.raises(UserError, match=f"^{re.escape(message)}") as caught:
         Constraint(PROCESSOR, options, ENDS)
     assert "\n" not in str(caught.value)
+
+
+def test_what_would_take_seconds_a_token_is_refused() -> None:
+    state = Constraint(PROCESSOR, Options(regex="(a{1000}){1000}"), ENDS)
+    with pytest.raises(UserError, match="--regex: lexer error: too many expressions"):
+        state.allowed()
 
 
 def test_a_token_that_is_not_allowed_is_an_error() -> None:

@@ -50,9 +50,9 @@ LIMITS, SECONDS = ServerLimits(), Seconds()
 
 
 class App:
-    """Answers HTTP requests by an engine. ``model``: the name it goes by. ``hosts``: those that URLs may name. ``local``:
-    only requests to this machine's own names are answered; a page from elsewhere whose name is made to point here (DNS
-    rebinding) may not ask.
+    """Answers HTTP requests by an engine. ``model``: the name it goes by. ``hosts``: those that URLs may name.
+    ``local``: only requests to this machine's own names are answered; a page from elsewhere whose name is made to
+    point here (DNS rebinding) may not ask.
     """
 
     def __init__(
