@@ -208,7 +208,7 @@ def test_leaving_a_stream_frees_the_request(client: openai.OpenAI, served: Serve
         {"temperature": 5e-324},
         {"temperature": 1, "top_p": 5e-324, "top_k": 2**31 - 1, "min_p": 1, "seed": 2**200},
         {"repetition_penalty": 2**31 - 1},
-        {"repetition_penalty": 5e-324, "temperature": 2},
+        {"repetition_penalty": 1e-30, "temperature": 2},
         {"stop": ["e", " ", "\N{SNOWMAN}"], "max_thinking_tokens": 0, "n": 8},
         {"logprobs": True, "top_logprobs": 20, "temperature": 1e-30, "repetition_penalty": 1e-30},
     ],
