@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from phi4rv.files import whole_folder
 from phi4rv.model import Phi4RV
 from phi4rv.ops import Operations
 from phi4rv.processor import Processor
+from phi4rv.reader import Stored, read, stored
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -28,7 +28,9 @@ PREFIXES = (
     ("decoder.lm_head.", "lm_head."),
     ("decoder.", "model."),
 )
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
+# Of each tensor of a folder, by its published name: its shape, and the dtypes it may have.
+Expected = Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
 
 def published_name(name: str) -> str:
@@ -48,7 +50,8 @@ def load(
     device: ``cuda`` where there is one, else ``cpu``; ``meta`` gives shapes only and reads no weights.
     dtype: the config's if None. kernels: see ``ops.Operations``.
     Every name, shape and dtype is checked before anything is allocated; one UserError lists all that is wrong.
-    Beside the model itself, memory never holds more than the tensor being read.
+    Beside the model itself, a CPU's memory never holds more than the tensor being read, a GPU's no more than
+    ``reader.read`` says.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, processor = outline(path, device, dtype, kernels)
@@ -65,6 +68,11 @@ def outline(
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder; a checkpoint is a folder in the published layout")
     config = Config.from_folder(folder)
+    if "quantization_config" in config.raw:
+        raise UserError(
+            f"{folder}: holds quantised weights, which this does not read; infer.weights.load and the commands of "
+            "infer read what infer.quantize has written, anything else needs the checkpoint that it was made from"
+        )
     return empty_model(config, device, dtype or DTYPES[config.dtype], kernels), Processor.from_folder(folder, config)
 
 
@@ -76,14 +84,21 @@ def fill(
     assign: Callable[[Tensor, Tensor], object] = lambda parameter, tensor: parameter.copy_(tensor),
 ) -> None:
     """Moves an outline to ``device`` and reads its weights; ``assign`` puts a whole tensor into a parameter."""
-    folder = Path(path)
-    tensors = _locate(folder)
-    _check(folder, tensors, model)
+    expected = {published_name(n): (tuple(p.shape), FLOATS) for n, p in model.named_parameters()}
+    tensors = tensors_of(Path(path), expected, device)
     model.to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        # Opened anew for each tensor: closing drops the mapped pages of the one before.
-        with safe_open(tensors[published_name(name)], "pt") as shard:
-            assign(parameter, shard.get_tensor(published_name(name)))
+    parameters = {published_name(n): p for n, p in model.named_parameters()}
+    for name, tensor in tensors:
+        assign(parameters[name], tensor)
+
+
+def tensors_of(folder: Path, expected: Expected, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
+    """Published name and tensor, read to ``device`` as ``reader.read`` does, in the files' order.
+
+    Checked at once: UserError that lists everything in which the folder differs from ``expected``.
+    """
+    places = sorted(_checked(folder, expected), key=lambda t: (t.file, t.start))
+    return ((item.name, tensor) for item, tensor in read(places, device))
 
 
 def empty_model(config: Config, device: torch.device | str, dtype: torch.dtype, kernels: str | None = None) -> Phi4RV:
@@ -110,31 +125,39 @@ def write(
     if dict(model.named_parameters()).keys() != dict(plain.named_parameters()).keys():
         raise ValueError("the model's layers are not the published ones: merge its adapter into an unquantised base")
     parameters = {published_name(name): (name, p.detach()) for name, p in model.named_parameters()}
-    shards = _shards({published: p for published, (_, p) in parameters.items()})
+    dtype = write_tensors({n: p for n, (_, p) in parameters.items()}, folder, lambda name: whole(*parameters[name]))
+    write_outline(model, processor, folder, dtype)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path, whole: Callable[[str], Tensor]) -> torch.dtype:
+    """Shards and index of tensors by their published names; the dtype of the last one. ``whole`` gives each on the
+    CPU, in their order.
+    """
+    shards = _shards(tensors)
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {n: whole(*parameters[n]).contiguous() for n in names}
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
-        dtype = next(reversed(tensors.values())).dtype
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        held = {n: whole(n).contiguous() for n in names}
+        total += sum(t.numel() * t.element_size() for t in held.values())
+        dtype = next(reversed(held.values())).dtype
+        save_file(held, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
-        del tensors
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        del held
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for file in dict.fromkeys(weight_map.values()):
         shutil.copymode(folder / INDEX, folder / file)  # save_file leaves them readable to their owner alone
-    write_outline(model, processor, folder, dtype)
+    return dtype
 
 
 def write_outline(model: Phi4RV, processor: Processor, folder: Path, dtype: torch.dtype) -> None:
     """Everything but the weights: what ``outline`` reads."""
     name = next(k for k, v in DTYPES.items() if v == dtype)
-    _write_json(folder / "config.json", {**model.config.to_dict(), "dtype": name})
+    write_json(folder / "config.json", {**model.config.to_dict(), "dtype": name})
     processor.write(folder)
 
 
-def _shards(tensors: dict[str, Tensor]) -> list[list[str]]:
+def _shards(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     """Names in order, cut into runs of at most SHARD_BYTES."""
     shards: list[list[str]] = [[]]
     used = 0
@@ -152,47 +175,39 @@ def _locate(folder: Path) -> dict[str, Path]:
     """The file of each tensor, by the index or from a single ``model.safetensors``."""
     single = folder / "model.safetensors"
     if single.is_file() and not (folder / INDEX).exists():
-        with _open(single) as shard:
-            return dict.fromkeys(shard.keys(), single)
+        return {item.name: single for item in stored(single)}
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise UserError(f"{folder / INDEX}: needs an object 'weight_map' from tensor names to file names")
     return {name: folder / file for name, file in weight_map.items()}
 
 
-def _check(folder: Path, tensors: dict[str, Path], model: Phi4RV) -> None:
-    """Compares the headers of all shards with the model; one UserError lists everything that differs."""
-    headers = {}
+def _checked(folder: Path, expected: Expected) -> list[Stored]:
+    """Where each of the expected tensors lies, by the headers of all shards; one UserError lists everything that
+    differs.
+    """
+    tensors = _locate(folder)
+    found: dict[str, Stored] = {}
     for file in dict.fromkeys(tensors.values()):
-        with _open(file) as shard:
-            for name in shard.keys():  # noqa: SIM118 - a shard is no mapping
-                part = shard.get_slice(name)
-                if name not in headers or file == tensors.get(name):  # the index says which of two counts
-                    headers[name] = (tuple(part.get_shape()), part.get_dtype(), file)
+        for item in stored(file):
+            if item.name not in found or file == tensors.get(item.name):  # the index says which of two counts
+                found[item.name] = item
     wrong = []
-    expected = {published_name(name): tuple(p.shape) for name, p in model.named_parameters()}
-    for name, shape in expected.items():
+    for name, (shape, dtypes) in expected.items():
         if name not in tensors:
             wrong.append(f"{name} is missing")
-        elif name not in headers or headers[name][2] != tensors[name]:
+        elif name not in found or found[name].file != tensors[name]:
             wrong.append(f"{name} is missing from {tensors[name].name}")
-        elif headers[name][0] != shape:
-            wrong.append(f"{name} has shape {list(headers[name][0])}, must be {list(shape)}")
-        elif headers[name][1] not in _FLOATS:
-            wrong.append(f"{name} is {headers[name][1]}, must be one of {', '.join(_FLOATS)}")
-    wrong += [f"{name} is unexpected" for name in sorted({*tensors, *headers} - {*expected})]
+        elif found[name].shape != shape:
+            wrong.append(f"{name} has shape {list(found[name].shape)}, must be {list(shape)}")
+        elif found[name].dtype not in dtypes:
+            right = f"one of {', '.join(dtypes)}" if len(dtypes) > 1 else dtypes[0]
+            wrong.append(f"{name} is {found[name].dtype}, must be {right}")
+    wrong += [f"{name} is unexpected" for name in sorted({*tensors, *found} - {*expected})]
     if wrong:
         raise UserError(f"{folder}: {len(wrong)} tensor(s) do not fit config.json: {'; '.join(wrong)}")
+    return [found[name] for name in expected]
 
 
-def _open(file: Path) -> safe_open:
-    try:
-        return safe_open(file, "pt")
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing, though the index names it") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: not a whole safetensors file, truncated or damaged ({error})") from None
-
-
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

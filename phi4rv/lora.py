@@ -24,8 +24,7 @@ from phi4rv.checkpoint import published_name
 from phi4rv.config import read_json
 from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
-from phi4rv.ops import Operations
-from phi4rv.quantized import dequantize, quantize
+from phi4rv.quantized_model import QuantizedLinear, linears
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
@@ -45,24 +44,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
 }
-
-
-class QuantizedLinear(nn.Module):
-    """A frozen linear layer in one of ``quantized.FORMATS``; gradients reach its input alone."""
-
-    def __init__(self, layer: nn.Linear, format: str, ops: Operations):
-        super().__init__()
-        self.ops, self.dtype, self.bias = ops, layer.weight.dtype, layer.bias
-        # No buffers: module.to(dtype) would convert the scales.
-        self.quantized = quantize(layer.weight, format)
-
-    @property
-    def weight(self) -> Tensor:
-        """(N, K), dequantised anew each time."""
-        return dequantize(self.quantized, self.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.quantized_linear(x, self.quantized, self.bias)
 
 
 class LoRALinear(nn.Module):
@@ -92,28 +73,9 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.scale * self.lora_B(self.lora_A(x))
 
 
-def linears(model: Phi4RV, used: bool = True) -> dict[str, str]:
-    """Published path -> our path of each linear layer; ``used``: only those that a forward pass reads."""
-    unused = {id(p) for p in model.vision.unused_parameters()} if used else set()
-    found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m.weight) not in unused]
-    return {published_name(n + ".weight").removesuffix(".weight"): n for n in found}
-
-
 def matching(paths: Sequence[str], targets: Sequence[str]) -> list[str]:
     """The paths that PEFT's ``target_modules`` would choose: equal to a target, or ending in it after a dot."""
     return [p for p in paths if any(p == t or p.endswith("." + t) for t in targets)]
-
-
-def quantize_layers(model: Phi4RV, format: str) -> None:
-    """Replaces the linear layers of the decoder's layers, nine tenths of the model, by quantised ones.
-
-    Tower, projector, embeddings and output layer keep their dtype.
-    """
-    for name in linears(model).values():
-        if name.startswith("decoder.layers."):
-            layer = model.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
-            model.set_submodule(name, QuantizedLinear(layer, format, model.ops))
 
 
 def add_adapters(model: Phi4RV, names: Sequence[str], rank: int, alpha: float, seed: int) -> None:
@@ -220,13 +182,15 @@ def read_adapter(folder: str | Path) -> Adapter:
 def merge_adapter(model: Phi4RV, folder: str | Path) -> None:
     """Adds a folder's scale · B A to the model's weights, computed in float32 and rounded once.
 
-    UserError, and no change, if one of its layers is not the model's or has another shape.
+    UserError, and no change, if one of its layers is not the model's, is quantised or has another shape.
     """
     adapter, known = read_adapter(folder), linears(model, used=False)
     weights = {}
     for path, (a, b) in adapter.pairs.items():
         if path not in known:
             raise UserError(f"{folder}: {path} is no linear layer of this model")
+        if isinstance(model.get_submodule(known[path]), QuantizedLinear):
+            raise UserError(f"{folder}: {path} is quantised in this model; merge first, by python -m phi4rv.merge")
         weights[path] = weight = model.get_parameter(known[path] + ".weight")
         if weight.shape != (b.shape[0], a.shape[1]):
             got = [b.shape[0], a.shape[1]]

@@ -130,8 +130,11 @@ class QuantizedWeight:
     shape: tuple[int, int]
 
 
-def quantize(weight: Tensor, format: str) -> QuantizedWeight:
+def quantize(weight: Tensor, format: str, shrink: Tensor | None = None) -> QuantizedWeight:
     """A float weight (N, K) rounded to nearest in ``format``, one of FORMATS. ValueError for another.
+
+    shrink: factors of the scales, of each row (N,) in int8 and fp8, of each group (N, G) in int4; values that are then
+    out of range become the largest that there is.
 
     Largest errors, of the row's (int8, fp8) or group's (int4) largest magnitude a, or its extent e from the smallest
     to the largest value, 0 included: int8 a/254; fp8 a/28, and 1/16 of each value down to a/28672; int4 a/13.8;
@@ -143,18 +146,19 @@ def quantize(weight: Tensor, format: str) -> QuantizedWeight:
         raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}, must be a float matrix (N, K)")
     w = weight.detach().float()
     shape = (w.shape[0], w.shape[1])
+    factors = 1.0 if shrink is None else shrink
     if format in ("int8", "fp8"):
         limit = 127 if format == "int8" else FP8_MAX
-        scales = w.abs().amax(1) / limit if w.numel() else w.new_zeros(len(w))
+        scales = w.abs().amax(1) * factors / limit if w.numel() else w.new_zeros(len(w))
         units = (w * _inverse(scales)[:, None]).clamp(-limit, limit)
         data = units.round().to(torch.int8) if format == "int8" else units.to(torch.float8_e4m3fn)
         return QuantizedWeight(format, data, scales, None, shape)
     groups = F.pad(w, (0, -shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     if format == "int4":
-        scales = (groups.abs().amax(2) / 7).bfloat16()
+        scales = (groups.abs().amax(2) * factors / 7).bfloat16()
         zeros = torch.full_like(scales, 8)
     else:
-        low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+        low, high = groups.amin(2).clamp(max=0) * factors, groups.amax(2).clamp(min=0) * factors
         scales = ((high - low) / 15).bfloat16()
         zeros = (-low * _inverse(scales)).round().clamp(0, 15)
     codes = (groups * _inverse(scales)[..., None]).round() + zeros[..., None]

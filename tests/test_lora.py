@@ -21,10 +21,11 @@ from infer.main import main as ask
 from phi4rv.batch import PackedBatch
 from phi4rv.checkpoint import published_name
 from phi4rv.errors import UserError
-from phi4rv.lora import QuantizedLinear, adapters, add_adapters, linears, merge_adapter, read_adapter, write_adapter
+from phi4rv.lora import adapters, add_adapters, linears, merge_adapter, read_adapter, write_adapter
 from phi4rv.merge import main as merge
 from phi4rv.model import Phi4RV
 from phi4rv.quantized import dequantize, quantize
+from phi4rv.quantized_model import QuantizedLinear, quantize_layers
 from train.export import main as export
 from train.lora import adapt
 from train.main import main
@@ -40,9 +41,11 @@ def options(**overrides: Any) -> Stage:
     return stage(2, False, {"lora_rank": 4, "lora_alpha": 6.0, "lora_targets": EVERYTHING, **overrides})
 
 
-def adapted(chosen: Stage) -> Phi4RV:
-    """The small model with adapters whose B is not zero."""
+def adapted(chosen: Stage, format: str | None = None) -> Phi4RV:
+    """The small model, with ``format`` its decoder's layers in that, with adapters whose B is not zero."""
     model, _ = small_model()
+    if format:
+        quantize_layers(model, {"decoder": format})
     adapt(model, chosen, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -95,7 +98,7 @@ def test_logits_and_gradients_are_those_of_the_merged_weights(batch: PackedBatch
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4", "int4_zero"])
 def test_a_quantised_base(batch: PackedBatch, format: str) -> None:
     """As if the decoder's layers held what their codes say; the adapters' gradients too."""
-    model = adapted(options(frozen_weights=format))
+    model = adapted(options(), format)
     assert sum(isinstance(m, QuantizedLinear) for m in model.modules()) == 8
 
     def rounded(name: str, weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from phi4rv.errors import UserError
 from phi4rv.float8 import use_float8
 from phi4rv.model import Phi4RV
 from phi4rv.processor import Processor
+from phi4rv.quantized_model import fill_quantized
 from train.context import check_heads
 from train.layerwise import Layerwise
 from train.lora import adapt
@@ -56,6 +57,8 @@ def build(
         parallelize(model, mesh, args.shard, dtype)
     if step and not adapted:
         model.to_empty(device=device)
+    elif stage.frozen_weights != "dtype":
+        fill_quantized(model, args.checkpoint, device, {"decoder": stage.frozen_weights})
     elif args.checkpoint:
         fill(model, args.checkpoint, device, assign)
     if adapted:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def export_adapter(step: Path, path: Path, state: dict[str, Any]) -> None:
     model, _ = outline(step, "meta")
     known = {field.name for field in fields(Stage)}
     stage = Stage(**{k: v for k, v in state["recipe"].items() if k in known})
-    adapt(model, replace(stage, frozen_weights="dtype"), 0)
+    adapt(model, stage, 0)
     for layer in adapters(model).values():
         layer.lora_A.to_empty(device="cpu")
         layer.lora_B.to_empty(device="cpu")

@@ -1,22 +1,20 @@
-"""What a run with ``--lora-rank`` does differently: which layers get adapters, and what they leave frozen."""
+"""What a run with ``--lora-rank`` does differently: which layers get adapters."""
 
 from __future__ import annotations
 
 from phi4rv.errors import UserError
-from phi4rv.lora import add_adapters, linears, matching, quantize_layers
+from phi4rv.lora import add_adapters, linears, matching
 from phi4rv.model import Phi4RV
 from train.recipe import Stage
 
 
 def adapt(model: Phi4RV, stage: Stage, seed: int) -> None:
-    """Freezes the model, in ``stage.frozen_weights``, and puts adapters on ``stage.lora_targets``.
+    """Freezes the model and puts adapters on ``stage.lora_targets``.
 
     UserError naming a target that is no linear layer, or in a part that the stage freezes.
     """
     known = linears(model)
     names = [known[path] for path in matching(list(known), targets(model, stage))]
-    if stage.frozen_weights != "dtype":
-        quantize_layers(model, stage.frozen_weights)
     add_adapters(model, names, stage.lora_rank, stage.lora_alpha, seed)
 
 
