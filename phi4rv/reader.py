@@ -167,7 +167,7 @@ def _send_piece(item: Stored, handle: int, place: int, target: Tensor, staging: 
 
 
 def _fill(item: Stored, handle: int, place: int, target: Tensor) -> None:
-    view = memoryview(target.numpy())
+    view = target.numpy().data
     done = 0
     while done < len(view):
         try:

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 from small import picture, small_model
 
+from infer.heldout import TOGETHER, Question, answers, centre_in, iou, score, shuffled
 from phi4rv.answers import Answer, Box, parse_answer
 from phi4rv.chat import Message
 from phi4rv.processor import Prompt
-from train.heldout import TOGETHER, Question, answers, centre_in, iou, score, shuffled
+from phi4rv.records import Record
 from train.plot import Run, draw
-from train.records import Record
 from train.sheet import RIGHT, TILE, WRONG, prediction_sheet
 
 
@@ -126,7 +126,7 @@ def test_answers_come_in_order_over_several_prefills(monkeypatch: pytest.MonkeyP
     asked = [question(f"What is {n} and {n % 3}?", "1") for n in range(7)]
     together = answers(model, processor, asked)
     assert len(asked) < TOGETHER
-    monkeypatch.setattr("train.heldout.TOGETHER", 3)
+    monkeypatch.setattr("infer.heldout.TOGETHER", 3)
     assert answers(model, processor, asked) == together
     assert len({answer.text for answer in together}) > 1, "the case cannot tell the order"
     assert answers(model, processor, []) == []

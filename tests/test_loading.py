@@ -21,12 +21,11 @@ import pytest
 import torch
 from small import mixed_data, mixed_records, picture, record, small_checkpoint, small_model, write_jsonl
 
-from phi4rv import images
+from phi4rv import archives, images
+from phi4rv.archives import ImageFiles
 from phi4rv.batch import PackedBatch
 from phi4rv.errors import UserError
 from phi4rv.processor import Processor
-from train import archives
-from train.archives import ImageFiles
 from train.data import Corpus
 from train.lines import Lines
 from train.loader import on_device, prefetch

@@ -10,7 +10,7 @@ import pytest
 
 from phi4rv.chat import ChatTemplate, Message
 from phi4rv.errors import UserError
-from train.records import Record, read_records
+from phi4rv.records import Record, read_records
 
 CHECKPOINT = Path(__file__).parent / "data" / "tiny-checkpoint"
 IMAGE = "images/1_0.png"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from infer.heldout import Question, Scores, answers, score, shuffled
 from phi4rv.model import Phi4RV
 from phi4rv.processor import Processor
-from train.heldout import Question, Scores, answers, score, shuffled
 from train.metrics import Progress, read_metrics
 from train.plot import METRICS, Run, draw
 from train.sheet import prediction_sheet

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from phi4rv.cached import cached
 from phi4rv.errors import UserError
-from train.cached import cached
 
 INDEXED = 64 << 20  # bytes of a file from which its index is kept
 

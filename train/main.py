@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from infer.heldout import Question
 from phi4rv.checkpoint import load
 from phi4rv.command import exit_status, usable_device
 from phi4rv.config import DTYPES, read_json
 from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
 from phi4rv.processor import Processor
+from phi4rv.records import read_records
 from train import recipe, saving
 from train.build import build
 from train.context import join_context
@@ -29,7 +31,6 @@ from train.data import Corpus
 from train.finish import finish
 from train.guard import Streak, check_weights
 from train.hardware import peak_tflops
-from train.heldout import Question
 from train.layerwise import Layerwise
 from train.metrics import Progress
 from train.optimizer import Optimizer
@@ -37,7 +38,6 @@ from train.options import arguments
 from train.parallel import device_mesh, local
 from train.plot import METRICS
 from train.ranks import Ranks, gatherer, join_ranks
-from train.records import read_records
 from train.sources import Source, sources
 from train.stream import Step, count_steps, run_steps
 from train.synthetic import write_dataset

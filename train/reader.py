@@ -11,15 +11,15 @@ from pathlib import Path
 from types import FrameType
 
 from phi4rv.answers import canonical_answer
+from phi4rv.archives import ImageFiles
 from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
 from phi4rv.chat import IMAGE_MARK, THINK, Message
 from phi4rv.errors import UserError
 from phi4rv.images import image_size, open_image, patchify
 from phi4rv.processor import Processor, with_patches
-from train.archives import ImageFiles
+from phi4rv.records import Record, parse_line
 from train.lines import Line
 from train.recipe import Stage
-from train.records import Record, parse_line
 
 
 @dataclass(frozen=True)

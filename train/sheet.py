@@ -9,10 +9,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from infer.draw import draw_answer
+from infer.heldout import Question, centre_in
 from phi4rv.answers import Answer
 from phi4rv.chat import IMAGE_MARK
 from phi4rv.images import open_image
-from train.heldout import Question, centre_in
 
 RIGHT, GIVEN, WRONG = "#2ca02c", "#1f77b4", "#d62728"
 TILE, TEXT, COLUMNS = 250, 104, 4

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from phi4rv.cached import cached
 from phi4rv.errors import UserError
-from train.cached import cached
 
 OPEN = 256  # archives whose index a process keeps mapped
 

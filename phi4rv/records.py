@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from phi4rv.answers import find_non_finite
+from phi4rv.archives import ImageFiles
 from phi4rv.chat import IMAGE_MARK, Message
 from phi4rv.errors import UserError
-from train.archives import ImageFiles
 
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 

@@ -1,4 +1,4 @@
-"""The measure at the end of a run: held-out questions, asked with their own picture and with another's.
+"""Held-out questions, asked with their own picture and with another's, and what the answers score.
 
 What a model scores with the pictures shuffled is what it guesses without looking.
 """
@@ -11,13 +11,13 @@ from typing import Any
 
 from infer.engine import Engine
 from infer.limits import Limits
-from infer.request import Options
+from infer.request import Generation, Options
 from phi4rv.answers import Answer, Box, parse_answer
+from phi4rv.archives import ImageFiles
 from phi4rv.chat import IMAGE_MARK, THINK
 from phi4rv.model import Phi4RV
 from phi4rv.processor import Processor, Prompt
-from train.archives import ImageFiles
-from train.records import Record
+from phi4rv.records import Record
 
 OPTIONS = Options(max_new_tokens=64)
 TOGETHER = 50  # questions
@@ -57,11 +57,16 @@ def shuffled(questions: Sequence[Question]) -> list[Question]:
     return out
 
 
-def answers(model: Phi4RV, processor: Processor, questions: Sequence[Question]) -> list[Answer]:
+def generations(
+    model: Phi4RV, processor: Processor, prompts: Sequence[Prompt], options: Options = OPTIONS
+) -> list[Generation]:
     """Greedy answers, TOGETHER at a time at most, in a cache of two windows: training may hold most of the memory."""
     limits = Limits(max_running=TOGETHER, cache_tokens=2 * model.config.context)
-    made = Engine((model, processor), limits=limits).generate([q.prompt for q in questions], OPTIONS)
-    return [generation.answer(processor) for generation in made]
+    return Engine((model, processor), limits=limits).generate(prompts, options)
+
+
+def answers(model: Phi4RV, processor: Processor, questions: Sequence[Question]) -> list[Answer]:
+    return [g.answer(processor) for g in generations(model, processor, [q.prompt for q in questions])]
 
 
 def score(questions: Sequence[Question], given: Sequence[Answer]) -> Scores:
