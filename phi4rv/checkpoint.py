@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save_file
@@ -150,10 +151,16 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, whole: Callable[[
     return dtype
 
 
-def write_outline(model: Phi4RV, processor: Processor, folder: Path, dtype: torch.dtype) -> None:
-    """Everything but the weights: what ``outline`` reads."""
+def write_outline(
+    model: Phi4RV,
+    processor: Processor,
+    folder: Path,
+    dtype: torch.dtype,
+    more: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """Everything but the weights: what ``outline`` reads. ``more``: of config.json."""
     name = next(k for k, v in DTYPES.items() if v == dtype)
-    write_json(folder / "config.json", {**model.config.to_dict(), "dtype": name})
+    write_json(folder / "config.json", {**model.config.to_dict(), "dtype": name, **more})
     processor.write(folder)
 
 

@@ -101,6 +101,14 @@ def quantized_layers(model: Phi4RV) -> dict[str, QuantizedLinear]:
     }
 
 
+def formats_of(model: Phi4RV) -> dict[str, str]:
+    """Part -> format, of the parts that are quantised."""
+    ours = linears(model)
+    found = {ours[path]: layer.quantized.format for path, layer in quantized_layers(model).items()}
+    formats = {part: {f for n, f in found.items() if n.startswith(prefix)} for part, prefix in PARTS.items()}
+    return {part: kinds.pop() for part, kinds in formats.items() if kinds}
+
+
 @torch.no_grad()
 def fill_quantized(model: Phi4RV, path: str | Path, device: torch.device | str, formats: Mapping[str, str]) -> None:
     """As ``checkpoint.fill``, an outline's weights from the published layout, with the layers of ``formats`` (part ->
