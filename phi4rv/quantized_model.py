@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,14 +21,13 @@ ROWS = 4096  # of a weight that are quantised at a time: what is rounded is floa
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer in one of ``quantized.FORMATS``; gradients reach its input alone."""
+    """``layer``, frozen, with its weight as ``quantized`` says; gradients reach its input alone."""
 
-    def __init__(self, layer: nn.Linear, format: str, ops: Operations):
-        """``layer`` may be on the meta device; ``quantized`` is then to be replaced."""
+    def __init__(self, layer: nn.Linear, quantized: QuantizedWeight, ops: Operations):
         super().__init__()
         self.ops, self.dtype, self.bias = ops, layer.weight.dtype, layer.bias
         # No buffers: module.to(dtype) would convert the scales.
-        self.quantized = quantize(layer.weight, format)
+        self.quantized = quantized
 
     @property
     def weight(self) -> Tensor:
@@ -84,12 +83,20 @@ def chosen_layers(model: Phi4RV, formats: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def quantize_layers(model: Phi4RV, formats: Mapping[str, str]) -> None:
-    """Replaces the layers of the parts in ``formats`` by quantised ones; on the meta device by their shapes."""
+def quantize_layers(
+    model: Phi4RV,
+    formats: Mapping[str, str],
+    rounded: Callable[[str, Tensor, str], QuantizedWeight] = lambda name, weight, format: quantize(weight, format),
+) -> None:
+    """Replaces the layers of the parts in ``formats``, one by one, by quantised ones; on the meta device by shapes.
+
+    rounded(our path, weight, format) does it.
+    """
     for name, format in chosen_layers(model, formats).items():
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        model.set_submodule(name, QuantizedLinear(layer, format, model.ops))
+        quantized = rounded(name, layer.weight.detach(), format)
+        model.set_submodule(name, QuantizedLinear(layer, quantized, model.ops))
 
 
 def quantized_layers(model: Phi4RV) -> dict[str, QuantizedLinear]:

@@ -1,0 +1,128 @@
+"""Scales of quantised weights that suit what a layer reads: found on prompts, and how far off they leave its output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phi4rv.model import Phi4RV
+from phi4rv.processor import Processor, Prompt
+from phi4rv.quantized import GROUP, QuantizedWeight, dequantize, part, quantize
+from phi4rv.quantized_model import ROWS, chosen_layers, quantize_rows
+
+# Factors of a scale that are tried: AWQ's range (Lin et al. 2023, whose search clips by the same criterion).
+FACTORS = tuple(1 - 0.05 * i for i in range(11))
+KEPT_ROWS = 64  # of a layer's inputs, to measure its output on
+LOGIT_ROWS = 32  # of a prompt, its last ones, whose logits are compared
+
+
+@dataclass
+class Inputs:
+    """What a layer read: the sum of its squares by column, (K,) float32, and some of its rows (M, K)."""
+
+    squares: Tensor
+    rows: list[Tensor] = field(default_factory=list)
+
+    def add(self, x: Tensor) -> None:
+        self.squares += x.float().square().sum(0)
+        kept = sum(map(len, self.rows))
+        step = -(-len(x) // 8)  # few of each prompt
+        self.rows.append(x[::step][: KEPT_ROWS - kept].clone())
+
+
+@torch.no_grad()
+def observe(
+    model: Phi4RV, processor: Processor, prompts: Sequence[Prompt], formats: Mapping[str, str]
+) -> tuple[dict[str, Inputs], Tensor]:
+    """Runs the prompts: our path -> inputs, of the layers that ``formats`` names, and ``logits_of`` them."""
+    seen: dict[str, Inputs] = {}
+
+    def look(name: str, layer: nn.Module, given: tuple[Tensor]) -> None:
+        (x,) = given
+        seen.setdefault(name, Inputs(torch.zeros(x.shape[-1], device=x.device))).add(x)
+
+    layers = {name: model.get_submodule(name) for name in chosen_layers(model, formats)}
+    hooks = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers.items()]
+    try:
+        logits = logits_of(model, processor, prompts)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen, logits
+
+
+@torch.no_grad()
+def logits_of(model: Phi4RV, processor: Processor, prompts: Sequence[Prompt]) -> Tensor:
+    """(R, V) float32 on the CPU: of each prompt's last LOGIT_ROWS tokens."""
+    found = []
+    for prompt in prompts:
+        hidden = model.hidden(processor([prompt]).to(model.device))
+        found.append(model.decoder.logits(hidden[-LOGIT_ROWS:]).cpu())
+    return torch.cat(found)
+
+
+def calibrated(weight: Tensor, format: str, squares: Tensor) -> QuantizedWeight:
+    """``quantize`` with the one of FACTORS for each scale that makes Σₖ squares[k] · (w[k] - ŵ[k])² least.
+
+    weight (N, K), squares (K,): of each input, what it adds to the output's squared error. Never worse than factor 1.
+    """
+    shrinks = []
+    for block in weight.split(ROWS):
+        errors = torch.stack([scale_errors(block, _shrunk(block, format, f), squares) for f in FACTORS])
+        shrinks.append(errors.new_tensor(FACTORS)[errors.argmin(0)])
+    return quantize_rows(weight, format, torch.cat(shrinks))
+
+
+def scale_errors(weight: Tensor, quantized: QuantizedWeight, squares: Tensor) -> Tensor:
+    """Σₖ squares[k] · (w[k] - ŵ[k])² over the elements of each scale: (N,) or, in int4, (N, G). float32."""
+    errors = (weight.float() - dequantize(quantized, torch.float32)).square() * squares
+    if quantized.scales.ndim == 1:
+        return errors.sum(1)
+    return F.pad(errors, (0, -errors.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).sum(2)
+
+
+def _shrunk(weight: Tensor, format: str, factor: float) -> QuantizedWeight:
+    groups = -(-weight.shape[1] // GROUP)
+    shape = (len(weight), groups) if format.startswith("int4") else (len(weight),)
+    return quantize(weight, format, torch.full(shape, factor, device=weight.device))
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far a quantised layer is off, relative by Euclidean norm: its weight, and its output on ``Inputs.rows``."""
+
+    layer: str
+    format: str
+    weight_error: float
+    output_error: float
+
+
+def layer_error(path: str, weight: Tensor, quantized: QuantizedWeight, rows: Tensor) -> LayerError:
+    """Of the layer with published ``path``; the bias, which both have, is left out."""
+    off = total = off_output = total_output = 0.0
+    rows = rows.float()
+    for start in range(0, len(weight), ROWS):
+        w = weight[start : start + ROWS].float()
+        d = w - dequantize(part(quantized, 0, start, start + len(w)), torch.float32)
+        off, total = off + float(d.square().sum()), total + float(w.square().sum())
+        off_output += float((rows @ d.T).square().sum())
+        total_output += float((rows @ w.T).square().sum())
+    ratios = [(x / y) ** 0.5 if y else 0.0 for x, y in ((off, total), (off_output, total_output))]
+    return LayerError(path, quantized.format, *ratios)
+
+
+def logits_error(given: Tensor, right: Tensor) -> dict[str, float]:
+    """Of (R, V) logits: ``relative`` by Euclidean norm, mean ``kl`` of the right distribution from the given one in
+    nats, and the share of rows whose largest logit is the same.
+    """
+    kl = F.kl_div(given.log_softmax(1), right.log_softmax(1), log_target=True, reduction="batchmean")
+    return {
+        "relative": float((given - right).norm() / right.norm()),
+        "kl": float(kl),
+        "same_first": float((given.argmax(1) == right.argmax(1)).float().mean()),
+    }
