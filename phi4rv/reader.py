@@ -76,8 +76,8 @@ def read(wanted: Sequence[Stored], device: torch.device | str) -> Iterator[tuple
     """The tensors one after another in the order given, on ``device`` and in their stored dtypes; each is to be used
     before the next is asked for.
 
-    A GPU holds, beside the tensor last given, the next one and AHEAD bytes of those behind it, or one more tensor.
-    On a CPU they are pages of the file, which the caller copies. UserError if a file ends before its header says.
+    A GPU holds, beside the tensor last given, less than AHEAD bytes of those behind it and one more tensor. On a CPU
+    they are pages of the file, which the caller copies. UserError if a file ends before its header says.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -146,9 +146,9 @@ def staged(wanted: Sequence[Stored], device: torch.device, staging: Staging) -> 
             return item, whole.view(DTYPES[item.dtype]).view(item.shape)
 
         for item in wanted:
-            begin(item)
-            if sum(i.size for i, *_ in islice(coming, 1, None)) >= AHEAD:
+            while sum(i.size for i, *_ in islice(coming, 1, None)) >= AHEAD:
                 yield arrived()
+            begin(item)
         while coming:
             yield arrived()
 
