@@ -71,8 +71,8 @@ def outline(
     config = Config.from_folder(folder)
     if "quantization_config" in config.raw:
         raise UserError(
-            f"{folder}: holds quantised weights, which this does not read; infer.weights.load and the commands of "
-            "infer read what infer.quantize has written, anything else needs the checkpoint that it was made from"
+            f"{folder}: holds quantised weights, which only infer reads, and only infer.quantize's; give the "
+            "checkpoint of which they were made"
         )
     return empty_model(config, device, dtype or DTYPES[config.dtype], kernels), Processor.from_folder(folder, config)
 

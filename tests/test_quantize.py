@@ -1,0 +1,592 @@
+"""Weights in 8 and 4 bits: read, saved, calibrated and measured.
+
+Relative error of the logits (Euclidean norm) that each format may have on the golden cases in float32, whose random
+weights forgive less than trained ones: BOUNDS, over those measured on 2026-11-27, 0.0209, 0.0779, 0.337 and 0.288.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import parity
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from small import mixed_data, record, small_checkpoint, write_jsonl
+from test_bad_checkpoints import edit
+from test_checkpoint import INDEX, tensors_of
+from torch import Tensor
+
+import phi4rv
+from infer import calibrate, weights
+from infer.calibrate import Inputs, calibrated, layer_error, logits_error, observe, scale_errors
+from infer.engine import Generation
+from infer.heldout import Question
+from infer.quantize import compare, prompts_of
+from infer.quantize import main as quantize_command
+from phi4rv import Phi4RV, Processor, Prompt, UserError, checkpoint, quantized_model
+from phi4rv.answers import parse_answer
+from phi4rv.lora import merge_adapter
+from phi4rv.quantized import FORMATS, QuantizedWeight, dequantize, quantize
+from phi4rv.quantized_model import linears, parse_formats, quantize_layers, quantize_rows, quantized_layers, spec_of
+
+BOUNDS = {"int8": 0.03, "fp8": 0.1, "int4": 0.4, "int4_zero": 0.35}
+MIXED = "int4,head=fp8,tower=int8"
+SPECS = [*FORMATS, MIXED, "tower=int4_zero"]
+Tiny = tuple[Phi4RV, Processor]
+
+
+def load(path: Path, spec: str | None = None, dtype: torch.dtype | None = torch.float32) -> Tiny:
+    return weights.load(path, "cpu", dtype, None, spec)
+
+
+def fields(q: QuantizedWeight) -> dict[str, Any]:
+    return {**vars(q), **{k: v.view(torch.uint8) for k, v in vars(q).items() if isinstance(v, Tensor)}}
+
+
+def same_weight(a: QuantizedWeight, b: QuantizedWeight) -> bool:
+    ours, theirs = fields(a), fields(b)
+    return all(torch.equal(v, theirs[k]) if isinstance(v, Tensor) else v == theirs[k] for k, v in ours.items()) and [
+        getattr(a, k).dtype for k in ("data", "scales")
+    ] == [getattr(b, k).dtype for k in ("data", "scales")]
+
+
+def same_model(a: Phi4RV, b: Phi4RV) -> bool:
+    ours, theirs = dict(a.named_parameters()), dict(b.named_parameters())
+    layers, others = quantized_layers(a), quantized_layers(b)
+    return (
+        ours.keys() == theirs.keys()
+        and layers.keys() == others.keys()
+        and all(torch.equal(p, theirs[n]) and p.dtype == theirs[n].dtype for n, p in ours.items())
+        and all(same_weight(q.quantized, others[n].quantized) and q.dtype == others[n].dtype for n, q in layers.items())
+    )
+
+
+@pytest.fixture(scope="module")
+def batch(tiny: Tiny) -> phi4rv.PackedBatch:
+    return tiny[1]([case.prompt for case in parity.cases()])
+
+
+# What is quantised.
+
+
+def test_formats_are_read() -> None:
+    assert parse_formats("int4") == {"decoder": "int4"}
+    assert parse_formats(" int4_zero , head=fp8,tower=int8") == {"decoder": "int4_zero", "head": "fp8", "tower": "int8"}
+    assert parse_formats("head=int8") == {"head": "int8"}
+    assert all(parse_formats(spec_of(parse_formats(spec))) == parse_formats(spec) for spec in SPECS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("int3", "'int3' is unknown, must be one of int8, fp8, int4, int4_zero"),
+        ("", "'' is unknown"),
+        ("int4,", "'' is unknown"),
+        ("int4,projector=fp8", "'projector' is no part, must be one of decoder, head, tower"),
+        ("head=", "'' is unknown"),
+        ("int4,int8", "decoder is given twice, int4 and int8"),
+        ("head=fp8,head=fp8", "head is given twice, fp8 and fp8"),
+    ],
+)
+def test_a_wrong_spec_is_one_line(spec: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_formats(spec)
+    assert str(caught.value).startswith("--weights: ") and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_which_layers(checkpoint: Path) -> None:
+    """Those that are called as layers and used: not the tower's last layer, embeddings or projector."""
+    model, _ = load(checkpoint, MIXED)
+    formats = {path: layer.quantized.format for path, layer in quantized_layers(model).items()}
+    tower = "model.vision_tower.vision_tower.vision_model.encoder.layers."
+    inner = [f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
+    expected = {f"{tower}{i}.{name}": "int8" for i in range(2) for name in inner}
+    inner = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+    expected |= {f"model.layers.{i}.{name}": "int4" for i in range(2) for name in inner} | {"lm_head": "fp8"}
+    assert formats == expected
+    plain, _ = load(checkpoint)
+    known = dict(plain.named_parameters())
+    gone = {linears(plain)[path] + ".weight" for path in expected}
+    assert {n for n, _ in model.named_parameters()} == known.keys() - gone
+    assert all(torch.equal(p, known[n]) for n, p in model.named_parameters())
+
+
+# Reading.
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_weight_is_rounded_from_what_is_stored(checkpoint: Path, spec: str, dtype: torch.dtype) -> None:
+    """Also where the rest of the model is in fewer bits than the files."""
+    model, _ = load(checkpoint, spec, dtype)
+    stored = tensors_of(checkpoint)
+    layers = quantized_layers(model)
+    assert layers and model.decoder.norm.weight.dtype == dtype
+    for path, layer in layers.items():
+        assert same_weight(layer.quantized, quantize(stored[path + ".weight"], layer.quantized.format)), path
+        assert layer.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_together_or_in_blocks(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(11, 300, generator=torch.Generator().manual_seed(0))
+    groups = (11, 3) if "4" in format else (11,)
+    shrink = torch.rand(groups, generator=torch.Generator().manual_seed(1)) / 2 + 0.5
+    whole, shrunk = quantize(weight, format), quantize(weight, format, shrink)
+    for rows in (1, 4, 11):
+        monkeypatch.setattr(quantized_model, "ROWS", rows)
+        assert same_weight(quantize_rows(weight, format), whole)
+        assert same_weight(quantize_rows(weight, format, shrink), shrunk)
+
+
+@pytest.mark.parametrize("spec", [*FORMATS, "int8,head=int8,tower=int8"])
+def test_logits_are_near_the_unquantised(tiny: Tiny, checkpoint: Path, batch: phi4rv.PackedBatch, spec: str) -> None:
+    right = tiny[0](batch).detach()
+    model, _ = load(checkpoint, spec)
+    error = logits_error(model(batch).detach(), right)["relative"]
+    bound = BOUNDS[spec.partition(",")[0]]
+    assert bound / 3 < error < bound
+
+
+def test_what_is_held_while_reading(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights that become quantised: the one in hand, and the one before it until the next is there."""
+    live: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    given, read = [], quantized_model.tensors_of
+
+    def watched(*arguments: Any) -> Any:
+        for name, tensor in read(*arguments):
+            live.add(tensor)
+            given.append(len(live))
+            yield name, tensor
+
+    monkeypatch.setattr(quantized_model, "tensors_of", watched)
+    load(checkpoint, MIXED)
+    assert len(given) == 83 and max(given) <= 2
+
+
+MEASURE = """
+import ctypes, sys, torch
+from infer import weights
+from phi4rv import quantized_model
+
+def kilobytes(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+
+quantized_model.ROWS = 64
+weights.load(sys.argv[1], "cpu", weights="int4")  # what the first call of anything costs
+for path, spec in ((sys.argv[2], "int4"), (sys.argv[3], None)):
+    ctypes.CDLL(None).malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")  # starts the peak anew
+    before = kilobytes("VmRSS")
+    model, _ = weights.load(path, "cpu", weights=spec)
+    print(kilobytes("VmHWM") - before)
+    del model
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc/self/clear_refs")
+def test_memory_holds_the_quantised_model_and_no_other(checkpoint: Path, tmp_path: Path) -> None:
+    """Quantised while it is read, and read quantised: peak memory over what the process had."""
+    _, processor = phi4rv.load(checkpoint, device="meta")
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 4}
+    config = dataclasses.replace(processor.config, **sizes)
+    model = phi4rv.checkpoint.empty_model(config, "cpu", torch.bfloat16).to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+    phi4rv.save(model, processor, tmp_path / "plain")
+    size = sum(p.nbytes for p in model.parameters()) // 1024
+    largest = max(p.nbytes for p in model.parameters()) // 1024
+    quantize_layers(model, {"decoder": "int4"})
+    weights.save(model, processor, tmp_path / "quantised")
+    held = sum(f.stat().st_size for f in (tmp_path / "quantised").glob("*.safetensors")) // 1024
+    assert held < 0.4 * size and size > 40 * largest
+    run = [sys.executable, "-c", MEASURE, checkpoint, tmp_path / "plain", tmp_path / "quantised"]
+    lines = subprocess.run(list(map(str, run)), capture_output=True, text=True, check=True).stdout.splitlines()
+    rounding, reading = map(int, lines)
+    print(rounding, reading, held, size)
+    assert max(rounding, reading) < held + 3 * largest + 4096, f"{rounding} and {reading} kB for {held} kB"
+
+
+# Saved folders.
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_bit_survives(checkpoint: Path, tmp_path: Path, spec: str, dtype: torch.dtype) -> None:
+    model, processor = load(checkpoint, spec, dtype)
+    weights.save(model, processor, tmp_path / "a")
+    for asked in (None, spec):
+        again, files = load(tmp_path / "a", asked, None)  # the saved config says which dtype
+        assert same_model(again, model) and again.config == dataclasses.replace(model.config, dtype=again.config.dtype)
+        assert files.files == processor.files
+    weights.save(again, files, tmp_path / "b")
+    assert [f.name for f in (tmp_path / "a").iterdir()] == [f.name for f in (tmp_path / "b").iterdir()]
+    assert all(f.read_bytes() == (tmp_path / "b" / f.name).read_bytes() for f in (tmp_path / "a").iterdir())
+
+
+def test_sizes_that_fit_no_group(tmp_path: Path) -> None:
+    """K of 48, 64 and 96 in groups of 128, in shards of a tensor each."""
+    plain = small_checkpoint(tmp_path)
+    model, processor = load(plain, "int4_zero,head=int4,tower=int4_zero")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "SHARD_BYTES", 1)
+        weights.save(model, processor, tmp_path / "saved")
+    again, _ = load(tmp_path / "saved")
+    assert same_model(again, model)
+    index = json.loads((tmp_path / "saved" / INDEX).read_text())["weight_map"]
+    assert len(set(index.values())) == len(index) == len(list(model.parameters())) + 3 * 20 + 2
+
+
+def test_a_folder_in_another_dtype(checkpoint: Path, tmp_path: Path) -> None:
+    """The codes stay, the rest is converted."""
+    model, processor = load(checkpoint, MIXED)
+    weights.save(model, processor, tmp_path / "saved")
+    again, _ = load(tmp_path / "saved", None, torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in again.parameters())
+    for path, layer in quantized_layers(again).items():
+        assert same_weight(layer.quantized, quantized_layers(model)[path].quantized)
+        assert layer.weight.dtype == torch.bfloat16
+
+
+def test_shapes_alone(checkpoint: Path, tmp_path: Path) -> None:
+    model, processor = load(checkpoint, MIXED)
+    weights.save(model, processor, tmp_path / "saved")
+    for path, spec in ((checkpoint, MIXED), (tmp_path / "saved", None)):
+        meta, _ = weights.load(path, "meta", weights=spec)
+        assert all(p.is_meta for p in meta.parameters())
+        assert all(layer.quantized.data.is_meta for layer in quantized_layers(meta).values())
+        assert quantized_layers(meta).keys() == quantized_layers(model).keys()
+
+
+def test_a_plain_model_is_not_saved_so(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"phi4rv\.save writes the published layout"):
+        weights.save(*tiny, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def saved(checkpoint: Path, tmp_path: Path) -> Path:
+    weights.save(*load(checkpoint, MIXED), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_other_readers_are_told(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=f"^{saved}: holds quantised weights, which only infer reads") as caught:
+        phi4rv.load(saved)
+    assert "\n" not in str(caught.value)
+    assert quantize_command(["--checkpoint", str(saved), "--output", str(saved) + "2", "--weights", "int8"]) == 2
+    assert "holds quantised weights" in capsys.readouterr().err
+
+
+def test_only_what_a_folder_holds_can_be_asked_for(saved: Path) -> None:
+    with pytest.raises(UserError, match=f"^--weights: int8, but {saved} holds {MIXED}; leave the option out"):
+        load(saved, "int8")
+
+
+BAD_KINDS = {
+    "[]": lambda c: c.update(quantization_config=[]),
+    "awq": lambda c: c.update(quantization_config={"quant_method": "awq", "bits": 4}),
+    "version": lambda c: c["quantization_config"].update(version=2),
+    "group": lambda c: c["quantization_config"].update(group_size=64),
+    "no weights": lambda c: c["quantization_config"].pop("weights"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_KINDS)
+def test_a_config_of_another_kind(saved: Path, name: str) -> None:
+    edit(saved / "config.json", BAD_KINDS[name])
+    with pytest.raises(UserError, match=r"config\.json: quantization_config is .*, only what infer\.quantize"):
+        load(saved)
+
+
+def test_a_config_with_an_unknown_format(saved: Path) -> None:
+    edit(saved / "config.json", lambda c: c["quantization_config"].update(weights="int2"))
+    with pytest.raises(UserError, match=r"config.json: quantization_config\.weights: 'int2' is unknown"):
+        load(saved)
+
+
+def test_one_error_lists_every_misfit_before_anything_is_allocated(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Phi4RV, "to_empty", lambda *a, **k: pytest.fail("allocated before the check"))
+    [file] = saved.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["lm_head.weight.data"] = tensors["lm_head.weight.data"].view(torch.uint8)
+    tensors["model.layers.0.mlp.down_proj.weight.scales"] = torch.ones(256, 3)
+    tensors["model.layers.1.mlp.down_proj.weight.scales"] = torch.ones(256, 4, dtype=torch.bfloat16)
+    tensors["model.layers.0.self_attn.o_proj.weight.zeros"] = torch.ones(1)
+    tensors["lm_head.weight"] = torch.ones(1024, 256)
+    del tensors["model.layers.1.self_attn.o_proj.weight.scales"]
+    save_file(tensors, saved / "model.safetensors")
+    (saved / INDEX).unlink()
+    with pytest.raises(UserError) as caught:
+        load(saved)
+    assert str(caught.value).startswith(f"{saved}: 6 tensor(s) do not fit config.json: ")
+    assert set(str(caught.value).split(": ", 2)[2].split("; ")) == {
+        "lm_head.weight.data is U8, must be F8_E4M3",
+        "model.layers.0.mlp.down_proj.weight.scales is F32, must be BF16",
+        "model.layers.1.mlp.down_proj.weight.scales has shape [256, 4], must be [256, 3]",
+        "model.layers.1.self_attn.o_proj.weight.scales is missing",
+        "model.layers.0.self_attn.o_proj.weight.zeros is unexpected",
+        "lm_head.weight is unexpected",
+    }
+
+
+def test_files_that_are_missing_or_cut(saved: Path) -> None:
+    [file] = saved.glob("*.safetensors")
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(UserError, match=f"^{file}: not a whole safetensors file"):
+        load(saved)
+    shutil.rmtree(saved)
+    with pytest.raises(UserError, match=f"^{saved}: not a folder"):
+        load(saved)
+
+
+def test_an_adapter_is_merged_first(saved: Path, tmp_path: Path) -> None:
+    """Into rounded weights it cannot be."""
+    model, _ = load(saved)
+    path = "base_model.model.model.layers.0.mlp.down_proj"
+    save_file(
+        {f"{path}.lora_A.weight": torch.ones(1, 512), f"{path}.lora_B.weight": torch.ones(256, 1)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    with pytest.raises(UserError, match=r"down_proj is quantised in this model; merge first, by python -m"):
+        merge_adapter(model, tmp_path)
+
+
+# Calibration.
+
+
+def heavy_tailed(n: int, k: int, seed: int) -> Tensor:
+    """Of Student's t with 3 degrees of freedom, where clipping pays."""
+    generator = torch.Generator().manual_seed(seed)
+    normal, others = torch.randn(n, k, generator=generator), torch.randn(3, n, k, generator=generator)
+    return normal / others.square().mean(0).sqrt()
+
+
+def test_shrunk_scales_clip() -> None:
+    """By hand: at half the scale the largest value is off by half, and the small ones are rounded twice as finely."""
+    weight = torch.zeros(1, 128)
+    weight[0, :3] = torch.tensor([7.0, 1.5, -7.0])
+    assert dequantize(quantize(weight, "int4"), torch.float32)[0, :3].tolist() == [7.0, 2.0, -7.0]
+    half = dequantize(quantize(weight, "int4", torch.full((1, 1), 0.5)), torch.float32)
+    assert half[0, :3].tolist() == [3.5, 1.5, -3.5]
+    int8 = dequantize(quantize(torch.tensor([[127.0, 0.5, -127.0]]), "int8", torch.tensor([0.5])), torch.float32)
+    assert int8.tolist() == [[63.5, 0.5, -63.5]]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_errors_of_each_scale(format: str) -> None:
+    weight, squares = heavy_tailed(5, 300, 0), torch.rand(300, generator=torch.Generator().manual_seed(1))
+    q = quantize(weight, format)
+    off = (weight.double() - dequantize(q, torch.float64)).square() * squares.double()
+    expected = off.sum(1) if q.scales.ndim == 1 else torch.stack([x.sum(1) for x in off.split(128, 1)], 1)
+    torch.testing.assert_close(scale_errors(weight, q, squares).double(), expected, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_calibration_lowers_the_weighted_error(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of no scale is it more than without, and none of the tried factors is better; in 4 bits much less in all."""
+    monkeypatch.setattr(calibrate, "ROWS", 40)
+    weight = heavy_tailed(96, 300, 2)
+    squares = torch.logspace(-3, 1, 300)[torch.randperm(300, generator=torch.Generator().manual_seed(3))]
+    chosen = scale_errors(weight, calibrated(weight, format, squares), squares)
+    for factor in calibrate.FACTORS:
+        shape = chosen.shape
+        other = scale_errors(weight, quantize(weight, format, torch.full(shape, factor)), squares)
+        assert (chosen <= other * (1 + 1e-6)).all(), factor
+    plain = scale_errors(weight, quantize(weight, format), squares)
+    ratio = float(chosen.sum() / plain.sum())
+    assert ratio < (0.8 if "4" in format else 1.0)
+
+
+def test_calibration_lowers_the_error_of_the_output() -> None:
+    """On inputs of which it saw the squares alone, drawn anew."""
+    weight, spread = heavy_tailed(64, 256, 4), torch.logspace(-1, 1, 256)
+    seen, fresh = (torch.randn(2000, 256, generator=torch.Generator().manual_seed(s)) * spread for s in (5, 6))
+    q = calibrated(weight, "int4", seen.square().sum(0))
+    errors = [layer_error("x", weight, w, fresh).output_error for w in (q, quantize(weight, "int4"))]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_dead_inputs_and_zero_weights() -> None:
+    for format in FORMATS:
+        weight = torch.randn(4, 130, generator=torch.Generator().manual_seed(0))
+        q = calibrated(weight, format, torch.zeros(130))
+        assert same_weight(q, quantize(weight, format)), "nothing to choose by: the scale stays"
+        assert not dequantize(calibrated(torch.zeros(4, 130), format, torch.ones(130)), torch.float32).any()
+
+
+def test_inputs_are_those_that_the_layers_read(tiny: Tiny) -> None:
+    """All of a layer's, added up over prompts; few rows of each are kept."""
+    model, processor = tiny
+    prompts = [case.prompt for case in parity.cases()]
+    found, logits = observe(model, processor, prompts, parse_formats("int8,head=int8,tower=int8"))
+    assert len(found) == 2 * 4 + 2 * 6 + 1
+    expected = torch.zeros(256)
+    rows = []
+    for prompt in prompts:
+        given = processor([prompt])
+        x = model.decoder.embed_tokens(given.input_ids).detach()
+        if len(given.patches):
+            x[given.image_positions] = model.encode_images(given).detach()
+        x = F.rms_norm(x, (256,), model.decoder.layers[0].input_layernorm.weight.detach(), 1e-5)
+        expected += x.square().sum(0)
+        rows.append(x)
+        last = model(given).detach()[-calibrate.LOGIT_ROWS :]
+        torch.testing.assert_close(logits[: len(last)], last, rtol=1e-3, atol=1e-4)
+        logits = logits[len(last) :]
+    assert not len(logits)
+    first = found["decoder.layers.0.self_attn.qkv_proj"]
+    torch.testing.assert_close(first.squares, expected, rtol=1e-3, atol=1e-5)
+    kept, everything = torch.cat(first.rows), torch.cat(rows)
+    assert 8 < len(kept) <= calibrate.KEPT_ROWS
+    assert torch.cdist(kept, everything, compute_mode="donot_use_mm_for_euclid_dist").amin(1).max() < 1e-3
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_few_rows_are_kept_of_many() -> None:
+    inputs = Inputs(torch.zeros(4))
+    for count in (1, 1000, 7, 9, *[50] * 30):
+        inputs.add(torch.ones(count, 4))
+    assert torch.equal(inputs.squares, torch.full((4,), 2517.0))
+    assert [len(rows) for rows in inputs.rows[:4]] == [1, 8, 7, 5] and len(torch.cat(inputs.rows)) == 64
+
+
+# What it costs.
+
+
+def test_errors_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "ROWS", 7)
+    weight, rows = heavy_tailed(20, 200, 0), torch.randn(9, 200, generator=torch.Generator().manual_seed(1))
+    for format in FORMATS:
+        q = quantize(weight, format)
+        off = weight.double() - dequantize(q, torch.float64)
+        error = layer_error("a.b", weight, q, rows)
+        assert (error.layer, error.format) == ("a.b", format)
+        assert error.weight_error == pytest.approx(float(off.norm() / weight.norm()), rel=1e-4)
+        right = rows.double() @ weight.double().T
+        assert error.output_error == pytest.approx(float((rows.double() @ off.T).norm() / right.norm()), rel=1e-4)
+    assert layer_error("z", weight * 0, quantize(weight * 0, "int8"), rows).output_error == 0.0
+
+
+def test_errors_of_logits() -> None:
+    """Two rows by hand: KL of (1/2, 1/2) from (1/4, 3/4) is ln 2 - ln(3) / 2; that of the other row is nothing."""
+    right = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    given = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    found = logits_error(given, right)
+    assert found["kl"] == pytest.approx((math.log(2) - math.log(3) / 2) / 2, rel=1e-5)
+    assert found["same_first"] == 0.5
+    assert found["relative"] == pytest.approx(float((given - right).norm() / right.norm()))
+    assert logits_error(right, right) == {"relative": 0.0, "kl": 0.0, "same_first": 1.0}
+
+
+def test_answers_are_compared(tiny: Tiny) -> None:
+    processor = tiny[1]
+    said = {text: processor.tokenizer.encode(text, add_special_tokens=False).ids for text in ("yes", "no", "yes it")}
+
+    def given(*texts: str) -> list[Generation]:
+        return [Generation(Prompt("?"), 1, 0, said[text]) for text in texts]
+
+    questions = [Question(Prompt("?"), parse_answer(right)) for right in ("yes", "no", "yes")]
+    found = compare(processor, questions, given("yes", "no", "yes"), given("yes", "no", "yes it"))
+    assert (found["questions"], found["same_answers"]) == (3, 2)
+    assert found["tokens_before_difference"] == len(said["yes"])
+    assert (found["before"]["exact_match"], found["after"]["exact_match"]) == (1.0, 2 / 3)
+    assert compare(processor, questions[:1], given("no"), given("no"))["tokens_before_difference"] is None
+
+
+# The command.
+
+
+def run(arguments: list[Any]) -> int:
+    return quantize_command([*map(str, arguments), "--device", "cpu"])
+
+
+def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Folder, report and printed figures agree with one another, and calibration changes scales alone."""
+    pictures = parity.CHECKPOINT / "images"
+    heldout = write_jsonl(
+        tmp_path / "heldout.jsonl",
+        [
+            record("<image>\nWhat is it?", "<nothink>A.", str(pictures / "1_0.png")),
+            record("And?", "<think>a</think>B."),
+        ],
+    )
+    line = ["--checkpoint", checkpoint, "--weights", MIXED, "--dtype", "float32"]
+    line += ["--heldout", heldout, "--max-new-tokens", 4, "--samples", 3]
+    reports = {}
+    for name, more in (("plain", []), ("calibrated", ["--calibration", pictures])):
+        out, file = tmp_path / name, tmp_path / f"{name}.json"
+        assert run([*line, "--output", out, "--report", file, *more]) == 0
+        reports[name] = report = json.loads(file.read_text())
+        printed = capsys.readouterr().out
+        assert printed.endswith(f"written: {out}\n")
+        assert f"answers: {report['heldout']['same_answers']} of 2 the same" in printed
+        model, processor = load(out)
+        assert len(report["layers"]) == len(quantized_layers(model)) == 21
+        assert {entry["layer"]: entry["format"] for entry in report["layers"]} == {
+            path: layer.quantized.format for path, layer in quantized_layers(model).items()
+        }
+        held = sum(t.nbytes for f in out.glob("*.safetensors") for t in load_file(f).values())
+        assert report["bytes_after"] == held < report["bytes_before"]
+        plain, _ = load(checkpoint)
+        prompts = prompts_of(pictures if more else None, 3)
+        assert len(prompts) == report["prompts"] == (3 if more else 4)
+        last = slice(-calibrate.LOGIT_ROWS, None)
+        rows = [[m(processor([p])).detach()[last] for p in prompts] for m in (model, plain)]
+        assert report["logits"]["relative"] == pytest.approx(logits_error(*map(torch.cat, rows))["relative"], rel=1e-3)
+    assert same_model(load(tmp_path / "plain")[0], load(checkpoint, MIXED)[0])
+    ours, theirs = (quantized_layers(load(tmp_path / name)[0]) for name in reports)
+    assert not any(
+        same_weight(ours[path].quantized, theirs[path].quantized) for path in ours if path.startswith("model.layers.")
+    )
+    errors = [
+        sum(entry["output_error"] for entry in report["layers"] if entry["format"] == "int4")
+        for report in reports.values()
+    ]
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_calibration_on_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--checkpoint", small_checkpoint(tmp_path), "--weights", "int4_zero", "--samples", 5]
+    assert run([*line, "--calibration", mixed_data(tmp_path), "--output", tmp_path / "out"]) == 0
+    assert "qkv_proj" in capsys.readouterr().out
+    assert len(prompts_of(tmp_path / "data.jsonl", 5)) == 5
+
+
+BAD_CALLS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
+    "formats": (lambda d: ["--weights", "int5"], "--weights: 'int5' is unknown"),
+    "taken": (lambda d: ["--output", d], "exists already; name a new folder"),
+    "samples": (lambda d: ["--samples", 0], "--samples: 0 must be 1 or more"),
+    "tokens": (lambda d: ["--max-new-tokens", -1], "--max-new-tokens: -1 must be 1 or more"),
+    "report": (lambda d: ["--report", d / "none" / "r.json"], "is no folder; name a file in one that exists"),
+    "pictures": (lambda d: ["--calibration", d], "--calibration: "),
+    "records": (lambda d: ["--calibration", d / "none.jsonl"], "none.jsonl: cannot be read"),
+    "heldout": (lambda d: ["--heldout", d / "none.jsonl"], "none.jsonl: cannot be read"),
+    "checkpoint": (lambda d: ["--checkpoint", d / "none"], "not a folder"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_a_wrong_call_is_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    more, words = BAD_CALLS[name]
+    line = ["--checkpoint", checkpoint, "--weights", "int8", "--output", tmp_path / "out"]
+    assert run([*line, *more(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and words in said
+    assert not (tmp_path / "out").exists()
