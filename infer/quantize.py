@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from infer.calibrate import Inputs, LayerError, calibrated, layer_error, logits_error, logits_of, observe
-from infer.engine import Generation
-from infer.heldout import MAX_NEW_TOKENS, Question, generations, score
+from infer.heldout import OPTIONS, Question, generations, score
+from infer.request import Generation, Options
 from infer.weights import save
 from phi4rv.checkpoint import load, published_name
 from phi4rv.command import Parser, exit_status, usable_device
@@ -59,7 +59,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--calibration", type=Path, metavar="PATH", help="choose scales on a folder of pictures or a JSONL of records")
     add("--heldout", type=Path, metavar="FILE", help="JSONL records to ask before and after")
     add("--samples", type=int, default=64, metavar="N", help="of either, the first N")
-    add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="of an answer to a held-out question")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=OPTIONS.max_new_tokens,
+        metavar="N",
+        help="of an answer to a held-out question",
+    )
     add("--report", type=Path, metavar="FILE", help="write the figures as JSON")
     add("--dtype", choices=DTYPES, help="of what is not quantised; the checkpoint's unless given")
     add("--device", help="cuda where there is one, else cpu")
@@ -164,9 +170,9 @@ def summary(report: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     formats = parse_formats(args.weights)
-    for option in ("samples", "max_new_tokens"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')}: {getattr(args, option)} must be 1 or more")
+    options = Options(args.max_new_tokens)
+    if args.samples < 1:
+        raise UserError(f"--samples: {args.samples} must be 1 or more")
     if args.output.exists():
         raise UserError(f"--output: {args.output} exists already; name a new folder")
     if args.report and not args.report.parent.is_dir():
@@ -178,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
     size = held_bytes(model)
     inputs, logits = observe(model, processor, prompts, formats)
     asked = [question.prompt for question in questions]
-    before = generations(model, processor, asked, args.max_new_tokens)
+    before = generations(model, processor, asked, options) if asked else []
     layers = quantise(model, formats, inputs, args.calibration is not None)
     report: dict[str, Any] = {
         "checkpoint": str(args.checkpoint),
@@ -190,8 +196,8 @@ def run(args: argparse.Namespace) -> None:
         "logits": logits_error(logits_of(model, processor, prompts), logits),
         "layers": [asdict(layer) for layer in layers],
     }
-    if questions:
-        after = generations(model, processor, asked, args.max_new_tokens)
+    if asked:
+        after = generations(model, processor, asked, options)
         report["heldout"] = compare(processor, questions, before, after)
     save(model, processor, args.output)
     if args.report:

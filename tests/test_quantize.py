@@ -29,10 +29,12 @@ from torch import Tensor
 import phi4rv
 from infer import calibrate, weights
 from infer.calibrate import Inputs, calibrated, layer_error, logits_error, observe, scale_errors
-from infer.engine import Generation
+from infer.engine import Engine
 from infer.heldout import Question
+from infer.limits import Limits
 from infer.quantize import compare, prompts_of
 from infer.quantize import main as quantize_command
+from infer.request import Generation, Options
 from phi4rv import Phi4RV, Processor, Prompt, UserError, checkpoint, quantized_model
 from phi4rv.answers import parse_answer
 from phi4rv.lora import merge_adapter
@@ -365,6 +367,24 @@ def test_an_adapter_is_merged_first(saved: Path, tmp_path: Path) -> None:
         merge_adapter(model, tmp_path)
 
 
+def test_the_engine_on_either_folder(tmp_path: Path) -> None:
+    """Quantised as it is read or before: the tokens that the whole model finds most probable one after another."""
+    plain = small_checkpoint(tmp_path)
+    model, processor = load(plain, "int8,head=int4")
+    weights.save(model, processor, tmp_path / "saved")
+    sample = processor.encode(Prompt("What is number 3?"))
+    expected: list[int] = []
+    for _ in range(5):
+        ids = torch.cat([sample.input_ids, torch.tensor(expected, dtype=torch.int64)])
+        logits = model(phi4rv.pack([dataclasses.replace(sample, input_ids=ids)])).detach()[-1]
+        expected.append(int(logits.argmax()))
+    for path, spec in ((plain, "int8,head=int4"), (tmp_path / "saved", None)):
+        [made] = Engine(path, "cpu", weights=spec, limits=Limits(cache_tokens=2048)).generate(
+            [Prompt("What is number 3?")], Options(max_new_tokens=5)
+        )
+        assert made.token_ids == expected[: len(made.token_ids)] and made.token_ids
+
+
 # Calibration.
 
 
@@ -589,3 +609,17 @@ def test_a_wrong_call_is_one_line(
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and words in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+def test_on_a_gpu(checkpoint: Path, tmp_path: Path) -> None:
+    """Rounded there as on a CPU, and read there from a saved folder."""
+    ours, processor = weights.load(checkpoint, "cuda", torch.float32, None, MIXED)
+    weights.save(ours, processor, tmp_path / "saved")
+    again, _ = weights.load(tmp_path / "saved", "cuda")
+    assert same_model(again, ours) and all(p.is_cuda for p in again.parameters())
+    on_cpu = load(checkpoint, MIXED)[0]
+    assert all(layer.quantized.data.is_cuda for layer in quantized_layers(again).values())
+    for path, layer in quantized_layers(on_cpu).items():
+        torch.testing.assert_close(quantized_layers(again)[path].weight.cpu(), layer.weight, rtol=1e-6, atol=1e-7)
