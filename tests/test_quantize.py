@@ -126,8 +126,7 @@ def test_which_layers(checkpoint: Path) -> None:
 # Reading.
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("spec", "dtype"), [(s, torch.bfloat16) for s in SPECS] + [(MIXED, torch.float32)])
 def test_each_weight_is_rounded_from_what_is_stored(checkpoint: Path, spec: str, dtype: torch.dtype) -> None:
     """Also where the rest of the model is in fewer bits than the files."""
     model, _ = load(checkpoint, spec, dtype)
@@ -200,7 +199,7 @@ for path, spec in ((sys.argv[2], "int4"), (sys.argv[3], None)):
 def test_memory_holds_the_quantised_model_and_no_other(checkpoint: Path, tmp_path: Path) -> None:
     """Quantised while it is read, and read quantised: peak memory over what the process had."""
     _, processor = phi4rv.load(checkpoint, device="meta")
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 4}
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 4}
     config = dataclasses.replace(processor.config, **sizes)
     model = phi4rv.checkpoint.empty_model(config, "cpu", torch.bfloat16).to_empty(device="cpu")
     with torch.no_grad():
@@ -212,7 +211,7 @@ def test_memory_holds_the_quantised_model_and_no_other(checkpoint: Path, tmp_pat
     quantize_layers(model, {"decoder": "int4"})
     weights.save(model, processor, tmp_path / "quantised")
     held = sum(f.stat().st_size for f in (tmp_path / "quantised").glob("*.safetensors")) // 1024
-    assert held < 0.4 * size and size > 40 * largest
+    assert held < 0.4 * size and size > 30 * largest
     run = [sys.executable, "-c", MEASURE, checkpoint, tmp_path / "plain", tmp_path / "quantised"]
     lines = subprocess.run(list(map(str, run)), capture_output=True, text=True, check=True).stdout.splitlines()
     rounding, reading = map(int, lines)
@@ -222,8 +221,7 @@ def test_memory_holds_the_quantised_model_and_no_other(checkpoint: Path, tmp_pat
 # Saved folders.
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("spec", "dtype"), [(s, torch.float32) for s in SPECS] + [(MIXED, torch.bfloat16)])
 def test_every_bit_survives(checkpoint: Path, tmp_path: Path, spec: str, dtype: torch.dtype) -> None:
     model, processor = load(checkpoint, spec, dtype)
     weights.save(model, processor, tmp_path / "a")
@@ -268,6 +266,18 @@ def test_shapes_alone(checkpoint: Path, tmp_path: Path) -> None:
         assert all(p.is_meta for p in meta.parameters())
         assert all(layer.quantized.data.is_meta for layer in quantized_layers(meta).values())
         assert quantized_layers(meta).keys() == quantized_layers(model).keys()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("k", [1, 128, 300])
+def test_a_weight_without_numbers(format: str, k: int) -> None:
+    found, right = quantize(torch.empty(5, k, device="meta"), format), quantize(torch.ones(5, k), format)
+    for field, value in vars(right).items():
+        other = getattr(found, field)
+        if isinstance(value, Tensor):
+            assert other.is_meta and (other.shape, other.dtype) == (value.shape, value.dtype)
+        else:
+            assert other == value
 
 
 def test_a_plain_model_is_not_saved_so(tiny: Tiny, tmp_path: Path) -> None:
@@ -545,7 +555,7 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ],
     )
     line = ["--checkpoint", checkpoint, "--weights", MIXED, "--dtype", "float32"]
-    line += ["--heldout", heldout, "--max-new-tokens", 4, "--samples", 3]
+    line += ["--heldout", heldout, "--max-new-tokens", 4, "--samples", 2]
     reports = {}
     for name, more in (("plain", []), ("calibrated", ["--calibration", pictures])):
         out, file = tmp_path / name, tmp_path / f"{name}.json"
@@ -562,8 +572,8 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
         held = sum(t.nbytes for f in out.glob("*.safetensors") for t in load_file(f).values())
         assert report["bytes_after"] == held < report["bytes_before"]
         plain, _ = load(checkpoint)
-        prompts = prompts_of(pictures if more else None, 3)
-        assert len(prompts) == report["prompts"] == (3 if more else 4)
+        prompts = prompts_of(pictures if more else None, 2)
+        assert len(prompts) == report["prompts"] == (2 if more else 4)
         last = slice(-calibrate.LOGIT_ROWS, None)
         rows = [[m(processor([p])).detach()[last] for p in prompts] for m in (model, plain)]
         assert report["logits"]["relative"] == pytest.approx(logits_error(*map(torch.cat, rows))["relative"], rel=1e-3)
