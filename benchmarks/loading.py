@@ -1,0 +1,135 @@
+"""How fast a checkpoint loads from the page cache: ``python -m benchmarks.loading [--layers N] [--json FILE]``.
+
+A folder in the published layout with the 15 B model's tower, projector, vocabulary and N of its 40 decoder layers is
+written (zeros: the bytes' values cost nothing) and loaded again and again, so that it lies in the page cache:
+
+- **ours**: ``phi4rv.load``, from the call to the last weight on the device;
+- **int4**: ``infer.weights.load`` with the decoder's layers quantised as they are read, by the published bytes;
+- **safetensors**: ``load_file`` of every file to the device, what others do.
+
+``share`` is a rate over that of copies from one pinned buffer to the device, the goal at least GOAL. The fixed time
+of a call (outline, tokenizer, pinned buffers) weighs more the smaller N is. On a CPU it only proves that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import phi4rv
+from benchmarks.records import write
+from infer import weights
+from phi4rv.checkpoint import empty_model
+from phi4rv.checkpoint import write as write_checkpoint
+from phi4rv.config import Config
+from phi4rv.reader import PIECE
+from train.synthetic import texts
+from train.tiny import tiny_model
+
+LAYERS = 8  # 9 GB
+GOAL = 0.8
+ROUNDS = 3
+COPIES = 256  # of PIECE bytes
+
+
+def write_folder(folder: Path, config: Config) -> int:
+    """A checkpoint of zeros in bfloat16; its bytes."""
+    model = empty_model(config, "cpu", torch.bfloat16, "torch")
+    _, processor = tiny_model(0, texts(), "torch")
+    write_checkpoint(model, processor, folder, lambda name, p: torch.zeros(p.shape, dtype=torch.bfloat16))
+    return sum(p.nbytes for p in model.parameters())
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second from a pinned buffer to the device."""
+    buffer = torch.zeros(PIECE, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.empty(PIECE, dtype=torch.uint8, device=device)
+
+    def copies() -> None:
+        for _ in range(COPIES):
+            target.copy_(buffer, non_blocking=True)
+
+    return COPIES * PIECE / fastest(copies, device)
+
+
+def fastest(load: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the fastest of ROUNDS calls, after one that warms up."""
+    taken = []
+    for _ in range(ROUNDS + 1):
+        begun = time.perf_counter()
+        load()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - begun)
+    return min(taken[1:])
+
+
+def run(config: Config, device: torch.device) -> list[dict[str, Any]]:
+    """The loads in turn; each rate is of the published bytes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = write_folder(folder, config)
+        copies = copy_rate(device)
+        cases: dict[str, Callable[[], Any]] = {
+            "ours": lambda: phi4rv.load(folder, device),
+            "int4": lambda: weights.load(folder, device, weights="int4"),
+            "safetensors": lambda: [load_file(file, device=str(device)) for file in folder.glob("*.safetensors")],
+        }
+        seconds = {case: fastest(load, device) for case, load in cases.items()}
+    met = size / seconds["ours"] >= GOAL * copies
+    goal = {"goal": GOAL, "verdict": "met" if met else "missed"}
+    return [
+        {
+            "benchmark": "loading",
+            "case": case,
+            "device": str(device),
+            "layers": config.num_hidden_layers,
+            "bytes": size,
+            "seconds": taken,
+            "rate": size / taken,
+            "copy_rate": copies,
+            "share": size / taken / copies,
+            **(
+                {"goal": GOAL, "verdict": "met" if size / taken >= GOAL * copies else "missed"}
+                if case == "ours"
+                else {}
+            ),
+        }
+        for case, taken in seconds.items()
+    ]
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    first = records[0]
+    lines = [
+        f"{first['bytes'] / 1e9:.1f} GB, {first['layers']} decoder layers, to {first['device']}; copies from a pinned "
+        f"buffer: {first['copy_rate'] / 1e9:.1f} GB/s; goal: ours at {GOAL:.0%} of that, {first['verdict']}"
+    ]
+    for record in records:
+        rate, share = record["rate"] / 1e9, record["share"]
+        lines.append(f"  {record['case']:<12}{record['seconds']:7.2f} s {rate:7.1f} GB/s {share:7.1%} of the copies")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description="How fast a checkpoint loads.")
+    parser.add_argument("--layers", type=int, default=LAYERS, metavar="N", help="of the decoder's 40")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    records = run(replace(Config(), num_hidden_layers=args.layers), device)
+    if args.json:
+        write(args.json, {"loading": records})
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()
