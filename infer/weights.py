@@ -16,7 +16,6 @@ from torch import Tensor
 from phi4rv.checkpoint import (
     FLOATS,
     empty_model,
-    fill,
     outline,
     published_name,
     tensors_of,
@@ -57,7 +56,7 @@ def load(
     lists everything in which the folder differs from its config.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    formats = parse_formats(weights) if weights else {}
+    formats = parse_formats(weights) if weights is not None else {}
     folder = Path(path)
     config = folder / "config.json"
     if config.is_file() and KEY in (raw := read_json(config)):
@@ -65,19 +64,12 @@ def load(
         if formats not in ({}, saved):
             raise UserError(f"--weights: {weights}, but {folder} holds {spec_of(saved)}; leave the option out")
         sizes = Config.from_dict({k: v for k, v in raw.items() if k != KEY}, str(config))
-        model = empty_model(sizes, device, dtype or DTYPES[sizes.dtype], kernels)
-        processor = Processor.from_folder(folder, sizes)
-        quantize_layers(model, saved)
-        if device.type != "meta":
-            _fill_saved(model, folder, device)
-        return model, processor
+        return _load_saved(folder, sizes, saved, device, dtype, kernels)
     model, processor = outline(folder, device, dtype, kernels)
     if device.type == "meta":
         quantize_layers(model, formats)
-    elif formats:
-        fill_quantized(model, folder, device, formats)
     else:
-        fill(model, folder, device)
+        fill_quantized(model, folder, device, formats)
     return model, processor
 
 
@@ -94,6 +86,22 @@ def save(model: Phi4RV, processor: Processor, path: str | Path) -> None:
         write_tensors(tensors, folder, lambda name: tensors[name].cpu())
         dtype = model.decoder.norm.weight.dtype
         write_outline(model, processor, folder, dtype, {KEY: {**KIND, "weights": spec_of(formats)}})
+
+
+def _load_saved(
+    folder: Path,
+    config: Config,
+    formats: dict[str, str],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    kernels: str | None,
+) -> tuple[Phi4RV, Processor]:
+    model = empty_model(config, device, dtype or DTYPES[config.dtype], kernels)
+    processor = Processor.from_folder(folder, config)
+    quantize_layers(model, formats)
+    if device.type != "meta":
+        _fill_saved(model, folder, device)
+    return model, processor
 
 
 def _tensors(model: Phi4RV) -> dict[str, Tensor]:
