@@ -16,7 +16,9 @@ from torch import Tensor
 from phi4rv.checkpoint import (
     FLOATS,
     empty_model,
+    kept,
     outline,
+    place,
     published_name,
     tensors_of,
     write_outline,
@@ -117,20 +119,18 @@ def _tensors(model: Phi4RV) -> dict[str, Tensor]:
 def _fill_saved(model: Phi4RV, folder: Path, device: torch.device) -> None:
     """Reads the folder's tensors into an outline with the folder's quantised layers."""
     names = {dtype: name for name, dtype in STORED_DTYPES.items()}
-    plain = {published_name(n) for n, _ in model.named_parameters()}
+    plain = {published_name(n): n for n, _ in model.named_parameters()}
     held = _tensors(model)
     expected = {n: (tuple(t.shape), FLOATS if n in plain else (names[t.dtype],)) for n, t in held.items()}
     tensors = tensors_of(folder, expected, device)
-    model.to_empty(device=device)
-    parameters = {published_name(n): p for n, p in model.named_parameters()}
     layers = quantized_layers(model)
     for name, tensor in tensors:
         if name in plain:
-            parameters[name].copy_(tensor)
+            place(model, plain[name], tensor)
         else:
             path, field = name.rsplit(".weight.", 1)
             known = layers[path].quantized
-            layers[path].quantized = QuantizedWeight(**{**vars(known), field: tensor.clone()})
+            layers[path].quantized = QuantizedWeight(**{**vars(known), field: kept(tensor)})
 
 
 def _formats(given: Any, config: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from phi4rv.config import DTYPES, Config, read_json
 from phi4rv.errors import UserError
@@ -82,15 +82,34 @@ def fill(
     model: Phi4RV,
     path: str | Path,
     device: torch.device | str,
-    assign: Callable[[Tensor, Tensor], object] = lambda parameter, tensor: parameter.copy_(tensor),
+    assign: Callable[[Tensor, Tensor], object] | None = None,
 ) -> None:
-    """Moves an outline to ``device`` and reads its weights; ``assign`` puts a whole tensor into a parameter."""
+    """Reads an outline's weights to ``device``. ``assign`` puts a whole tensor into a parameter, of which there may be
+    a part here alone; without it what is read becomes the parameters, and nothing is copied twice.
+    """
     expected = {published_name(n): (tuple(p.shape), FLOATS) for n, p in model.named_parameters()}
     tensors = tensors_of(Path(path), expected, device)
-    model.to_empty(device=device)
-    parameters = {published_name(n): p for n, p in model.named_parameters()}
-    for name, tensor in tensors:
-        assign(parameters[name], tensor)
+    if assign:
+        model.to_empty(device=device)
+    parameters = {published_name(n): (n, p) for n, p in model.named_parameters()}
+    for published, tensor in tensors:
+        name, parameter = parameters[published]
+        if assign:
+            assign(parameter, tensor)
+        else:
+            place(model, name, tensor)
+
+
+def place(model: Phi4RV, name: str, tensor: Tensor) -> None:
+    """Makes what ``tensors_of`` gave the parameter ``name`` of an outline, in its dtype."""
+    parent, _, leaf = name.rpartition(".")
+    old = model.get_parameter(name)
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(kept(tensor, old.dtype), old.requires_grad))
+
+
+def kept(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What ``tensors_of`` gave as memory that stays: on a CPU it is the file's."""
+    return tensor.to(dtype or tensor.dtype, copy=tensor.device.type == "cpu")
 
 
 def tensors_of(folder: Path, expected: Expected, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from phi4rv.checkpoint import FLOATS, published_name, tensors_of
+from phi4rv.checkpoint import FLOATS, place, published_name, tensors_of
 from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
 from phi4rv.ops import Operations
@@ -126,14 +126,13 @@ def fill_quantized(model: Phi4RV, path: str | Path, device: torch.device | str, 
     expected = {published_name(n): (tuple(p.shape), FLOATS) for n, p in model.named_parameters()}
     tensors = tensors_of(Path(path), expected, device)
     quantize_layers(model, formats)
-    model.to_empty(device=device)
-    parameters = {published_name(n): p for n, p in model.named_parameters()}
+    names = {published_name(n): n for n, _ in model.named_parameters()}
     layers = {path + ".weight": layer for path, layer in quantized_layers(model).items()}
     for name, tensor in tensors:
         if name in layers:
             layers[name].quantized = quantize_rows(tensor, layers[name].quantized.format)
         else:
-            parameters[name].copy_(tensor)
+            place(model, names[name], tensor)
 
 
 def quantize_rows(weight: Tensor, format: str, shrink: Tensor | None = None) -> QuantizedWeight:

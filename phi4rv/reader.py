@@ -73,11 +73,10 @@ def stored(file: Path) -> list[Stored]:
 
 
 def read(wanted: Sequence[Stored], device: torch.device | str) -> Iterator[tuple[Stored, Tensor]]:
-    """The tensors one after another in the order given, on ``device`` and in their stored dtypes; each is to be used
-    before the next is asked for.
+    """The tensors one after another in the order given, on ``device`` and in their stored dtypes.
 
-    A GPU holds, beside the tensor last given, less than AHEAD bytes of those behind it and one more tensor. On a CPU
-    they are pages of the file, which the caller copies. UserError if a file ends before its header says.
+    A GPU holds, beside those given, less than AHEAD bytes of what comes behind them and one more tensor. On a CPU they
+    are pages of the file, to be copied before the next is asked for. UserError if a file ends before its header says.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -107,7 +106,7 @@ class Staging:
         """Begins the copy of ``buffer`` to ``target``; its event."""
         with torch.cuda.stream(self.stream):
             target.copy_(buffer, non_blocking=True)
-            return self.stream.record_event()
+            return self.stream.record_event(torch.cuda.Event(blocking=True))  # who waits leaves its core to others
 
     def arrive(self, event: Any) -> None:
         """What the caller begins from now on sees the copy."""

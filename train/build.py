@@ -60,7 +60,7 @@ def build(
     elif stage.frozen_weights != "dtype":
         fill_quantized(model, args.checkpoint, device, {"decoder": stage.frozen_weights})
     elif args.checkpoint:
-        fill(model, args.checkpoint, device, assign)
+        fill(model, args.checkpoint, device, assign if mesh else None)
     if adapted:
         adapt(model, stage, args.seed)
     model.set_checkpointing(args.checkpointing)
