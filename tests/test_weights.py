@@ -16,6 +16,7 @@ from typing import Any
 
 import parity
 import pytest
+import test_reader
 import torch
 from safetensors.torch import load_file, save_file
 from small import small_checkpoint
@@ -30,10 +31,12 @@ from infer.engine import Engine
 from infer.limits import Limits
 from infer.quantize import main as quantize_command
 from infer.request import Options
-from phi4rv import Phi4RV, Processor, Prompt, UserError, checkpoint, quantized_model
+from phi4rv import Phi4RV, Processor, Prompt, UserError, quantized_model, reader
+from phi4rv import checkpoint as checkpoint_module
 from phi4rv.lora import merge_adapter
 from phi4rv.quantized import FORMATS, QuantizedWeight, quantize
 from phi4rv.quantized_model import linears, parse_formats, quantize_layers, quantize_rows, quantized_layers, spec_of
+from phi4rv.reader import staged
 
 BOUNDS = {"int8": 0.03, "fp8": 0.1, "int4": 0.4, "int4_zero": 0.35}
 MIXED = "int4,head=fp8,tower=int8"
@@ -191,7 +194,7 @@ def test_memory_holds_the_quantised_model_and_no_other(checkpoint: Path, tmp_pat
     _, processor = phi4rv.load(checkpoint, device="meta")
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 4}
     config = dataclasses.replace(processor.config, **sizes)
-    model = phi4rv.checkpoint.empty_model(config, "cpu", torch.bfloat16).to_empty(device="cpu")
+    model = checkpoint_module.empty_model(config, "cpu", torch.bfloat16).to_empty(device="cpu")
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(1.0)
@@ -224,12 +227,31 @@ def test_every_bit_survives(checkpoint: Path, tmp_path: Path, spec: str, dtype: 
     assert all(f.read_bytes() == (tmp_path / "b" / f.name).read_bytes() for f in (tmp_path / "a").iterdir())
 
 
+def test_what_was_read_stays_when_the_files_change(saved: Path, checkpoint: Path) -> None:
+    """On a CPU files are mapped: nothing of a model may be their pages."""
+    models = [load(saved, None, None)[0], load(saved, None, None)[0]]
+    for file in saved.glob("*.safetensors"):
+        with open(file, "r+b") as opened:
+            opened.write(bytes([0xFF]) * file.stat().st_size)
+    assert same_model(*models) and same_model(models[0], load(checkpoint, MIXED)[0])
+
+
+def test_by_way_of_staging_buffers(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As to a GPU: several tensors are on their way at a time, and copies come late."""
+    right = load(checkpoint)[0], load(checkpoint, MIXED)[0]
+    monkeypatch.setattr(reader, "PIECE", test_reader.PIECE)
+    monkeypatch.setattr(
+        checkpoint_module, "read", lambda items, device: staged(items, torch.device("cpu"), test_reader.LateStaging())
+    )
+    assert same_model(load(checkpoint)[0], right[0]) and same_model(load(checkpoint, MIXED)[0], right[1])
+
+
 def test_sizes_that_fit_no_group(tmp_path: Path) -> None:
     """K of 48, 64 and 96 in groups of 128, in shards of a tensor each."""
     plain = small_checkpoint(tmp_path)
     model, processor = load(plain, "int4_zero,head=int4,tower=int4_zero")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "SHARD_BYTES", 1)
+        patch.setattr(checkpoint_module, "SHARD_BYTES", 1)
         weights.save(model, processor, tmp_path / "saved")
     again, _ = load(tmp_path / "saved")
     assert same_model(again, model)
