@@ -1,24 +1,28 @@
-"""Scales of quantised weights that suit what a layer reads: found on prompts, and how far off they leave its output."""
+"""Scales of quantised weights that suit what a layer reads, found on prompts and the model's own answers to them, and
+how far off they leave its output.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infer.request import Generation
+from phi4rv.batch import pack
 from phi4rv.model import Phi4RV
-from phi4rv.processor import Processor, Prompt
+from phi4rv.processor import Processor
 from phi4rv.quantized import GROUP, QuantizedWeight, dequantize, part, quantize
 from phi4rv.quantized_model import ROWS, chosen_layers, quantize_rows
 
 # Factors of a scale that are tried: AWQ's range (Lin et al. 2023, whose search clips by the same criterion).
 FACTORS = tuple(1 - 0.05 * i for i in range(11))
 KEPT_ROWS = 64  # of a layer's inputs, to measure its output on
-LOGIT_ROWS = 32  # of a prompt, its last ones, whose logits are compared
+LOGIT_ROWS = 32  # of a prompt and its answer, the last ones, whose logits are compared
 
 
 @dataclass
@@ -35,11 +39,10 @@ class Inputs:
         self.rows.append(x[::step][: KEPT_ROWS - kept].clone())
 
 
-@torch.no_grad()
 def observe(
-    model: Phi4RV, processor: Processor, prompts: Sequence[Prompt], formats: Mapping[str, str]
-) -> tuple[dict[str, Inputs], Tensor]:
-    """Runs the prompts: our path -> inputs, of the layers that ``formats`` names, and ``logits_of`` them."""
+    model: Phi4RV, processor: Processor, answered: Sequence[Generation], formats: Mapping[str, str]
+) -> dict[str, Inputs]:
+    """Our path -> what the layer read, of those that ``formats`` names, while the model ran the prompts and answers."""
     seen: dict[str, Inputs] = {}
 
     def look(name: str, layer: nn.Module, given: tuple[Tensor]) -> None:
@@ -49,19 +52,21 @@ def observe(
     layers = {name: model.get_submodule(name) for name in chosen_layers(model, formats)}
     hooks = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers.items()]
     try:
-        logits = logits_of(model, processor, prompts)
+        logits_of(model, processor, answered)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen, logits
+    return seen
 
 
 @torch.no_grad()
-def logits_of(model: Phi4RV, processor: Processor, prompts: Sequence[Prompt]) -> Tensor:
-    """(R, V) float32 on the CPU: of each prompt's last LOGIT_ROWS tokens."""
+def logits_of(model: Phi4RV, processor: Processor, answered: Sequence[Generation]) -> Tensor:
+    """(R, V) float32 on the CPU: of the last LOGIT_ROWS tokens of each prompt with its answer behind it."""
     found = []
-    for prompt in prompts:
-        hidden = model.hidden(processor([prompt]).to(model.device))
+    for generation in answered:
+        sample = processor.encode(generation.prompt)
+        ids = torch.cat([sample.input_ids, torch.tensor(generation.token_ids, dtype=torch.int64)])
+        hidden = model.hidden(pack([replace(sample, input_ids=ids)]).to(model.device))
         found.append(model.decoder.logits(hidden[-LOGIT_ROWS:]).cpu())
     return torch.cat(found)
 

@@ -1,7 +1,7 @@
 """``python -m infer.quantize --checkpoint DIR --output DIR --weights int4``: a quantised folder, and what it costs.
 
-The whole checkpoint is loaded, in its own dtype, beside what of it is quantised already; each layer's error is measured
-on prompts, and the answers to held-out questions are compared with those given before.
+The whole checkpoint is loaded, in its own dtype. Each layer's error is measured on prompts and the answers to them, the
+logits' on held-out questions and the answers given before, or without those on the same prompts.
 """
 
 from __future__ import annotations
@@ -182,9 +182,11 @@ def run(args: argparse.Namespace) -> None:
     device = usable_device(args.device) if args.device else None
     model, processor = load(args.checkpoint, device, DTYPES[args.dtype] if args.dtype else None, args.kernels)
     size = held_bytes(model)
-    inputs, logits = observe(model, processor, prompts, formats)
+    answered = generations(model, processor, prompts, options)
+    inputs = observe(model, processor, answered, formats)
     asked = [question.prompt for question in questions]
-    before = generations(model, processor, asked, options) if asked else []
+    before = generations(model, processor, asked, options) if asked else answered
+    logits = logits_of(model, processor, before)
     layers = quantise(model, formats, inputs, args.calibration is not None)
     report: dict[str, Any] = {
         "checkpoint": str(args.checkpoint),
@@ -193,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
         "prompts": len(prompts),
         "bytes_before": size,
         "bytes_after": held_bytes(model),
-        "logits": logits_error(logits_of(model, processor, prompts), logits),
+        "logits": logits_error(logits_of(model, processor, before), logits),
         "layers": [asdict(layer) for layer in layers],
     }
     if asked:

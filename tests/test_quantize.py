@@ -1,5 +1,6 @@
 """Scales found on prompts, what quantised weights cost, and the command that does and says all that."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -16,12 +17,12 @@ from test_weights import MIXED, Tiny, load, same_model, same_weight
 from torch import Tensor
 
 from infer import calibrate
-from infer.calibrate import Inputs, calibrated, layer_error, logits_error, observe, scale_errors
-from infer.heldout import Question
-from infer.quantize import compare, prompts_of
+from infer.calibrate import Inputs, calibrated, layer_error, logits_error, logits_of, observe, scale_errors
+from infer.heldout import Question, generations
+from infer.quantize import compare, prompts_of, questions_of
 from infer.quantize import main as quantize_command
-from infer.request import Generation
-from phi4rv import Prompt
+from infer.request import Generation, Options
+from phi4rv import Prompt, pack
 from phi4rv.answers import parse_answer
 from phi4rv.quantized import FORMATS, dequantize, quantize
 from phi4rv.quantized_model import parse_formats, quantized_layers
@@ -90,15 +91,18 @@ def test_dead_inputs_and_zero_weights() -> None:
 
 
 def test_inputs_are_those_that_the_layers_read(tiny: Tiny) -> None:
-    """All of a layer's, added up over prompts; few rows of each are kept."""
+    """All of a layer's, of prompts and answers, added up; few rows of each are kept."""
     model, processor = tiny
-    prompts = [case.prompt for case in parity.cases()]
-    found, logits = observe(model, processor, prompts, parse_formats("int8,head=int8,tower=int8"))
+    answered = [Generation(case.prompt, 0, 0, [7, 300 + i, 9][:i]) for i, case in enumerate(parity.cases())]
+    found = observe(model, processor, answered, parse_formats("int8,head=int8,tower=int8"))
+    logits = logits_of(model, processor, answered)
     assert len(found) == 2 * 4 + 2 * 6 + 1
     expected = torch.zeros(256)
     rows = []
-    for prompt in prompts:
-        given = processor([prompt])
+    for generation in answered:
+        sample = processor.encode(generation.prompt)
+        ids = torch.tensor([*sample.input_ids.tolist(), *generation.token_ids])
+        given = pack([dataclasses.replace(sample, input_ids=ids)])
         x = model.decoder.embed_tokens(given.input_ids).detach()
         if len(given.patches):
             x[given.image_positions] = model.encode_images(given).detach()
@@ -203,11 +207,11 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
         held = sum(t.nbytes for f in out.glob("*.safetensors") for t in load_file(f).values())
         assert report["bytes_after"] == held < report["bytes_before"]
         plain, _ = load(checkpoint)
-        prompts = prompts_of(pictures if more else None, 2)
-        assert len(prompts) == report["prompts"] == (2 if more else 4)
-        last = slice(-calibrate.LOGIT_ROWS, None)
-        rows = [[m(processor([p])).detach()[last] for p in prompts] for m in (model, plain)]
-        assert report["logits"]["relative"] == pytest.approx(logits_error(*map(torch.cat, rows))["relative"], rel=1e-3)
+        assert len(prompts_of(pictures if more else None, 2)) == report["prompts"] == (2 if more else 4)
+        asked = [question.prompt for question in questions_of(heldout, 2)]
+        before = generations(plain, processor, asked, Options(max_new_tokens=4))
+        rows = [logits_of(m, processor, before) for m in (model, plain)]
+        assert report["logits"]["relative"] == pytest.approx(logits_error(*rows)["relative"], rel=1e-3)
     assert same_model(load(tmp_path / "plain")[0], load(checkpoint, MIXED)[0])
     ours, theirs = (quantized_layers(load(tmp_path / name)[0]) for name in reports)
     assert not any(
