@@ -5,7 +5,7 @@ how far off they leave its output.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,18 +25,27 @@ KEPT_ROWS = 64  # of a layer's inputs, to measure its output on
 LOGIT_ROWS = 32  # of a prompt and its answer, the last ones, whose logits are compared
 
 
-@dataclass
 class Inputs:
-    """What a layer read: the sum of its squares by column, (K,) float32, and some of its rows (M, K)."""
+    """What a layer read: the summed products of its columns in each group of GROUP, (G, GROUP, GROUP) float32, and some
+    of its rows (M, K).
+    """
 
-    squares: Tensor
-    rows: list[Tensor] = field(default_factory=list)
+    def __init__(self, columns: int, device: torch.device | str = "cpu"):
+        self.products = torch.zeros(-(-columns // GROUP), GROUP, GROUP, device=device)
+        self.rows: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
-        self.squares += x.float().square().sum(0)
+        """More rows (T, K)."""
+        groups = in_groups(x.float()).transpose(0, 1)
+        self.products += groups.mT @ groups
         kept = sum(map(len, self.rows))
         step = -(-len(x) // 8)  # few of each prompt
         self.rows.append(x[::step][: KEPT_ROWS - kept].clone())
+
+
+def in_groups(x: Tensor) -> Tensor:
+    """(R, K) -> (R, G, GROUP), the last group filled up with zeros."""
+    return F.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
 
 
 def observe(
@@ -47,7 +56,7 @@ def observe(
 
     def look(name: str, layer: nn.Module, given: tuple[Tensor]) -> None:
         (x,) = given
-        seen.setdefault(name, Inputs(torch.zeros(x.shape[-1], device=x.device))).add(x)
+        seen.setdefault(name, Inputs(x.shape[-1], x.device)).add(x)
 
     layers = {name: model.get_submodule(name) for name in chosen_layers(model, formats)}
     hooks = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers.items()]
@@ -71,24 +80,25 @@ def logits_of(model: Phi4RV, processor: Processor, answered: Sequence[Generation
     return torch.cat(found)
 
 
-def calibrated(weight: Tensor, format: str, squares: Tensor) -> QuantizedWeight:
-    """``quantize`` with the one of FACTORS for each scale that makes Σₖ squares[k] · (w[k] - ŵ[k])² least.
+def calibrated(weight: Tensor, format: str, products: Tensor) -> QuantizedWeight:
+    """``quantize`` with the one of FACTORS for each scale that leaves the least ``scale_errors``.
 
-    weight (N, K), squares (K,): of each input, what it adds to the output's squared error. Never worse than factor 1.
+    weight (N, K); products: ``Inputs.products`` of the layer.
     """
     shrinks = []
     for block in weight.split(ROWS):
-        errors = torch.stack([scale_errors(block, _shrunk(block, format, f), squares) for f in FACTORS])
+        errors = torch.stack([scale_errors(block, _shrunk(block, format, f), products) for f in FACTORS])
         shrinks.append(errors.new_tensor(FACTORS)[errors.argmin(0)])
     return quantize_rows(weight, format, torch.cat(shrinks))
 
 
-def scale_errors(weight: Tensor, quantized: QuantizedWeight, squares: Tensor) -> Tensor:
-    """Σₖ squares[k] · (w[k] - ŵ[k])² over the elements of each scale: (N,) or, in int4, (N, G). float32."""
-    errors = (weight.float() - dequantize(quantized, torch.float32)).square() * squares
-    if quantized.scales.ndim == 1:
-        return errors.sum(1)
-    return F.pad(errors, (0, -errors.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).sum(2)
+def scale_errors(weight: Tensor, quantized: QuantizedWeight, products: Tensor) -> Tensor:
+    """The squared error of the output, summed over the inputs, that the weights of each scale make: (N,) or, in int4,
+    (N, G), float32. What the errors of two groups have in common is left out.
+    """
+    off = in_groups(weight.float() - dequantize(quantized, torch.float32)).transpose(0, 1)
+    errors = ((off @ products) * off).sum(2).T
+    return errors.sum(1) if quantized.scales.ndim == 1 else errors
 
 
 def _shrunk(weight: Tensor, format: str, factor: float) -> QuantizedWeight:

@@ -81,7 +81,7 @@ def quantise(
 
     def rounded(name: str, weight: Tensor, format: str) -> QuantizedWeight:
         seen = inputs[name]
-        q = calibrated(weight, format, seen.squares) if choose_scales else quantize_rows(weight, format)
+        q = calibrated(weight, format, seen.products) if choose_scales else quantize_rows(weight, format)
         path = published_name(name + ".weight").removesuffix(".weight")
         errors.append(layer_error(path, weight, q, torch.cat(seen.rows)))
         return q

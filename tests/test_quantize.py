@@ -48,36 +48,52 @@ def test_shrunk_scales_clip() -> None:
     assert int8.tolist() == [[63.5, 0.5, -63.5]]
 
 
+def correlated(rows: int, k: int, seed: int) -> Tensor:
+    """Columns of very different sizes that have something in common, with a mean."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(0))
+    common = torch.randn(rows, 1, generator=generator)
+    return (torch.randn(rows, k, generator=generator) + common + 0.5) * torch.logspace(-1.5, 0.5, k)[order]
+
+
+def products(x: Tensor) -> Tensor:
+    inputs = Inputs(x.shape[1])
+    for part in x.split(7):
+        inputs.add(part)
+    return inputs.products
+
+
 @pytest.mark.parametrize("format", FORMATS)
-def test_errors_of_each_scale(format: str) -> None:
-    weight, squares = heavy_tailed(5, 300, 0), torch.rand(300, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("k", [128, 300])
+def test_errors_of_each_scale(format: str, k: int) -> None:
+    """Those of the outputs themselves, group by group; of a row the groups' errors are added up."""
+    weight, x = heavy_tailed(5, k, 0), correlated(50, k, 1)
     q = quantize(weight, format)
-    off = (weight.double() - dequantize(q, torch.float64)).square() * squares.double()
-    expected = off.sum(1) if q.scales.ndim == 1 else torch.stack([x.sum(1) for x in off.split(128, 1)], 1)
-    torch.testing.assert_close(scale_errors(weight, q, squares).double(), expected, rtol=1e-4, atol=1e-12)
+    off = (weight.double() - dequantize(q, torch.float64)).split(128, 1)
+    parts = [(a.double() @ d.T).square().sum(0) for a, d in zip(x.split(128, 1), off, strict=True)]
+    expected = torch.stack(parts, 1)
+    expected = expected.sum(1) if q.scales.ndim == 1 else expected
+    torch.testing.assert_close(scale_errors(weight, q, products(x)).double(), expected, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_calibration_lowers_the_weighted_error(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of no scale is it more than without, and none of the tried factors is better; in 4 bits much less in all."""
     monkeypatch.setattr(calibrate, "ROWS", 40)
-    weight = heavy_tailed(96, 300, 2)
-    squares = torch.logspace(-3, 1, 300)[torch.randperm(300, generator=torch.Generator().manual_seed(3))]
-    chosen = scale_errors(weight, calibrated(weight, format, squares), squares)
+    weight, seen = heavy_tailed(96, 300, 2), products(correlated(500, 300, 3))
+    chosen = scale_errors(weight, calibrated(weight, format, seen), seen)
     for factor in calibrate.FACTORS:
-        shape = chosen.shape
-        other = scale_errors(weight, quantize(weight, format, torch.full(shape, factor)), squares)
-        assert (chosen <= other * (1 + 1e-6)).all(), factor
-    plain = scale_errors(weight, quantize(weight, format), squares)
-    ratio = float(chosen.sum() / plain.sum())
-    assert ratio < (0.8 if "4" in format else 1.0)
+        other = scale_errors(weight, quantize(weight, format, torch.full(chosen.shape, factor)), seen)
+        assert (chosen <= other * (1 + 1e-5)).all(), factor
+    plain = scale_errors(weight, quantize(weight, format), seen)
+    assert float(chosen.sum() / plain.sum()) < (0.8 if "4" in format else 1.0)
 
 
 def test_calibration_lowers_the_error_of_the_output() -> None:
-    """On inputs of which it saw the squares alone, drawn anew."""
-    weight, spread = heavy_tailed(64, 256, 4), torch.logspace(-1, 1, 256)
-    seen, fresh = (torch.randn(2000, 256, generator=torch.Generator().manual_seed(s)) * spread for s in (5, 6))
-    q = calibrated(weight, "int4", seen.square().sum(0))
+    """On inputs drawn anew."""
+    weight = heavy_tailed(64, 256, 4)
+    q = calibrated(weight, "int4", products(correlated(2000, 256, 5)))
+    fresh = correlated(500, 256, 6)
     errors = [layer_error("x", weight, w, fresh).output_error for w in (q, quantize(weight, "int4"))]
     assert errors[0] < 0.9 * errors[1]
 
@@ -85,9 +101,11 @@ def test_calibration_lowers_the_error_of_the_output() -> None:
 def test_dead_inputs_and_zero_weights() -> None:
     for format in FORMATS:
         weight = torch.randn(4, 130, generator=torch.Generator().manual_seed(0))
-        q = calibrated(weight, format, torch.zeros(130))
+        q = calibrated(weight, format, products(torch.zeros(3, 130)))
         assert same_weight(q, quantize(weight, format)), "nothing to choose by: the scale stays"
-        assert not dequantize(calibrated(torch.zeros(4, 130), format, torch.ones(130)), torch.float32).any()
+        assert not dequantize(
+            calibrated(torch.zeros(4, 130), format, products(torch.ones(3, 130))), torch.float32
+        ).any()
 
 
 def test_inputs_are_those_that_the_layers_read(tiny: Tiny) -> None:
@@ -97,7 +115,7 @@ def test_inputs_are_those_that_the_layers_read(tiny: Tiny) -> None:
     found = observe(model, processor, answered, parse_formats("int8,head=int8,tower=int8"))
     logits = logits_of(model, processor, answered)
     assert len(found) == 2 * 4 + 2 * 6 + 1
-    expected = torch.zeros(256)
+    expected = torch.zeros(2, 128, 128)
     rows = []
     for generation in answered:
         sample = processor.encode(generation.prompt)
@@ -107,14 +125,14 @@ def test_inputs_are_those_that_the_layers_read(tiny: Tiny) -> None:
         if len(given.patches):
             x[given.image_positions] = model.encode_images(given).detach()
         x = F.rms_norm(x, (256,), model.decoder.layers[0].input_layernorm.weight.detach(), 1e-5)
-        expected += x.square().sum(0)
+        expected += torch.stack([half.T @ half for half in x.split(128, 1)])
         rows.append(x)
         last = model(given).detach()[-calibrate.LOGIT_ROWS :]
         torch.testing.assert_close(logits[: len(last)], last, rtol=1e-3, atol=1e-4)
         logits = logits[len(last) :]
     assert not len(logits)
     first = found["decoder.layers.0.self_attn.qkv_proj"]
-    torch.testing.assert_close(first.squares, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(first.products, expected, rtol=1e-3, atol=1e-2)
     kept, everything = torch.cat(first.rows), torch.cat(rows)
     assert 8 < len(kept) <= calibrate.KEPT_ROWS
     assert torch.cdist(kept, everything, compute_mode="donot_use_mm_for_euclid_dist").amin(1).max() < 1e-3
@@ -122,10 +140,11 @@ def test_inputs_are_those_that_the_layers_read(tiny: Tiny) -> None:
 
 
 def test_few_rows_are_kept_of_many() -> None:
-    inputs = Inputs(torch.zeros(4))
+    inputs = Inputs(4)
     for count in (1, 1000, 7, 9, *[50] * 30):
         inputs.add(torch.ones(count, 4))
-    assert torch.equal(inputs.squares, torch.full((4,), 2517.0))
+    assert inputs.products.shape == (1, 128, 128) and (inputs.products[0, :4, :4] == 2517).all()
+    assert not inputs.products[0, 4:].any()
     assert [len(rows) for rows in inputs.rows[:4]] == [1, 8, 7, 5] and len(torch.cat(inputs.rows)) == 64
 
 
