@@ -30,7 +30,7 @@ from infer import weights
 from phi4rv.checkpoint import empty_model
 from phi4rv.checkpoint import write as write_checkpoint
 from phi4rv.config import Config
-from phi4rv.reader import PIECE
+from phi4rv.tensor_reader import PIECE
 from train.synthetic import texts
 from train.tiny import tiny_model
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WHITE_SPACE = r"[ \t\r\n]{0,40}"
 
 # Below the library's own: what takes it longer than some ten milliseconds a token would hold up everyone's.
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 50_000,
     "step_max_items": 20_000,

@@ -38,7 +38,7 @@ from phi4rv.quantized_model import (
     quantized_layers,
     spec_of,
 )
-from phi4rv.reader import DTYPES as STORED_DTYPES
+from phi4rv.tensor_reader import DTYPES as STORED_DTYPES
 
 KEY = "quantization_config"  # of config.json, where transformers looks for it too
 KIND = {"quant_method": "phi4rv", "version": 1, "group_size": GROUP}

@@ -18,7 +18,7 @@ from phi4rv.files import whole_folder
 from phi4rv.model import Phi4RV
 from phi4rv.ops import Operations
 from phi4rv.processor import Processor
-from phi4rv.reader import Stored, read, stored
+from phi4rv.tensor_reader import Stored, read, stored
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9

@@ -36,7 +36,7 @@ from phi4rv import checkpoint as checkpoint_module
 from phi4rv.lora import merge_adapter
 from phi4rv.quantized import FORMATS, QuantizedWeight, quantize
 from phi4rv.quantized_model import linears, parse_formats, quantize_layers, quantize_rows, quantized_layers, spec_of
-from phi4rv.reader import staged
+from phi4rv.tensor_reader import staged
 
 BOUNDS = {"int8": 0.03, "fp8": 0.1, "int4": 0.4, "int4_zero": 0.35}
 MIXED = "int4,head=fp8,tower=int8"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phi4rv import UserError, reader
-from phi4rv.reader import Staging, Stored, read, staged, stored
+from phi4rv.tensor_reader import Staging, Stored, read, staged, stored
 
 PIECE, BUFFERS, AHEAD = 1000, 4, 2500
 CPU = torch.device("cpu")
