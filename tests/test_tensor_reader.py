@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from phi4rv import UserError, reader
+from phi4rv import UserError, tensor_reader
 from phi4rv.tensor_reader import Staging, Stored, read, staged, stored
 
 PIECE, BUFFERS, AHEAD = 1000, 4, 2500
 CPU = torch.device("cpu")
-KINDS = [*reader.DTYPES.values()]
+KINDS = [*tensor_reader.DTYPES.values()]
 
 
 class LateCopy:
@@ -57,7 +57,7 @@ class LateStaging(Staging):
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in (("PIECE", PIECE), ("BUFFERS", BUFFERS), ("THREADS", 3), ("AHEAD", AHEAD)):
-        monkeypatch.setattr(reader, name, value)
+        monkeypatch.setattr(tensor_reader, name, value)
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     yield
     assert threading.active_count() == threads, "a thread was left behind"

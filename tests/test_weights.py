@@ -16,7 +16,7 @@ from typing import Any
 
 import parity
 import pytest
-import test_reader
+import test_tensor_reader
 import torch
 from safetensors.torch import load_file, save_file
 from small import small_checkpoint
@@ -31,7 +31,7 @@ from infer.engine import Engine
 from infer.limits import Limits
 from infer.quantize import main as quantize_command
 from infer.request import Options
-from phi4rv import Phi4RV, Processor, Prompt, UserError, quantized_model, reader
+from phi4rv import Phi4RV, Processor, Prompt, UserError, quantized_model, tensor_reader
 from phi4rv import checkpoint as checkpoint_module
 from phi4rv.lora import merge_adapter
 from phi4rv.quantized import FORMATS, QuantizedWeight, quantize
@@ -239,9 +239,11 @@ def test_what_was_read_stays_when_the_files_change(saved: Path, checkpoint: Path
 def test_by_way_of_staging_buffers(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As to a GPU: several tensors are on their way at a time, and copies come late."""
     right = load(checkpoint)[0], load(checkpoint, MIXED)[0]
-    monkeypatch.setattr(reader, "PIECE", test_reader.PIECE)
+    monkeypatch.setattr(tensor_reader, "PIECE", test_tensor_reader.PIECE)
     monkeypatch.setattr(
-        checkpoint_module, "read", lambda items, device: staged(items, torch.device("cpu"), test_reader.LateStaging())
+        checkpoint_module,
+        "read",
+        lambda items, device: staged(items, torch.device("cpu"), test_tensor_reader.LateStaging()),
     )
     assert same_model(load(checkpoint)[0], right[0]) and same_model(load(checkpoint, MIXED)[0], right[1])
 
