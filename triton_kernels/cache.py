@@ -39,9 +39,7 @@ def _convert_codes(codes, out, COUNT: tl.constexpr):
     tl.store(out + i, halves(tl.load(codes + i)))
 
 
-def check_cache(
-    name: str, q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
-) -> None:
+def check_cache(name: str, q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
     """q (…, heads, head dim) against k and v (…, key heads, head dim), of q's dtype or float8_e4m3fn."""
     require_float(q, f"{name}: q")
     stored = k.dtype == v.dtype and k.dtype in (q.dtype, torch.float8_e4m3fn)

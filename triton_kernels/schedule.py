@@ -137,17 +137,17 @@ def visible(rows, start, length, key_ends, CAUSAL: tl.constexpr, EXTENDED: tl.co
 
 
 @triton.jit
-def softmax_step(s, total, peak, scale, DTYPE: tl.constexpr):
-    """Takes the scores s of a block of keys into the running sum and maximum of each row: their weights in DTYPE, by
+def softmax_step(s, total, peak, scale, dtype: tl.constexpr):
+    """Takes the scores s of a block of keys into the running sum and maximum of each row: their weights in dtype, by
     what the sums so far shrink, the new sum and maximum. scale, a row's: of scores to exponents of 2, positive."""
     higher = tl.maximum(peak, tl.max(s, 1))
-    if DTYPE == tl.bfloat16:
+    if dtype == tl.bfloat16:
         p = tl.exp2(s * scale[:, None] - (higher * scale)[:, None])
     else:
         # In one fused operation scores of 1e9 round to exponents up to 64, and 2^64 does not fit float16.
         p = tl.exp2((s - higher[:, None]) * scale[:, None])
     shrink = tl.exp2((peak - higher) * scale)
-    return p.to(DTYPE), shrink, total * shrink + tl.sum(p, 1), higher
+    return p.to(dtype), shrink, total * shrink + tl.sum(p, 1), higher
 
 
 @triton.jit

@@ -100,12 +100,11 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, held: Tensor, offsets: Tensor, long
 def _flash(q: Tensor, k: Tensor, v: Tensor, table: Tensor, held: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """PyTorch's, which reads pages too."""
     most = table.shape[1] * k.shape[1]
-    return _tensor(
-        varlen_attn(
-            q, k, v, offsets, None, longest, most,
-            window_size=(-1, 0), enable_gqa=True, seqused_k=held, block_table=table,
-        )  # fmt: skip
-    )
+    out = varlen_attn(
+        q, k, v, offsets, None, longest, most,
+        window_size=(-1, 0), enable_gqa=True, seqused_k=held, block_table=table,
+    )  # fmt: skip
+    return _tensor(out)
 
 
 def _flash_attn_2(

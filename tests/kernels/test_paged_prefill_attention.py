@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -75,14 +75,14 @@ def test_other_head_dims(place: Place, D: int) -> None:
 @pytest.mark.parametrize("fp8", [False, True])
 def test_chunks_of_a_prompt_are_packed_attention_of_the_whole(place: Place, fp8: bool) -> None:
     """What the other definition gives for a prompt, in chunks and beside another document."""
-    q, k, v, table, lengths, *_ = inputs(place, [(110, 110), (9, 9)], 4, 2, 64, 16, fp8)
+    q, k, v, table, *_ = inputs(place, [(110, 110), (9, 9)], 4, 2, 64, 16, fp8)
     ends = [0, 37, 110]
     pages = table[0, :7].long()
     rows = [x[pages].flatten(0, 1)[:110].to(place[1]) for x in (k, v)]
 
     def chunks(q: Tensor, *rows: Tensor) -> Tensor:
         outs = []
-        for first, last in zip(ends, ends[1:], strict=False):
+        for first, last in pairwise(ends):
             new = torch.cat([q[first:last], q[:9]])
             held, offsets = torch.tensor([[last, 9, 0], [0, last - first, last - first + 9]], device=place[0])
             outs.append(paged_prefill_attention(new, k, v, table, held[:2], offsets.int(), last - first + 9)[:-9])
@@ -163,9 +163,7 @@ def test_strided_inputs(place: Place) -> None:
 
 @pytest.mark.parametrize("place", PLACE)
 @pytest.mark.parametrize("size", [2, 64])
-def test_a_cache_of_more_than_2_to_the_31_elements(
-    place: Place, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_of_more_than_2_to_the_31_elements(place: Place, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages and rows far apart; on a CPU, memory that nothing touches costs nothing."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     count, wide = 128, 2**31 // 100
@@ -196,11 +194,13 @@ def test_every_configuration(place: Place, fp8: bool, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("place", PLACE)
-@pytest.mark.parametrize("runs", [RAGGED, [(16, 32 * i) for i in range(1, 12)], [(1, 1)] * 600 + [(40, 90)], [(0, 9)], []])
+@pytest.mark.parametrize(
+    "runs", [RAGGED, [(16, 32 * i) for i in range(1, 12)], [(1, 1)] * 600 + [(40, 90)], [(0, 9)], []]
+)
 def test_tiles_with_prefixes(place: Place, runs: Runs) -> None:
     """Every tile once, those of the most keys first."""
     lengths = torch.tensor([n for _, n in runs], dtype=torch.int64, device=place[0])
-    T, longest, most = sum(m for m, _ in runs), *(max(x, default=0) for x in (list(zip(*runs)) or [(), ()]))
+    T, longest, most = sum(m for m, _ in runs), *(max((run[i] for run in runs), default=0) for i in (0, 1))
     tiles = schedule(offsets(runs, place), T, longest, 16, True, lengths=lengths, max_length=most).tolist()
     real = [(document, block) for document, block in tiles if document >= 0]
     assert tiles[: len(real)] == [list(tile) for tile in real]  # what is unused comes last
@@ -259,7 +259,8 @@ def test_wrong_arguments_are_named() -> None:
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("size", [16, 64, 256])
 @pytest.mark.parametrize(
-    "runs", [[(2048, 16384)], [(4096, 4096)], [(300, 5000), (1, 9000), (0, 77), (1023, 1023), (64, 64)], [(9, 90)] * 300]
+    "runs",
+    [[(2048, 16384)], [(4096, 4096)], [(300, 5000), (1, 9000), (0, 77), (1023, 1023), (64, 64)], [(9, 90)] * 300],
 )
 def test_real_shapes(place: Place, fp8: bool, size: int, runs: Runs) -> None:
     # Exact scores in float64 take gigabytes: one group of heads stands for all, and the whole decoder's the short runs.
