@@ -52,14 +52,14 @@ def test_ragged_runs(place: Place, fp8: bool, D: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("place", PLACE)
-@pytest.mark.parametrize("size", [1, 16, 48, 64, 256])
+@pytest.mark.parametrize("size", [1, 48, 64, 256])
 def test_edges_of_pages_and_tiles(place: Place, size: int) -> None:
     """A tile is of 32 tokens, a block of 64 keys: runs, prefixes and documents one short of them, as long, one over."""
     held(inputs(place, [(31, 63), (32, 64), (33, 65), (32, 96), (1, 257)], 4, 1, 64, size))
 
 
 @pytest.mark.parametrize("place", PLACE)
-@pytest.mark.parametrize(("H", "G"), [(2, 2), (5, 1), (6, 1), (40, 1), (12, 2)])
+@pytest.mark.parametrize(("H", "G"), [(2, 2), (5, 1), (12, 2), (40, 1)])
 def test_groups_of_heads(place: Place, H: int, G: int) -> None:
     held(inputs(place, [(20, 30), (1, 5)], H, G, 16, 16))
 
@@ -99,9 +99,11 @@ def test_chunks_of_a_prompt_are_packed_attention_of_the_whole(place: Place, fp8:
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1e4])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_extreme_values(place: Place, scale: float, fp8: bool) -> None:
-    """All equal, nearly so, and one key that takes all: scores of 1e4 and, in 16 bits, of 1e8."""
-    q, k, v, *rest = inputs(place, [(40, 70), (3, 3)], 4, 1, 64, 16, fp8)
+    """All equal, nearly so, and one key that takes all: scores of 1e5 and, but for float8, of 1e8."""
+    q, k, v, *rest = inputs(place, [(40, 70), (3, 3)], 4, 1, 72, 16, fp8)
     held((q.sign() * scale, k, v, *rest))  # products that float32 holds: no luck of rounding
+    if fp8 and scale < 1:  # channels of one row 1e5 apart: more than float16's range
+        held((torch.cat([q[..., :64] * scale, q[..., 64:].sign() * 100], -1), k, v, *rest))
     if not fp8:
         held((q * scale, k * scale, v * scale, *rest))
 
@@ -110,7 +112,7 @@ def test_extreme_values(place: Place, scale: float, fp8: bool) -> None:
 @pytest.mark.parametrize("fp8", [False, True])
 def test_scales(place: Place, fp8: bool) -> None:
     """One or one a head, of either sign, none at all; they go with any cache."""
-    given = inputs(place, [(40, 70)], 4, 2, 64, 16, fp8)[:7]
+    given = inputs(place, [(40, 70)], 4, 2, 72, 16, fp8)[:7]
     one, each = torch.tensor(-1.7, device=place[0]), torch.tensor([[0.0, -0.3], [-0.6, 0.1]], device=place[0]).T[0]
     for scales in ((one, each), (each, one), (each, None), (None, one)):
         held((*given, *scales))
@@ -162,17 +164,20 @@ def test_strided_inputs(place: Place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACE)
-@pytest.mark.parametrize("size", [2, 64])
-def test_a_cache_of_more_than_2_to_the_31_elements(place: Place, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages and rows far apart; on a CPU, memory that nothing touches costs nothing."""
+@pytest.mark.parametrize(("size", "length"), [(2, 20), (128, 100)])
+def test_a_cache_of_more_than_2_to_the_31_elements(
+    place: Place, size: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages far apart, and rows of one page; on a CPU, memory that nothing touches costs nothing."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    count, wide = 128, 2**31 // 100
-    storage = torch.empty(count * wide, device=place[0], dtype=place[1])
-    pages = storage.as_strided((count // size, size, 1, 16), (size * wide, wide, 16, 1))
-    table = torch.arange(count // size - 1, -1, -1, dtype=torch.int32, device=place[0])[None, :20]
-    pages[table[0].long()] = draw(place, 20 if size == 2 else 2, size, 1, 16)
-    lengths = torch.tensor([20], device=place[0])
-    held((draw(place, 6, 2, 16), pages, pages, table, lengths, offsets([(6, 20)], place), 6))
+    rows, wide = 128, 2**31 // 50
+    storage = torch.empty(rows * wide, device=place[0], dtype=place[1])
+    pages = storage.as_strided((rows // size, size, 1, 16), (size * wide, wide, 16, 1))
+    table = torch.arange(rows // size - 1, -1, -1, dtype=torch.int32, device=place[0])[None]
+    for i in range(length):
+        pages[table[0, i // size], i % size] = draw(place, 1, 16)
+    lengths = torch.tensor([length], device=place[0])
+    held((draw(place, 6, 2, 16), pages, pages, table, lengths, offsets([(6, length)], place), 6))
 
 
 @pytest.mark.parametrize("place", PLACE)
@@ -190,7 +195,7 @@ def test_every_configuration(place: Place, fp8: bool, monkeypatch: pytest.Monkey
                 continue
             tried.add(sizes)
             with kernels.FORWARD.forced(config):
-                held(inputs(place, [(70, 150)], 2, 1, int(kind) if kind.isdigit() else 20, 64, fp8))
+                held(inputs(place, [(66, 130)], 2, 1, int(kind) if kind.isdigit() else 20, 64, fp8))
 
 
 @pytest.mark.parametrize("place", PLACE)
