@@ -19,7 +19,7 @@ from triton_kernels.schedule import case, schedule
 Runs = list[tuple[int, int]]  # new tokens, rows of the cache with them
 FP8 = torch.float8_e4m3fn
 # None, one and more new tokens, whole prompts and prefixes.
-RAGGED = [(40, 70), (0, 5), (1, 9), (0, 0), (33, 33), (1, 1), (70, 300)]
+RAGGED = [(40, 170), (0, 5), (1, 9), (0, 0), (33, 33), (1, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def held(given: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("D", "size"), [(64, 16), (72, 64), (80, 64), (128, 256)])
 def test_ragged_runs(place: Place, fp8: bool, D: int, size: int) -> None:
-    held(inputs(place, RAGGED if D == 64 else RAGGED[:3], 4, 2, D, size, fp8))
+    held(inputs(place, RAGGED if D == 64 else [(20, 150), (1, 9)], 4, 2, D, size, fp8))
 
 
 @pytest.mark.parametrize("place", PLACE)
@@ -100,7 +100,7 @@ def test_chunks_of_a_prompt_are_packed_attention_of_the_whole(place: Place, fp8:
 @pytest.mark.parametrize("fp8", [False, True])
 def test_extreme_values(place: Place, scale: float, fp8: bool) -> None:
     """All equal, nearly so, and one key that takes all: scores of 1e5 and, but for float8, of 1e8."""
-    q, k, v, *rest = inputs(place, [(40, 70), (3, 3)], 4, 1, 72, 16, fp8)
+    q, k, v, *rest = inputs(place, [(40, 70), (3, 3)], 2, 1, 72, 16, fp8)
     held((q.sign() * scale, k, v, *rest))  # products that float32 holds: no luck of rounding
     if fp8 and scale < 1:  # channels of one row 1e5 apart: more than float16's range
         held((torch.cat([q[..., :64] * scale, q[..., 64:].sign() * 100], -1), k, v, *rest))
@@ -112,7 +112,7 @@ def test_extreme_values(place: Place, scale: float, fp8: bool) -> None:
 @pytest.mark.parametrize("fp8", [False, True])
 def test_scales(place: Place, fp8: bool) -> None:
     """One or one a head, of either sign, none at all; they go with any cache."""
-    given = inputs(place, [(40, 70)], 4, 2, 72, 16, fp8)[:7]
+    given = inputs(place, [(20, 70)], 4, 2, 72, 16, fp8)[:7]
     one, each = torch.tensor(-1.7, device=place[0]), torch.tensor([[0.0, -0.3], [-0.6, 0.1]], device=place[0]).T[0]
     for scales in ((one, each), (each, one), (each, None), (None, one)):
         held((*given, *scales))
