@@ -18,29 +18,23 @@ from torch import Tensor
 
 from triton_kernels.cache import check_cache, check_integers, codes, halves, head_stride, power_below
 from triton_kernels.launch import multiprocessors, require
-from triton_kernels.tuning import Space
+from triton_kernels.tuning import Space, candidates
 
 # RESIDENT: blocks a multiprocessor that the keys are split for; the launch function's own, not the kernel's.
 _CONFIG = ("BLOCK_N", "num_warps", "num_stages", "RESIDENT")
-
-
-def _candidates(*rows: tuple[int, int, int, int]) -> list[dict[str, int]]:
-    return [dict(zip(_CONFIG, row, strict=True)) for row in rows]
-
-
 # By head dim, rounded up, and bits of a cached number.
 PART = Space(
     "decode_attention.part",
     {
-        "64 of 8": _candidates((128, 4, 4, 2), (128, 4, 3, 3), (256, 8, 3, 2), (64, 4, 4, 4)),
-        "64 of 16": _candidates((128, 4, 3, 2), (64, 4, 4, 3), (64, 4, 3, 4), (128, 8, 3, 2)),
-        "64 of 32": _candidates((64, 8, 3, 2)),
-        "128 of 8": _candidates((64, 4, 4, 3), (128, 4, 3, 2), (64, 4, 3, 3), (128, 8, 4, 1)),
-        "128 of 16": _candidates((64, 4, 4, 2), (64, 4, 3, 3), (32, 4, 4, 3), (128, 8, 3, 1), (64, 4, 2, 3)),
-        "128 of 32": _candidates((16, 8, 3, 2)),
-        "256 of 8": _candidates((64, 8, 3, 2)),
-        "256 of 16": _candidates((32, 4, 3, 2), (64, 8, 3, 1)),
-        "256 of 32": _candidates((16, 8, 3, 2)),
+        "64 of 8": candidates(_CONFIG, (128, 4, 4, 2), (128, 4, 3, 3), (256, 8, 3, 2), (64, 4, 4, 4)),
+        "64 of 16": candidates(_CONFIG, (128, 4, 3, 2), (64, 4, 4, 3), (64, 4, 3, 4), (128, 8, 3, 2)),
+        "64 of 32": candidates(_CONFIG, (64, 8, 3, 2)),
+        "128 of 8": candidates(_CONFIG, (64, 4, 4, 3), (128, 4, 3, 2), (64, 4, 3, 3), (128, 8, 4, 1)),
+        "128 of 16": candidates(_CONFIG, (64, 4, 4, 2), (64, 4, 3, 3), (32, 4, 4, 3), (128, 8, 3, 1), (64, 4, 2, 3)),
+        "128 of 32": candidates(_CONFIG, (16, 8, 3, 2)),
+        "256 of 8": candidates(_CONFIG, (64, 8, 3, 2)),
+        "256 of 16": candidates(_CONFIG, (32, 4, 3, 2), (64, 8, 3, 1)),
+        "256 of 32": candidates(_CONFIG, (16, 8, 3, 2)),
     },
 )
 MERGE = Space(

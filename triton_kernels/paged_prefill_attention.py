@@ -19,29 +19,24 @@ from torch import Tensor
 from triton_kernels.cache import check_cache, check_integers, codes, halves, head_stride, power_below
 from triton_kernels.launch import require
 from triton_kernels.schedule import case, heads, load, schedule, softmax_step, store, tile, widths
-from triton_kernels.tuning import Space
+from triton_kernels.tuning import Space, candidates
 
 _CONFIG = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-
-
-def _candidates(*rows: tuple[int, int, int, int]) -> list[dict[str, int]]:
-    return [dict(zip(_CONFIG, row, strict=True)) for row in rows]
-
 
 # By head dim; "of 8": a cache in float8.
 FORWARD = Space(
     "paged_prefill_attention.forward",
     {
-        "64": _candidates((128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
-        "64 of 8": _candidates((128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
-        "72": _candidates((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
-        "72 of 8": _candidates((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
-        "128": _candidates((128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 4), (64, 64, 4, 2)),
-        "128 of 8": _candidates((128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)),
-        "other": _candidates((64, 64, 4, 2)),
-        "other of 8": _candidates((64, 64, 4, 2)),
-        "float32": _candidates((32, 32, 4, 2)),
-        "float32 of 8": _candidates((32, 32, 4, 2)),
+        "64": candidates(_CONFIG, (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
+        "64 of 8": candidates(_CONFIG, (128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+        "72": candidates(_CONFIG, (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
+        "72 of 8": candidates(_CONFIG, (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
+        "128": candidates(_CONFIG, (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 4), (64, 64, 4, 2)),
+        "128 of 8": candidates(_CONFIG, (128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)),
+        "other": candidates(_CONFIG, (64, 64, 4, 2)),
+        "other of 8": candidates(_CONFIG, (64, 64, 4, 2)),
+        "float32": candidates(_CONFIG, (32, 32, 4, 2)),
+        "float32 of 8": candidates(_CONFIG, (32, 32, 4, 2)),
     },
 )
 
