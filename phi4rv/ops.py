@@ -80,7 +80,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "cuda": Implementation("phi4rv.cuda", "paged_decode_attention", cuda.why_not),
         **_operation("paged_decode_attention", "decode_attention"),
     },
-    "paged_prefill_attention": {"torch": Implementation("phi4rv.reference", "paged_prefill_attention")},
+    "paged_prefill_attention": _operation("paged_prefill_attention"),
     "rms_norm": _operation("rms_norm"),
     "layer_norm": _operation("layer_norm"),
     "rope": _operation("rope"),

@@ -85,6 +85,36 @@ def test_decode_attention(new: int) -> None:
         assert relative(ours[b], naive_attention(q[b], k[s : s + n], v[s : s + n], causal=True)) < F32
 
 
+@pytest.mark.parametrize("size", [1, 7, 16])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_paged_prefill_attention(size: int, fp8: bool) -> None:
+    """No new token, one, a chunk behind a prefix, a whole prompt; what is no one's is NaN or no page at all."""
+    new, lengths = [0, 1, 9, 12, 0], [5, 20, 33, 12, 0]
+    used = [-(-n // size) for n in lengths]
+    pages = torch.randperm(sum(used) + 2, generator=torch.Generator().manual_seed(3)).split([*used, 2])[:-1]
+    table = torch.full((5, max(used) + 1), -1)
+    cache = torch.full((2, sum(used) + 2, size, 2, 16), float("nan")).to(torch.float8_e4m3fn if fp8 else torch.float32)
+    scales = (torch.tensor(0.3), torch.tensor([0.5, 2.0])) if fp8 else (None, None)
+    q, expected = random(sum(new), 4, 16), []
+    for b, (row, m, n) in enumerate(zip(q.split(new), new, lengths, strict=True)):
+        table[b, : used[b]] = pages[b]
+        kv = torch.stack([random(n, 2, 16, seed=10 + b), random(n, 2, 16, seed=20 + b)]).to(cache.dtype)
+        for i in range(n):
+            cache[:, table[b, i // size], i % size] = kv[:, i]
+        k, v = (x.float() if s is None else x.float() * s.view(-1, 1) for x, s in zip(kv, scales, strict=True))
+        expected.append(naive_attention(row, k, v, causal=True) if m else row.double())
+    ours = reference.paged_prefill_attention(q, *cache, table, torch.tensor(lengths), offsets(new), 12, *scales)
+    assert ours.dtype == torch.float32
+    assert relative(ours, torch.cat(expected)) < F32
+
+
+def test_paged_prefill_attention_of_slots_without_a_document() -> None:
+    q, cache = random(3, 2, 16), torch.full((1, 4, 2, 16), float("nan"))
+    none = torch.zeros(2, dtype=torch.int64)
+    out = reference.paged_prefill_attention(q, cache, cache, none[:, None], none, offsets([1, 2]), 2)
+    assert torch.equal(out, torch.zeros_like(q))
+
+
 def naive_rms_norm(s: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.stack([row / math.sqrt(row.dot(row) / len(row) + eps) for row in s.double()]) * weight.double()
 

@@ -15,32 +15,26 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import cuda_capability_geq
 
-from triton_kernels.launch import multiprocessors, require, require_float
-from triton_kernels.tuning import Space
+from triton_kernels.cache import check_cache, check_integers, codes, halves, head_stride, power_below
+from triton_kernels.launch import multiprocessors, require
+from triton_kernels.tuning import Space, candidates
 
 # RESIDENT: blocks a multiprocessor that the keys are split for; the launch function's own, not the kernel's.
 _CONFIG = ("BLOCK_N", "num_warps", "num_stages", "RESIDENT")
-
-
-def _candidates(*rows: tuple[int, int, int, int]) -> list[dict[str, int]]:
-    return [dict(zip(_CONFIG, row, strict=True)) for row in rows]
-
-
 # By head dim, rounded up, and bits of a cached number.
 PART = Space(
     "decode_attention.part",
     {
-        "64 of 8": _candidates((128, 4, 4, 2), (128, 4, 3, 3), (256, 8, 3, 2), (64, 4, 4, 4)),
-        "64 of 16": _candidates((128, 4, 3, 2), (64, 4, 4, 3), (64, 4, 3, 4), (128, 8, 3, 2)),
-        "64 of 32": _candidates((64, 8, 3, 2)),
-        "128 of 8": _candidates((64, 4, 4, 3), (128, 4, 3, 2), (64, 4, 3, 3), (128, 8, 4, 1)),
-        "128 of 16": _candidates((64, 4, 4, 2), (64, 4, 3, 3), (32, 4, 4, 3), (128, 8, 3, 1), (64, 4, 2, 3)),
-        "128 of 32": _candidates((16, 8, 3, 2)),
-        "256 of 8": _candidates((64, 8, 3, 2)),
-        "256 of 16": _candidates((32, 4, 3, 2), (64, 8, 3, 1)),
-        "256 of 32": _candidates((16, 8, 3, 2)),
+        "64 of 8": candidates(_CONFIG, (128, 4, 4, 2), (128, 4, 3, 3), (256, 8, 3, 2), (64, 4, 4, 4)),
+        "64 of 16": candidates(_CONFIG, (128, 4, 3, 2), (64, 4, 4, 3), (64, 4, 3, 4), (128, 8, 3, 2)),
+        "64 of 32": candidates(_CONFIG, (64, 8, 3, 2)),
+        "128 of 8": candidates(_CONFIG, (64, 4, 4, 3), (128, 4, 3, 2), (64, 4, 3, 3), (128, 8, 4, 1)),
+        "128 of 16": candidates(_CONFIG, (64, 4, 4, 2), (64, 4, 3, 3), (32, 4, 4, 3), (128, 8, 3, 1), (64, 4, 2, 3)),
+        "128 of 32": candidates(_CONFIG, (16, 8, 3, 2)),
+        "256 of 8": candidates(_CONFIG, (64, 8, 3, 2)),
+        "256 of 16": candidates(_CONFIG, (32, 4, 3, 2), (64, 8, 3, 1)),
+        "256 of 32": candidates(_CONFIG, (16, 8, 3, 2)),
     },
 )
 MERGE = Space(
@@ -50,26 +44,6 @@ MOST_PARTS = 128
 MOST_ROWS = 32  # of a tile; more rows than that run as more programs
 # Keys a part begins at a multiple of: fine enough that all parts are alike, and a short document has few.
 GRAIN = tl.constexpr(16)
-# The interpreter's own conversion turns the codes of NaN into 480.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _halves(codes):
-    """float8_e4m3fn, as bytes, in float16, which holds each of its values."""
-    if cuda_capability_geq(8, 9) and not INTERPRETED:
-        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    wide = codes.to(tl.uint16)
-    low = wide & 0x7F
-    # Moved to its place, an exponent of bias 7 counts as one of bias 15: 2^8 too small.
-    values = (((wide & 0x80) << 8) | (low << 7)).to(tl.float16, bitcast=True) * 256.0
-    return tl.where(low == 0x7F, float("nan"), values).to(tl.float16)
-
-
-@triton.jit
-def _convert_codes(codes, out, COUNT: tl.constexpr):
-    i = tl.arange(0, COUNT)
-    tl.store(out + i, _halves(tl.load(codes + i)))
 
 
 # What varies from batch to batch is not compiled in.
@@ -108,8 +82,7 @@ def _part(
         # Products in float16, where a code costs one instruction less than in bfloat16: a power of two brings each
         # row into its range.
         wide = x.to(tl.float32)
-        bits = tl.max(tl.abs(wide), 1).to(tl.uint32, bitcast=True) & 0x7F800000
-        unit = tl.maximum(bits.to(tl.float32, bitcast=True), 1.1754944e-38)
+        unit = power_below(tl.max(tl.abs(wide), 1))
         x = (wide / unit[:, None]).to(tl.float16)
         factor *= unit
     if k_scale is not None:
@@ -148,7 +121,7 @@ def _part(
         mask = inside[:, None] if WHOLE else inside[:, None] & wanted
         kt = tl.load(k + k_rows[:, None] + cols[None, :], mask=mask, other=0.0)
         if FP8:
-            kt = _halves(kt).to(x.dtype)
+            kt = halves(kt).to(x.dtype)
         s = tl.dot(x, tl.trans(kt), input_precision="ieee") * factor[:, None]
         s = tl.where(keys[None, :] < seen[:, None], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
@@ -158,7 +131,7 @@ def _part(
         total = total * fade + tl.sum(p, 1)
         vt = tl.load(v + v_rows[:, None] + cols[None, :], mask=mask, other=0.0)
         if FP8:
-            vt = _halves(vt).to(x.dtype)
+            vt = halves(vt).to(x.dtype)
         acc = acc * fade[:, None] + tl.dot(p.to(vt.dtype), vt, input_precision="ieee")
         top = higher
 
@@ -207,8 +180,8 @@ def launch(
     """See ``decode_attention``."""
     require(k.ndim == 3, f"decode_attention: k has shape {tuple(k.shape)}, must be (rows, key heads, head dim)")
     _check("decode_attention", q, k, v, lengths, k_scale, v_scale)
-    _check_integers("decode_attention", "starts", starts, lengths.shape)
-    k, v = _bytes(k), _bytes(v)
+    check_integers("decode_attention", "starts", starts, lengths.shape)
+    k, v = codes(k), codes(v)
     return _launch(q, k[None], v[None], None, starts, lengths, k_scale, v_scale, keys=len(k))
 
 
@@ -227,41 +200,18 @@ def launch_paged(
     require(k_pages.ndim == 4, f"{name}: k has shape {tuple(k_pages.shape)}, must be {wanted}")
     _check(name, q, k_pages, v_pages, lengths, k_scale, v_scale)
     require(page_table.ndim == 2, f"{name}: page_table has shape {tuple(page_table.shape)}, must be (documents, pages)")
-    _check_integers(name, "page_table", page_table, (len(q), page_table.shape[1]))
+    check_integers(name, "page_table", page_table, (len(q), page_table.shape[1]))
     keys = page_table.shape[1] * k_pages.shape[1]
     pages = page_table if page_table.stride(1) == 1 else page_table.contiguous()
-    return _launch(q, _bytes(k_pages), _bytes(v_pages), pages, lengths, lengths, k_scale, v_scale, keys)
+    return _launch(q, codes(k_pages), codes(v_pages), pages, lengths, lengths, k_scale, v_scale, keys)
 
 
 def _check(
     name: str, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> None:
     require(q.ndim == 4, f"{name}: q has shape {tuple(q.shape)}, must be (documents, tokens, heads, head dim)")
-    require_float(q, f"{name}: q")
-    stored = k.dtype == v.dtype and k.dtype in (q.dtype, torch.float8_e4m3fn)
-    require(stored, f"{name}: k is {k.dtype}, v is {v.dtype}, both must be {q.dtype} as q is, or torch.float8_e4m3fn")
-    H, D = q.shape[2:]
-    G = k.shape[-2]
-    require(v.shape == k.shape, f"{name}: v has shape {tuple(v.shape)}, must be that of k, {tuple(k.shape)}")
-    require(k.shape[-1] == D, f"{name}: k has head dim {k.shape[-1]}, q has {D}")
-    require(0 < D <= 256, f"{name}: head dim {D} must be 1 to 256")
-    require(G > 0 and H % G == 0, f"{name}: {H} query heads must be a multiple of {G} key heads")
-    # A copy would be of the whole cache, at every step.
-    require(k.stride(-1) == 1 and v.stride(-1) == 1, f"{name}: the channels of k and v must be adjacent in memory")
-    _check_integers(name, "lengths", lengths, q.shape[:1])
-    for title, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        fits = scale is None or (scale.dtype == torch.float32 and scale.shape in ((), (G,)))
-        require(fits, f"{name}: {title} must be float32, a scalar or one for each of {G} key heads")
-
-
-def _check_integers(name: str, title: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    fits = x.dtype in (torch.int32, torch.int64) and x.shape == shape
-    require(fits, f"{name}: {title} is {x.dtype} {tuple(x.shape)}, must be int32 or int64 {tuple(shape)}")
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """float8 as bytes: the kernel converts them where the hardware does not, and the interpreter cannot load it."""
-    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+    check_cache(name, q, k, v, k_scale, v_scale)
+    check_integers(name, "lengths", lengths, q.shape[:1])
 
 
 def _launch(
@@ -288,7 +238,7 @@ def _launch(
         _part[(B * G * tiles * parts,)](
             q, k, v, pages, starts.contiguous(), lengths.contiguous(), k_scale, v_scale, partial, lse,
             math.log2(math.e) / math.sqrt(D), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            0 if pages is None else pages.stride(0), _stride(k_scale), _stride(v_scale), M, G, parts,
+            0 if pages is None else pages.stride(0), head_stride(k_scale), head_stride(v_scale), M, G, parts,
             SHARED=H // G, PAGE=0 if pages is None else k.shape[1], D=D, FP8=k.dtype == torch.uint8,
             ALIGN=math.gcd(16, *k.stride()[:3], *v.stride()[:3]), WHOLE=max(width, 16) == D, TILES=tiles,
             BLOCK_M=block_m, BLOCK_D=max(width, 16), **config,
@@ -299,10 +249,6 @@ def _launch(
                 partial, lse, out, parts, D=D, BLOCK_P=triton.next_power_of_2(parts), **merge
             )
     return out
-
-
-def _stride(scale: Tensor | None) -> int:
-    return scale.stride(0) if scale is not None and scale.ndim else 0
 
 
 contiguous = torch.library.custom_op("phi4rv_triton::decode_attention", launch, mutates_args=())

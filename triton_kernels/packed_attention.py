@@ -17,7 +17,7 @@ from torch import Tensor
 
 from triton_kernels import packed_attention_backward
 from triton_kernels.launch import require, require_float
-from triton_kernels.schedule import case, heads, load, schedule, store, tile, visible, widths
+from triton_kernels.schedule import case, heads, load, schedule, softmax_step, store, tile, visible, widths
 from triton_kernels.tuning import Space
 
 FORWARD = Space(
@@ -67,16 +67,7 @@ def _visit(
             s = tl.dot(q_tail, tl.trans(load(kn, k_rows, inside, MAIN, TAIL, D, MASKED)), s, input_precision="ieee")
         if MASKED:
             s = tl.where(columns[None, :] < seen[:, None], s, float("-inf"))
-        higher = tl.maximum(peak, tl.max(s, 1))
-        if q_main.dtype == tl.float16:
-            # In one fused operation scores of 1e9 round to exponents up to 64, and 2^64 does not fit float16.
-            p = tl.exp2((s - higher[:, None]) * scale)
-        else:
-            p = tl.exp2(s * scale - (higher * scale)[:, None])
-        shrink = tl.exp2((peak - higher) * scale)
-        peak = higher
-        total = total * shrink + tl.sum(p, 1)
-        p = p.to(q_main.dtype)
+        p, shrink, total, peak = softmax_step(s, total, peak, scale, q_main.dtype)
         vn = v + tl.cast(n, tl.int64) * v_stride
         acc = tl.dot(p, load(vn, v_rows, inside, 0, MAIN, D, MASKED), acc * shrink[:, None], input_precision="ieee")
         if TAIL:
@@ -117,7 +108,7 @@ def _forward(
     acc_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    scale *= 1.4426950408889634  # exp(x) = exp2(x / ln 2)
+    scale = tl.zeros((BLOCK_M,), tl.float32) + scale * 1.4426950408889634  # exp(x) = exp2(x / ln 2)
     acc, acc_tail, total, peak = _visit(
         acc, acc_tail, total, peak, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride,
         0, unmasked, seen, length, scale, D, MAIN, TAIL, BLOCK_N, False,

@@ -1,5 +1,5 @@
-"""What the kernels of packed attention share: which tiles there are and in which order, which keys a row sees, and how
-a head of any width is held.
+"""What the kernels of packed attention share: which tiles there are and in which order, which keys a row sees, how a
+head of any width is held, and a step of the softmax.
 
 A tile is a block of rows of one document. Each head runs its tiles longest first: a long document among short ones
 then starts at once instead of last, and the short ones fill the end (Graham's longest processing time rule).
@@ -13,34 +13,45 @@ import triton.language as tl
 from torch import Tensor
 
 
+@triton.jit
+def _blocks(cu_seqlens, lengths, documents, N, ROWS: tl.constexpr):
+    """How many blocks documents have, and how many more the first of them costs for what the cache holds before."""
+    real = documents < N
+    starts = tl.load(cu_seqlens + documents, mask=real, other=0)
+    rows = tl.load(cu_seqlens + documents + 1, mask=real, other=0) - starts
+    before = rows * 0
+    if lengths is not None:
+        before = tl.maximum(tl.load(lengths + documents, mask=real, other=0).to(tl.int32) - rows, 0) // ROWS
+    return (rows + ROWS - 1) // ROWS, before
+
+
 @triton.jit(do_not_specialize=["N", "slots"])
 def _schedule(
-    cu_seqlens, tiles, N, slots, CAUSAL: tl.constexpr, REVERSED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
-):
+    cu_seqlens, lengths, tiles, N, slots,
+    CAUSAL: tl.constexpr, REVERSED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Places the tiles of one cost. Causal, a document has one of each cost up to its number of blocks; else as many
     as blocks, all of that cost."""
     cost = tl.program_id(0) + 1
     place = 0
     for first in range(0, N, CHUNK):
-        documents = first + tl.arange(0, CHUNK)
-        starts = tl.load(cu_seqlens + documents, mask=documents < N, other=0)
-        ends = tl.load(cu_seqlens + documents + 1, mask=documents < N, other=0)
-        blocks = (ends - starts + ROWS - 1) // ROWS
-        dearer = tl.maximum(blocks - cost, 0) if CAUSAL else tl.where(blocks > cost, blocks, 0)
+        blocks, before = _blocks(cu_seqlens, lengths, first + tl.arange(0, CHUNK), N, ROWS)
+        dearer = tl.where(blocks > cost, blocks, 0)
+        if CAUSAL:
+            dearer = tl.minimum(tl.maximum(before + blocks - cost, 0), blocks)
         place += tl.sum(dearer, 0)
     for first in range(0, N, CHUNK):
         documents = first + tl.arange(0, CHUNK)
-        starts = tl.load(cu_seqlens + documents, mask=documents < N, other=0)
-        ends = tl.load(cu_seqlens + documents + 1, mask=documents < N, other=0)
-        blocks = (ends - starts + ROWS - 1) // ROWS
-        here = blocks >= cost if CAUSAL else blocks == cost
+        blocks, before = _blocks(cu_seqlens, lengths, documents, N, ROWS)
+        own = cost - before
+        here = (own > 0) & (blocks >= own) if CAUSAL else blocks == cost
         each = 1 if CAUSAL else cost
         count = here.to(tl.int32) * each
         places = place + tl.cumsum(count, 0) - count
         for i in range(0, each):
             block = i
             if CAUSAL:
-                block = blocks - cost if REVERSED else blocks * 0 + cost - 1
+                block = blocks - cost if REVERSED else own - 1
             held = here & (places + i < slots)
             tl.store(tiles + 2 * (places + i), documents, mask=held)
             tl.store(tiles + 2 * (places + i) + 1, block, mask=held)
@@ -51,20 +62,33 @@ def _schedule(
             tl.store(tiles + 2 * rest, -1, mask=rest < slots)
 
 
-def schedule(cu_seqlens: Tensor, T: int, max_seqlen: int, rows: int, causal: bool, reverse: bool = False) -> Tensor:
+def schedule(
+    cu_seqlens: Tensor,
+    T: int,
+    max_seqlen: int,
+    rows: int,
+    causal: bool,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    max_length: int = 0,
+) -> Tensor:
     """The tiles of ``rows`` rows as (slots, 2) int32: document and block, dearest first; document -1: no tile.
 
     The number of slots depends on the shapes alone and nothing is read back, so that a CUDA graph can hold the launch.
     The cost is the number of blocks that a tile visits: with ``causal`` those up to its own, or, with ``reverse``,
-    those from its own on (tiles of keys, which visit queries).
+    those from its own on (tiles of keys, which visit queries). ``lengths`` (N,), causal only: a document's rows are
+    the last of this many, at most ``max_length``, all of which its tiles visit.
     """
     N = len(cu_seqlens) - 1
     most = triton.cdiv(min(max_seqlen, T), rows)
     slots = min(T // rows + N, N * most)
     tiles = cu_seqlens.new_empty((slots, 2), dtype=torch.int32)
     if slots:
+        costs = max(most, triton.cdiv(max_length, rows))
         with torch.cuda.device_of(cu_seqlens):
-            _schedule[(most,)](cu_seqlens, tiles, N, slots, causal, causal and reverse, rows, CHUNK=256, num_warps=4)
+            _schedule[(costs,)](
+                cu_seqlens, lengths, tiles, N, slots, causal, causal and reverse, rows, CHUNK=256, num_warps=4
+            )
     return tiles
 
 
@@ -110,6 +134,20 @@ def visible(rows, start, length, key_ends, CAUSAL: tl.constexpr, EXTENDED: tl.co
         ends = tl.load(key_ends + start + rows, mask=rows < length, other=0) - start.to(tl.int32)
         seen = tl.minimum(tl.maximum(ends, seen), length)
     return seen
+
+
+@triton.jit
+def softmax_step(s, total, peak, scale, dtype: tl.constexpr):
+    """Takes the scores s of a block of keys into the running sum and maximum of each row: their weights in dtype, by
+    what the sums so far shrink, the new sum and maximum. scale, a row's: of scores to exponents of 2, positive."""
+    higher = tl.maximum(peak, tl.max(s, 1))
+    if dtype == tl.bfloat16:
+        p = tl.exp2(s * scale[:, None] - (higher * scale)[:, None])
+    else:
+        # In one fused operation scores of 1e9 round to exponents up to 64, and 2^64 does not fit float16.
+        p = tl.exp2((s - higher[:, None]) * scale[:, None])
+    shrink = tl.exp2((peak - higher) * scale)
+    return p.to(dtype), shrink, total * shrink + tl.sum(p, 1), higher
 
 
 @triton.jit

@@ -21,6 +21,11 @@ Config = dict[str, int]
 TABLE = Path(__file__).with_name("tuned.json")
 
 
+def candidates(names: Sequence[str], *rows: Sequence[int]) -> list[Config]:
+    """Configurations with the same keyword arguments, a row of numbers each."""
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
 class Space:
     """The candidates of one kernel. ``name``: ``file.kernel``; ``cases``: case -> candidates, the default first."""
 

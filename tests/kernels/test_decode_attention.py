@@ -10,6 +10,7 @@ from torch import Tensor
 
 from phi4rv import cuda, reference
 from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACE, PLACES, Place, parity
+from triton_kernels import cache
 from triton_kernels import decode_attention as triton
 from triton_kernels.launch import multiprocessors
 
@@ -231,7 +232,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements(kernels: Kernels, place: Plac
 def test_every_code_of_float8(place: Place) -> None:
     codes = torch.arange(256, dtype=torch.uint8, device=place[0])
     out = torch.empty(256, dtype=torch.float16, device=place[0])
-    triton._convert_codes[(1,)](codes, out, COUNT=256)
+    cache._convert_codes[(1,)](codes, out, COUNT=256)
     torch.testing.assert_close(out, codes.view(FP8).half(), rtol=0, atol=0, equal_nan=True)
 
 
