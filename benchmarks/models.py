@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Collection
 from itertools import pairwise
 from typing import Any
 
@@ -80,6 +81,38 @@ class Transformers:
             pixel_values=pixels, pixel_attention_mask=mask.long(), spatial_shapes=row.grids, output_hidden_states=True
         ).hidden_states
         return self.projector(states[-2][mask])
+
+    def generate(
+        self, embeddings: Tensor, new: int, stops: Collection[int], take: Callable[[list[int]], None], static: bool
+    ) -> None:  # fmt: skip
+        """Greedy tokens behind ``embeddings`` (1, T, C): at most ``new``, or up to one of ``stops``. ``take`` gets each
+        as it is made. ``static``: with the cache of fixed size, for which transformers compiles on a GPU.
+        """
+        self.decoder.generate(
+            inputs_embeds=embeddings,
+            attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device),
+            max_new_tokens=new,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=list(stops) or None,
+            pad_token_id=0,
+            streamer=_Streamer(take),
+            **({"cache_implementation": "static"} if static else {}),
+        )
+
+
+class _Streamer:
+    """What ``generate`` calls with the prompt's ids, of which there are none, and then with those of each step."""
+
+    def __init__(self, take: Callable[[list[int]], None]):
+        self.take = take
+
+    def put(self, ids: Tensor) -> None:
+        if ids.numel():
+            self.take(ids.flatten().tolist())
+
+    def end(self) -> None:
+        pass
 
 
 def attention_of(device: torch.device) -> str:
