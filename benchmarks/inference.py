@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -38,7 +37,7 @@ from benchmarks.inference_cases import measure
 from benchmarks.inference_rows import FULL, TINY, Record, Shapes, cache_bytes, with_rates
 from benchmarks.inference_table import goals, table
 from benchmarks.kernels import timing
-from benchmarks.parts import apart
+from benchmarks.parts import apart, here
 from benchmarks.records import write
 from phi4rv import cuda
 from phi4rv.command import Parser, exit_status
@@ -108,11 +107,6 @@ def why_not(side: str, device: torch.device, folder: Path | None) -> str | None:
     if side in ("load", "vLLM") and folder is None:
         return "neither /dev/shm nor the folder of temporary files has room for a checkpoint"
     return cuda.why_not(device) if kernels == "cuda" else None
-
-
-def here(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> tuple[Any, str | None]:
-    """As ``parts.apart``, in this process: a CPU's memory needs no end of a process to be free again."""
-    return function(*arguments), None
 
 
 def run(seconds: float = math.inf, layers: int = 0, keep: Callable[[Record], None] = lambda result: None) -> Record:

@@ -94,14 +94,17 @@ def _first(r: Record) -> str:
     return said + f"{_rate(r['operations_per_second'])}FLOP/s ({r['share']:.1%} of product)"
 
 
+def _at_once(r: Record) -> str:
+    said = f"{r['tokens_per_second']:,.0f} tokens/s by {r['requests']} requests, {r['one']:,.1f} by one"
+    return f"{said} ({r['ratio']:.1f}x)"
+
+
 FIGURES = {
     "decode": _decode,
     "first token": _first,
     "tower": lambda r: f"{r['ms']:.3g} ms, {r['patches']} patches, with the projector",
     "second question": lambda r: f"{r['seconds'] * 1e3:,.1f} ms, the first {r['first_seconds'] * 1e3:,.1f} ms",
-    "at once": lambda r: (
-        f"{r['tokens_per_second']:,.0f} tokens/s by {r['requests']} requests, {r['ratio']:.1f}x the {r['one']:,.1f} of one"
-    ),
+    "at once": _at_once,
     "load": lambda r: (
         f"{r['bytes'] / 1e9:.3g} GB in {r['seconds']:.3g} s, {_rate(r['bytes_per_second'])}B/s "
         f"({r['share']:.1%} of the copy to the device)"
