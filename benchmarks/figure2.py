@@ -13,6 +13,7 @@ from train.plot import COLOURS, GRID, INK
 AXES = {"seconds": "seconds an answer", "tokens": "tokens an answer"}
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 560, 300, 72, 34, 24, 54
 HEAD, LINE, TICKS, SIZE = 34, 24, 5, 9
+STEPS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
 
 Rows = list[dict[str, Any]]
 
@@ -68,11 +69,11 @@ def diagram(
 
 
 def round_tick(least: float) -> float:
-    """1, 2, 2.5 or 5 times a power of ten, ``least`` or the next one above it; 1 for nothing."""
+    """One of STEPS times a power of ten, ``least`` or the next one above it; 1 for nothing."""
     if least <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(least))
-    return power * next(step for step in (1, 2, 2.5, 5, 10) if step * power >= least * (1 - 1e-9))
+    return power * next(step for step in STEPS if step * power >= least * (1 - 1e-9))
 
 
 def mark(pen: ImageDraw.ImageDraw, x: float, y: float, engine: int, mode: int) -> None:

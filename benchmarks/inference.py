@@ -42,6 +42,7 @@ from benchmarks.records import write
 from phi4rv import cuda
 from phi4rv.command import Parser, exit_status
 from phi4rv.config import Config
+from phi4rv.errors import UserError
 from phi4rv.model import Phi4RV
 from phi4rv.ops import Operations
 from train.tiny import tiny_config
@@ -80,13 +81,14 @@ def weight_count(config: Config, layers: int) -> int:
 
 
 def layers_that_fit(config: Config, shapes: Shapes, memory: int) -> int:
-    """Decoder layers, from 1 to the model's own: weights in 16 bits and beside them in 8, and the cache of all requests
-    at once, in ``memory`` bytes without SPARE.
+    """Decoder layers, from 1 to the model's own: weights in 16 bits, the cache of all requests at once, and that of the
+    second engine, in ``memory`` bytes without SPARE.
     """
+    tokens = shapes.many * (shapes.prompt + shapes.answer + 64) + config.context
 
     def needed(layers: int) -> int:
         cut = dataclasses.replace(config, num_hidden_layers=layers)
-        return 3 * weight_count(config, layers) + cache_bytes(cut, shapes.many * (shapes.prompt + shapes.answer + 64))
+        return 2 * weight_count(config, layers) + cache_bytes(cut, tokens)
 
     one, two = needed(1), needed(2)
     return max(1, min(1 + (memory - SPARE - one) // (two - one), config.num_hidden_layers))
@@ -121,11 +123,11 @@ def run(seconds: float = math.inf, layers: int = 0, keep: Callable[[Record], Non
         config = dataclasses.replace(config, num_hidden_layers=layers)
     result: Record = {"device": device, "layers": config.num_hidden_layers, **about, **dataclasses.asdict(shapes)}
     result["sides"] = {side: {"reason": "out of time"} for side in SIDES[device]}
-    memory = room(5 * weight_count(config, config.num_hidden_layers))
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
+    parent = room(5 * weight_count(config, config.num_hidden_layers))  # of 2 or 4 bytes a weight, and some more
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
         for side in SIDES[device]:
             left = deadline - time.monotonic()
-            reason = why_not(side, torch.device(device), memory) or (None if left > 0 else "out of time")
+            reason = why_not(side, torch.device(device), parent) or (None if left > 0 else "out of time")
             if reason is None:
                 arguments = (side, config, device, shapes, Path(folder) / side)
                 found, reason = call(measure, arguments, min(left, MOST))
@@ -150,6 +152,10 @@ def command(argv: Sequence[str] | None) -> None:
     if args.protocol is not None:
         protocol.command(args)
         return
+    if args.checkpoint:
+        raise UserError("--checkpoint: goes with --protocol; speed is measured with random weights")
+    if not 0 <= args.layers <= Config().num_hidden_layers:
+        raise UserError(f"--layers: {args.layers} must be 1 to {Config().num_hidden_layers}, or 0: as many as fit")
 
     def keep(result: Record) -> None:
         if args.json:

@@ -19,7 +19,8 @@ from benchmarks.inference_place import Place, patches_of, question
 from benchmarks.inference_rows import Record, Shapes
 from benchmarks.inference_sides import Ours, Theirs, answer
 from benchmarks.kernels import timing
-from infer.engine import Engine, Limits
+from infer.engine import Engine
+from infer.limits import Limits
 from infer.request import Options
 from phi4rv.config import Config
 from phi4rv.processor import Prompt
@@ -64,8 +65,7 @@ def tower(side: Ours | Theirs) -> Record:
 def second_question(side: Ours) -> Record:
     """Seconds to the first token of a second question about a picture that the engine remembers."""
     s, place = side.place.shapes, side.place
-    room = 4 * (place.config.max_num_patches + s.text)
-    limits = Limits(max_running=1, cache_tokens=room, speculate=0)
+    limits = Limits(max_running=1, cache_tokens=place.config.context, speculate=0)
     engine = Engine((side.engine.model, place.processor), limits=limits)
 
     def both(seed: int) -> tuple[float, float]:
@@ -75,7 +75,8 @@ def second_question(side: Ours) -> Record:
 
     place.warm(lambda: both(10))
     first, second = zip(*(both(20 + 2 * n) for n in range(place.rounds)), strict=True)
-    return {"seconds": statistics.median(second), "first_seconds": statistics.median(first)}
+    cached = engine.counters.cached_prompt_tokens
+    return {"seconds": statistics.median(second), "first_seconds": statistics.median(first), "cached_tokens": cached}
 
 
 def at_once(side: Ours) -> Record:
@@ -121,7 +122,7 @@ def measure(side: str, config: Config, device: str, shapes: Shapes, folder: Path
     if side == "vLLM":
         return vllm_peer.measure(place, folder)
     kernels, _, form = side.partition(", ")
-    with torch.inference_mode():
+    with torch.no_grad():
         if kernels == "transformers":
             theirs = Theirs(place, form == "static cache")
             new = min(shapes.new, PEER_STEPS)
@@ -130,7 +131,7 @@ def measure(side: str, config: Config, device: str, shapes: Shapes, folder: Path
                 "first token": attempt(lambda: first_token(theirs)),
                 "tower": attempt(lambda: tower(theirs)),
             }
-        ours = Ours(place, kernels, form or None)
+        ours = Ours(place, kernels, form or "bf16")
         cases = {
             "decode": attempt(lambda: decode(ours, shapes.new)),
             "first token": attempt(lambda: first_token(ours)),

@@ -12,7 +12,7 @@ from train.cost import operations
 Record = dict[str, Any]
 
 WEIGHTS = ("bf16", "fp8", "int8", "int4")
-# The output layer stays in 16 bits beside int4 layers.
+# Of the output layer beside decoder layers in each format: int4 would cost it too much.
 HEAD = {"bf16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "bf16"}
 
 
@@ -69,6 +69,11 @@ def step_bytes(config: Config, form: str, context: int) -> int:
 def prefill_operations(config: Config, tokens: int, patches: int = 0) -> int:
     """Of one prompt, up to the logits of its last token."""
     return operations(config, [tokens], [patches] if patches else [], 1, ()).forward
+
+
+def spec(form: str) -> dict[str, str]:
+    """The parts of the model that are in another format than 16 bits (``phi4rv.quantized_model``)."""
+    return {part: f for part, f in (("decoder", form), ("head", HEAD[form])) if f != "bf16"}
 
 
 def format_of(side: str) -> str:

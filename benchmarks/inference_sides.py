@@ -12,10 +12,13 @@ from typing import Any
 
 from benchmarks.energy import joules
 from benchmarks.inference_place import Place
+from benchmarks.inference_rows import spec
 from benchmarks.models import Transformers
-from infer.engine import Engine, Limits
+from infer.engine import Engine
+from infer.limits import Limits
 from infer.request import Options
 from phi4rv.processor import Prompt
+from phi4rv.quantized_model import quantize_layers, quantize_rows
 
 TOP = 20  # most probable first tokens that a peer tells
 
@@ -59,18 +62,19 @@ class Ours:
     earlier requests.
     """
 
-    def __init__(self, place: Place, kernels: str, form: str | None):
+    def __init__(self, place: Place, kernels: str, form: str):
         self.place = place
+        model = place.model(kernels)
+        quantize_layers(model, spec(form), lambda name, weight, f: quantize_rows(weight, f))
         s, page = place.shapes, Limits().page_size
-        longest = max(s.context + s.new, place.config.max_num_patches + s.text)
         limits = Limits(
             max_running=s.many,
-            cache_tokens=max(longest + page, s.many * (s.prompt + s.answer + page)),
+            cache_tokens=max(place.config.context, s.many * (s.prompt + s.answer + page)),
             image_cache_bytes=0,
             prefix_cache=False,
             speculate=0,
         )
-        self.engine = Engine((place.model(kernels), place.processor), weights=form, limits=limits)
+        self.engine = Engine((model, place.processor), limits=limits)
 
     def answer(self, prompt: Prompt, new: int) -> Answered:
         return answer(self.engine, prompt, new)

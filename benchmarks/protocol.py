@@ -32,7 +32,6 @@ from phi4rv.chat import MODES
 from phi4rv.checkpoint import outline
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
-from phi4rv.quantized import FORMATS
 
 Record = dict[str, Any]
 LONGEST = 7 * 86400.0  # seconds of one engine
@@ -49,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--engines", nargs="+", default=installed(), choices=list(ENGINES), metavar="NAME", help="default: what is here"
     )
-    add("--weights", choices=FORMATS, help="format of the engine's weights; default: the checkpoint's")
+    add("--weights", metavar="FORMATS", help="of the engine, as in int4,head=fp8; the checkpoint's unless given")
     add("--dtype", choices=DTYPES, help="the checkpoint's unless given")
     add("--kernels", metavar="KIND", help="the engine's")
     add("--seed", type=int, default=0, help="of the samples drawn")
@@ -76,7 +75,7 @@ def command(args: argparse.Namespace) -> None:
     if args.json:
         write(args.json, {"protocol": result})
     print(table(result))
-    if args.chart:
+    if args.chart and result["rows"]:
         draw(args.chart, result)
         print(f"written: {args.chart}")
     if "phi4rv" in result["failed"]:

@@ -18,7 +18,8 @@ import phi4rv
 from benchmarks.models import Transformers
 from benchmarks.questions import Asked
 from benchmarks.vllm_peer import VLLM
-from infer.engine import Engine, Limits, stop_tokens
+from infer.engine import Engine, stop_tokens
+from infer.limits import Limits
 from infer.request import Options
 from phi4rv.answers import Answer, parse_answer
 from phi4rv.images import open_image
@@ -99,7 +100,7 @@ def installed() -> list[str]:
     return [name for name in ENGINES if name == "phi4rv" or importlib.util.find_spec(name.lower()) is not None]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def ask_all(name: str, setting: Setting, asked: Sequence[Asked], answers: Path | None) -> list[dict[str, Any]]:
     """Every question in every mode, one after another; seconds from prompt and encoded picture to the whole answer.
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
+from infer.heldout import Question, score
 from phi4rv.answers import Answer
+from phi4rv.archives import ImageFiles
 from phi4rv.errors import UserError
 from phi4rv.processor import Processor, Prompt
-from train.archives import ImageFiles
-from train.heldout import Question, score
+from phi4rv.records import parse_line
 from train.lines import Lines
-from train.records import parse_line
 from train.synthetic.charts import random_chart, random_scene
 from train.synthetic.records import Record, as_json, opened
 from train.synthetic.screens import random_screen
@@ -37,7 +37,7 @@ class Asked:
 
     def right(self, given: Answer) -> bool:
         """The centre of the answer's first box in the right one; where that has no box, the same text, without case
-        and the white space around it (``train/heldout.py``).
+        and the white space around it (``infer/heldout.py``).
         """
         scores = score([self.question], [given])
         return bool(scores["point_in_box"] if scores["boxes"] else scores["exact_match"])
@@ -75,9 +75,10 @@ def make_questions(folder: Path, count: int, seed: int) -> Path:
 
 
 def sample(asked: Sequence[Asked], count: int, seed: int) -> list[Asked]:
-    """``count`` of each kind at random, or all where there are fewer; kind after kind, in the order they appear."""
+    """``count`` of each kind at random, or all where there are fewer: kind after kind, each in the file's order."""
     kinds = {a.kind: [b for b in asked if b.kind == a.kind] for a in asked}
-    return [a for same in kinds.values() for a in Random(seed).sample(same, min(count, len(same)))]
+    drawn = {kind: sorted(Random(seed).sample(range(len(same)), min(count, len(same)))) for kind, same in kinds.items()}
+    return [kinds[kind][index] for kind, indices in drawn.items() for index in indices]
 
 
 def check(asked: Sequence[Asked], processor: Processor) -> None:
