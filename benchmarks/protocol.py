@@ -28,8 +28,8 @@ from benchmarks.parts import apart, here
 from benchmarks.protocol_engines import ENGINES, Setting, ask_all, installed
 from benchmarks.questions import Asked, check, make_questions, read_questions, sample
 from benchmarks.records import write
+from infer.weights import load
 from phi4rv.chat import MODES
-from phi4rv.checkpoint import outline
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
 
@@ -68,7 +68,7 @@ def command(args: argparse.Namespace) -> None:
     missing = [name for name in args.engines if name not in installed()]
     if missing:
         raise UserError(f"--engines: {', '.join(missing)} is not installed")
-    _, processor = outline(args.checkpoint, "meta", kernels="torch")
+    _, processor = load(args.checkpoint, "meta", kernels="torch", weights=args.weights)
     with questions(args) as asked:
         check(asked, processor)
         result = run(setting_of(args), asked, args.engines, args.answers)

@@ -74,7 +74,7 @@ def transformers(setting: Setting) -> Ask:
 
 def vllm(setting: Setting) -> Ask:
     """With the code that the checkpoint's folder brings, which vLLM asks for."""
-    processor = phi4rv.load(setting.checkpoint, "meta")[1]
+    processor = phi4rv.load(setting.checkpoint, "meta", kernels="torch")[1]
     window = processor.config.context
     peer = VLLM(setting.checkpoint, trust_remote_code=True, max_model_len=window, max_num_seqs=1)
 
