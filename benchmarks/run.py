@@ -28,6 +28,7 @@ MODULES = {
     "saving": "benchmarks.saving",
     "kernels": "benchmarks.kernels.__main__",
     "train_step": "benchmarks.train_step",
+    "inference": "benchmarks.inference",
 }
 
 
@@ -36,11 +37,16 @@ def _kernels(file: Path, seconds: float) -> list[str]:
     return python("benchmarks.kernels", "--json", str(file), "--chart", chart, "--seconds", f"{seconds:.0f}")
 
 
+def inference(file: Path, seconds: float) -> list[str]:
+    return python("benchmarks.inference", "--json", str(file), "--seconds", f"{seconds:.0f}")
+
+
 PARTS = [
     Part("images", 180, lambda file, seconds: python("benchmarks.images", "--json", str(file))),
     Part("data", 300, lambda file, seconds: python("benchmarks.data", "--json", str(file))),
     Part("saving", 60, lambda file, seconds: python("benchmarks.saving", "--json", str(file))),
     Part("kernels", 600, _kernels),
+    Part("inference", 120, inference),
 ]
 
 

@@ -32,10 +32,11 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import timing
+from benchmarks.models import attention_of
 from benchmarks.parts import apart
 from benchmarks.records import write
 from benchmarks.step_rows import CASES, TOKENS, counted, make_rows
-from benchmarks.step_sides import Ours, Theirs, attention_of
+from benchmarks.step_sides import Ours, Theirs
 from phi4rv import cuda
 from phi4rv.batch import PackedBatch
 from phi4rv.config import Config, VisionConfig

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import step_sides, train_step
+from benchmarks import models, step_sides, train_step
 from benchmarks.parts import apart
 from benchmarks.step_rows import CASES, TOKENS, counted, grid, make_rows
 from phi4rv.batch import NO_LABEL
@@ -62,7 +62,7 @@ def same_weights(ours: step_sides.Ours, theirs: step_sides.Theirs) -> None:
 def test_both_sides_take_the_same_step(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same losses before, and after two updates of a rate that changes them."""
     monkeypatch.setattr(step_sides, "STAGE", dataclasses.replace(step_sides.STAGE, lr=3e-3))
-    monkeypatch.setattr(step_sides, "SPREAD", 0.3)
+    monkeypatch.setattr(models, "SPREAD", 0.3)
     config = train_step.TINY
     ours = step_sides.Ours(config, "torch", CPU, torch.float32)
     theirs = step_sides.Theirs(config, CPU, torch.float32)
@@ -78,7 +78,7 @@ def test_both_sides_take_the_same_step(case: str, monkeypatch: pytest.MonkeyPatc
 def test_masters_keep_what_bfloat16_weights_lose(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a rate under half a bit of most weights both sides still learn the same."""
     monkeypatch.setattr(step_sides, "STAGE", dataclasses.replace(step_sides.STAGE, lr=1e-4))
-    monkeypatch.setattr(step_sides, "SPREAD", 0.3)
+    monkeypatch.setattr(models, "SPREAD", 0.3)
     config = train_step.TINY
     ours = step_sides.Ours(config, "torch", CPU, torch.bfloat16)
     theirs = step_sides.Theirs(config, CPU, torch.bfloat16)
