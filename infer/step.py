@@ -129,7 +129,7 @@ class Steps:
         for chunk, offset in zip(chunks, (ends - lengths).tolist(), strict=True):
             for features, places in chunk.features:
                 x = model.ops.scatter_rows(x, features, self._moved(places + offset)[0])
-        tables = slots.page_table[which]
+        tables = slots.page_table[which, : -(-int((begins + lengths).max()) // self.cache.size)]
         rows = self.cache.rows(tables[document], positions[:, None])
         whole = not any(c.begin for c in chunks)
         attend = self.cache.prefill(tables, known, rows, cu_seqlens, int(lengths.max()), whole)
