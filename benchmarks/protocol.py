@@ -46,7 +46,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--modes", nargs="+", default=list(MODES), choices=MODES, metavar="MODE", help=f"of {', '.join(MODES)}")
     add("--max-new-tokens", type=int, default=4096, metavar="N")
     add(
-        "--engines", nargs="+", default=[e for e in installed() if e != "vllm"], choices=list(ENGINES), metavar="NAME", help="default: what is here, vllm aside, which runs the code in the checkpoint's folder"
+        "--engines",
+        nargs="+",
+        default=[name for name in installed() if name != "vllm"],
+        choices=list(ENGINES),
+        metavar="NAME",
+        help="default: what is here but for vllm, which runs the code that lies in the checkpoint's folder",
     )
     add("--weights", metavar="FORMATS", help="of the engine, as in int4,head=fp8; the checkpoint's unless given")
     add("--dtype", choices=DTYPES, help="the checkpoint's unless given")
