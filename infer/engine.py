@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from infer.cache import PagedCache, cache_tokens
 from infer.constraint import Constraint
+from infer.fused import FusedDecoder, fits
 from infer.graphs import Graphs
 from infer.guide import Guide, ThinkTokens
 from infer.limits import Counters, Limits
@@ -70,6 +71,8 @@ class Engine:
         if limits.graphs and not capturable:
             raise UserError("graphs: need a GPU and --kernels triton or cuda for paged_decode_attention")
         graphs = Graphs(capturable if limits.graphs is None else limits.graphs)
+        # Before the cache, which takes the memory that is left: some kernels read weights in an order of their own.
+        fused = FusedDecoder(self.model.decoder) if fits(self.model.decoder) else None
         size = limits.page_size
         held = torch.float8_e4m3fn if limits.cache_dtype == "fp8" else self.model.decoder.norm.weight.dtype
         pages = 1 + -(-cache_tokens(self.config, held, self.model.device, limits) // size)
@@ -77,7 +80,7 @@ class Engine:
         beyond = limits.speculate + 1
         most = -(-(self.config.context + beyond) // size)
         self.slots = Slots(self.config, limits.max_running, most, beyond, self.think, self.model.device)
-        self.steps = Steps(self.model, self.cache, self.slots, graphs)
+        self.steps = Steps(self.model, fused, self.cache, self.slots, graphs)
         self.scheduler = Scheduler(PagePool(pages, size, limits.prefix_cache), limits.max_running)
         self.counters.pages_total = pages - 1
         if self.cache.fp8:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infer.cache import PagedCache
-from infer.fused import ROWS, FusedDecoder, fits
+from infer.fused import ROWS, FusedDecoder
 from infer.graphs import Graphs
 from infer.request import TokenLogprob
 from infer.sampling import logprobs
@@ -88,10 +88,9 @@ class Pending:
 
 
 class Steps:
-    def __init__(self, model: Phi4RV, cache: PagedCache, slots: Slots, graphs: Graphs):
-        self.model, self.cache, self.slots, self.graphs = model, cache, slots, graphs
+    def __init__(self, model: Phi4RV, fused: FusedDecoder | None, cache: PagedCache, slots: Slots, graphs: Graphs):
+        self.model, self.fused, self.cache, self.slots, self.graphs = model, fused, cache, slots, graphs
         self._which: dict[tuple[int, int, bool], Tensor] = {}
-        self.fused = FusedDecoder(model.decoder) if fits(model.decoder) else None
 
     def encode_images(self, images: Sequence[tuple[Tensor, tuple[int, int]]]) -> list[Tensor]:
         """Patches (P, 768) and grid of each image -> its projected features (P, C)."""
