@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -64,21 +63,3 @@ class Counters:
     waiting: int = 0
     pages_used: int = 0
     pages_total: int = 0
-
-
-def engine_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``Limits``, which every command with an engine has."""
-    default = Limits()
-    add = parser.add_argument
-    add("--max-running", type=int, default=default.max_running, metavar="N", help="requests that decode at once")
-    add("--cache-tokens", type=int, metavar="N", help="tokens that the paged cache holds; by memory unless given")
-    add("--cache-dtype", choices=[d for d in CACHE_DTYPES if d], help="keys and values; the model's unless given")
-    add("--chunk-tokens", type=int, default=default.chunk_tokens, metavar="N", help="of prompts between decode steps")
-    add(
-        "--speculate", type=int, default=default.speculate, metavar="N", help="tokens drafted by prompt lookup, 0: none"
-    )
-
-
-def limits_of(args: argparse.Namespace) -> Limits:
-    names = ("max_running", "cache_tokens", "cache_dtype", "chunk_tokens", "speculate")
-    return Limits(**{name: getattr(args, name) for name in names})

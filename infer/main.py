@@ -10,26 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import phi4rv
+from infer.arguments import engine_options, limits_of, load_model, model_options
 from infer.draw import draw_answer
 from infer.engine import Engine
-from infer.limits import engine_options, limits_of
 from infer.request import Event, Generation, Options, Sampling
-from infer.weights import load
 from phi4rv.answers import THINK_END, find_boxes, find_points, pixel_box
 from phi4rv.chat import IMAGE_MARK, MODES, THINK
-from phi4rv.command import Parser, exit_status, usable_device
-from phi4rv.config import DTYPES
+from phi4rv.command import Parser, exit_status
 from phi4rv.errors import UserError
 from phi4rv.images import open_image
-from phi4rv.lora import merge_adapter
-from phi4rv.ops import KERNELS
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m infer.main", description="Ask a checkpoint about pictures.")
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a folder in the published layout")
-    add("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's layout, merged into the weights as they are loaded")
+    model_options(parser)
     add("--image", action="append", default=[], metavar="FILE", help="one for each <image> mark, in order")
     add("--prompt", action="append", required=True, metavar="TEXT", help="repeat it to ask several at once")
     add("--mode", default="auto", choices=MODES, help="think first, answer directly, or let the model decide")
@@ -45,11 +40,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--json-schema", metavar="FILE", help="the answer is JSON that fits the schema in this file")
     add("--regex", metavar="PATTERN", help="the answer matches this")
     add("--logprobs", type=int, metavar="N", help="with --json: each token's log-probability and the N best")
-    add("--weights", metavar="FORMAT", help="int8, fp8, int4, …: quantise as they are loaded (see infer.quantize)")
     engine_options(parser)
-    add("--dtype", choices=DTYPES, help="the checkpoint's unless given")
-    add("--device", help="cuda where there is one, else cpu")
-    add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
     add("--json", action="store_true", help="one JSON object a prompt, a line each")
     add("--draw", metavar="PNG", help="write the picture with the answer's boxes on it")
     return parser.parse_args(argv)
@@ -163,14 +154,8 @@ def run(args: argparse.Namespace) -> None:
     options, limits = options_of(args), limits_of(args)
     if args.draw and not args.image:
         raise UserError("--draw: there is no picture to draw on; give one with --image")
-    if args.adapter and args.weights:
-        raise UserError("--adapter: cannot be merged into --weights; merge it first with python -m phi4rv.merge")
     prompts = prompts_of(args)
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    device = usable_device(args.device) if args.device else None
-    model, processor = load(args.checkpoint, device, dtype, args.kernels, args.weights)
-    if args.adapter:
-        merge_adapter(model, args.adapter)
+    model, processor = load_model(args)
     engine = Engine((model, processor), limits=limits)
     if len(prompts) == 1 and not args.json:
         printer = Printer()

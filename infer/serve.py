@@ -16,14 +16,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infer.arguments import engine_options, limits_of, load_model, model_options
 from infer.engine import Engine
-from infer.limits import engine_options, limits_of
-from infer.weights import load
-from phi4rv.command import Parser, exit_status, usable_device
-from phi4rv.config import DTYPES
+from phi4rv.command import Parser, exit_status
 from phi4rv.errors import UserError
-from phi4rv.lora import merge_adapter
-from phi4rv.ops import KERNELS
 
 if TYPE_CHECKING:
     from infer.server.routes import App
@@ -35,18 +31,13 @@ BACKLOG = 1024
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m infer.serve", description="Serve a checkpoint over HTTP.")
     add, positive = parser.add_argument, _in_range(1)
-    add("--checkpoint", required=True, metavar="DIR", help="a folder in the published layout, or a quantised one")
+    model_options(parser)
     add("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 for every one of the machine's")
     add("--port", type=_in_range(0, 65535), default=8000, help="0 takes a free one")
     add("--model-name", metavar="NAME", help="what requests call the model; the folder's name unless given")
     add("--api-key-file", metavar="FILE", help=f"a file with the key that /v1 asks for; or set {KEY_VARIABLE}")
     add("--allow-urls", nargs="+", default=[], metavar="HOST", help="hosts, or host:port, that image URLs may name")
-    add("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's layout, merged into the weights as they are loaded")
-    add("--weights", metavar="FORMAT", help="int8, fp8, int4, …: quantise as they are loaded (see infer.quantize)")
     engine_options(parser)
-    add("--dtype", choices=DTYPES, help="the checkpoint's unless given")
-    add("--device", help="cuda where there is one, else cpu")
-    add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}")
     add("--max-queue", type=_in_range(0), default=1024, metavar="N", help="requests that may wait; others get 429")
     add("--max-body-mb", type=positive, default=32, metavar="N")
     add("--max-files-mb", type=positive, default=256, metavar="N", help="uploaded files that are kept, in all")
@@ -136,13 +127,7 @@ def run(args: argparse.Namespace) -> None:
     engine_limits = limits_of(args)
     key = api_key(args)
     listener = bound_socket(args.host, args.port)
-    device = usable_device(args.device) if args.device else None
-    model, processor = load(
-        args.checkpoint, device, DTYPES[args.dtype] if args.dtype else None, args.kernels, args.weights
-    )
-    if args.adapter:
-        merge_adapter(model, args.adapter)
-    engine = Engine((model, processor), limits=engine_limits)
+    engine = Engine(load_model(args), limits=engine_limits)
     limits = ServerLimits(
         body=args.max_body_mb << 20,
         uploads=args.max_files_mb << 20,
