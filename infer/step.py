@@ -166,10 +166,11 @@ class Steps:
         history, lengths = slots.tokens[which], slots.lengths[which]
         newest = history.gather(1, lengths[:, None])
         drafts = newest if width == 1 else torch.cat([newest, lookup(history, lengths + 1, width - 1)], 1)
+        drafts = drafts.clamp(min=0)  # what followed may be an image
         positions = lengths[:, None] + torch.arange(width, device=which.device)
         table = slots.page_table[which]
         attend = self.cache.decode(table, lengths + width, self.cache.rows(table, positions))
-        x = decoder.embed_tokens(drafts.clamp(min=0).flatten())
+        x = decoder.embed_tokens(drafts.flatten())
         flat = positions.flatten().to(torch.int32)
         if self.fused and len(x) <= ROWS:
             logits = self.fused(x, flat, attend)

@@ -15,6 +15,7 @@ from small import picture, small_model
 import phi4rv
 from infer.engine import Engine
 from infer.limits import Limits
+from infer.prepare import UNDER_IMAGE
 from infer.request import Event, Generation, Options, Sampling
 from phi4rv.answers import THINK_END
 from phi4rv.batch import pack
@@ -290,6 +291,15 @@ def test_the_repetition_penalty_counts_prompt_and_answer(small: Pair) -> None:
     for speculate in (0, 4):
         [made] = engine(small, speculate=speculate).generate([prompt], options)
         assert made.token_ids == tokens
+
+
+def test_drafts_from_under_an_image(small: Pair, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What followed the latest tokens when they stood there before may be no token; the penalty counts tokens."""
+    options = greedy(5, sampling=WARM)
+    [alone] = engine(small, speculate=0).generate(prompts[1:2], options)
+    guess = lambda history, known, count: history.new_full((len(known), count), UNDER_IMAGE)  # noqa: E731
+    monkeypatch.setattr("infer.step.lookup", guess)
+    assert ids(engine(small).generate(prompts[1:2], options)) == [alone.token_ids]
 
 
 @pytest.mark.parametrize("speculate", [0, 4])
