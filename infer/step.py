@@ -156,7 +156,9 @@ class Steps:
         settled = self.graphs.settled(key)
         if not self.graphs.enabled:
             return self.graphs.run(key, lambda: self._decode(self._moved(which)[0], width, plain)), settled
-        static = self._which.setdefault(key, which.to(self.slots.device))
+        if key not in self._which:
+            self._which[key] = torch.empty(key[0], dtype=torch.int64, device=self.slots.device)
+        static = self._which[key]
         static.copy_(which.pin_memory(), non_blocking=True)
         return self.graphs.run(key, lambda: self._decode(static, width, plain)), settled
 
