@@ -30,7 +30,7 @@ class ThinkTokens:
 
     def inside(self, mode: str, answer: Sequence[int]) -> bool:
         """Whether what follows ``answer``, the tokens so far, is thought."""
-        began = mode == "think" or (mode == "auto" and list(answer[:1]) == [self.start])
+        began = mode == "think" or list(answer[:1]) == [self.start]
         return began and self.end not in answer
 
 

@@ -60,7 +60,7 @@ class Slots:
         self.allowed[slot] = True
         self.thinking[slot] = self.think.inside(mode, known[prompt_length:].tolist())
         budget = options.max_thinking_tokens
-        self.force_at[slot] = NEVER if budget is None else budget + (mode == "auto")
+        self.force_at[slot] = NEVER if budget is None else budget + (mode != "think")  # its own tag is not counted
         self.set_pages(slot, 0, pages)
 
     def set_pages(self, slot: int, begin: int, pages: list[int]) -> None:

@@ -317,14 +317,27 @@ def test_a_thought_over_its_budget_is_ended(small: Pair, prompts: list[Prompt], 
     assert ids(made.generate(direct, greedy(max_thinking_tokens=budget))) == ids(made.generate(direct, greedy()))
 
 
-def test_a_thought_that_the_model_begins_itself(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In mode auto the tag that opens it is not counted; without it there is no thought to end."""
+@pytest.mark.parametrize("mode", ["auto", "nothink"])
+@pytest.mark.parametrize("preempted", [False, True])
+def test_a_thought_that_the_model_begins_itself(
+    small: Pair, monkeypatch: pytest.MonkeyPatch, mode: str, preempted: bool
+) -> None:
+    """The tag that opens it is not counted; without it there is no thought to end. Computed again at every step too."""
     start, end = (small[1].tokenizer.token_to_id(tag) for tag in (THINK, THINK_END))
     for opening, over in ((start, [start, 7, 7, end, 7]), (8, [8, 7, 7, 7, 7])):
-        made = engine(small)
+        made = engine(small, speculate=0)
         pick = lambda slots, logits, seen, number, opening=opening: torch.where(number == 0, opening, 7)  # noqa: E731
         monkeypatch.setattr(made.slots, "_pick", pick)
-        assert ids(made.generate([Prompt("Hi")], greedy(5, max_thinking_tokens=2))) == [over]
+        made.submit(Prompt("Hi", mode=mode), greedy(5, max_thinking_tokens=2))
+        events = made.step()
+        while made.busy:
+            if preempted and made.scheduler.running:
+                with torch.inference_mode():
+                    made.slots.clear(made.scheduler.running[-1].slot)
+                made.scheduler.preempt()
+            events += made.step()
+        assert events[-1].generation is not None
+        assert events[-1].generation.token_ids == over
 
 
 def test_log_probabilities_are_the_models_own(small: Pair, prompts: list[Prompt]) -> None:
