@@ -24,7 +24,7 @@ Encode = Callable[[Sequence[tuple[Tensor, tuple[int, int]]]], list[Tensor]]
 @dataclass
 class Picture:
     """A picture at ``begin`` of the prompt, one token for each of ``grid``'s patches. ``source`` is kept, so that its
-    patches can be made again; ``patches`` (P, 768) are dropped once the tower has read them.
+    patches can be made again; ``patches`` (P, 768) are dropped once its features are known.
     """
 
     source: Image.Image | bytes
@@ -49,7 +49,8 @@ class Picture:
         if isinstance(source, bytes):
             size, content = image_size(source, name), source
         else:
-            source = open_image(source)
+            upright = open_image(source)
+            source = upright.copy() if upright is source else upright  # who gave it may change or close it
             size, content = source.size, source.tobytes()
         kind = b"file" if isinstance(source, bytes) else f"{size[0]}x{size[1]}".encode()
         digest = hashlib.blake2b(content, digest_size=32, person=kind[:16]).digest()
@@ -96,6 +97,7 @@ class ImageCache:
         for picture, piece in zip(missing, made, strict=True):
             found[picture.digest] = piece.clone()  # not the whole pass of the tower that it is a part of
             self._keep(picture.digest, found[picture.digest])
+        for picture in pictures:
             picture.patches = None
         return [found[p.digest] for p in pictures]
 

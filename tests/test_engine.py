@@ -15,6 +15,7 @@ from small import picture, small_model
 import phi4rv
 from infer.engine import Engine
 from infer.limits import Limits
+from infer.pictures import ImageCache
 from infer.prepare import UNDER_IMAGE
 from infer.request import Event, Generation, Options, Sampling
 from phi4rv.answers import THINK_END
@@ -224,6 +225,32 @@ def test_a_second_question_about_a_picture_runs_no_tower(
     assert (made.counters.image_cache_hits, made.counters.image_cache_misses) == (2, 2)
     [again] = made.generate([Prompt("<image>\n<image> Same?", [path, path])], greedy(3))
     assert again.token_ids == answers[0].token_ids
+
+
+def test_a_picture_is_the_one_that_was_prepared(small: Pair, tmp_path: Path) -> None:
+    """Also where its features were known then, are forgotten since, and the caller's image has changed."""
+    image = Image.open(tmp_path / picture(tmp_path, "a.png", 90, 60)).convert("RGB")
+    prompt = Prompt("<image>\nWhat is it?", [image])
+    made = engine(small, prefix_cache=False)
+    [before] = made.generate([prompt], greedy(6))
+    request = made.prepare(prompt, greedy(6))
+    assert request.pictures[0].patches is None
+    made.images = ImageCache(0)
+    image.paste((0, 255, 0), (0, 0, 90, 60))
+    made.submit(request)
+    [after] = [event.generation for event in drive(made) if event.generation]
+    assert after.token_ids == before.token_ids
+
+
+def test_patches_are_dropped_when_the_features_are_known(small: Pair, prompts: list[Prompt]) -> None:
+    """Of every request that asked about the picture before the tower had read it."""
+    made = engine(small)
+    requests = [made.prepare(prompt, greedy(2)) for prompt in prompts[1:3]]
+    assert all(request.pictures[0].patches is not None for request in requests)
+    for request in requests:
+        made.submit(request)
+        list(drive(made))
+    assert all(request.pictures[0].patches is None for request in requests)
 
 
 def test_pages_under_different_pictures_are_not_mixed_up(small: Pair, tmp_path: Path) -> None:
