@@ -195,7 +195,9 @@ class Engine:
     def _admit(self) -> None:
         for entry in self.scheduler.admit():
             request = entry.request
-            self.counters.cached_prompt_tokens += entry.done
+            if entry.admitted is None:  # later, what it finds is its own
+                entry.admitted, entry.cached_tokens = time.perf_counter(), entry.done
+                self.counters.cached_prompt_tokens += entry.done
             arguments = (entry.known(), request.prompt_tokens, request.prompt.mode, request.options, entry.pages)
             self.slots.fill(entry.slot, *arguments)
 

@@ -93,8 +93,6 @@ class Scheduler:
             self.running.append(entry)
             entry.slot, entry.pages, entry.published = self._free_slots.pop(), [*pages, *taken], len(pages)
             entry.target, entry.done = len(known), len(pages) * self.pool.size
-            if entry.admitted is None:
-                entry.admitted, entry.cached_tokens = time.perf_counter(), entry.done
             admitted.append(entry)
         return admitted
 

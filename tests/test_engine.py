@@ -120,10 +120,14 @@ def test_every_feature_gives_the_tokens_of_full_recomputation(
     """Twice, for the caches are full the second time; some prompts while others decode already."""
     monkeypatch.setattr("infer.engine.IDLE_CHUNK", 64)
     made = engine(small, **FEATURES[name])
+    cached = 0
     for _ in range(2):
-        assert ids(made.generate(prompts, greedy())) == expected
+        answers = made.generate(prompts, greedy())
+        assert ids(answers) == expected
         made.check()
         assert made.counters.pages_used == 0
+        cached += sum(answer.cached_tokens for answer in answers)
+    assert made.counters.cached_prompt_tokens == cached
     if "cache_tokens" in FEATURES[name]:
         assert made.counters.preemptions > 0
     assert (made.counters.cached_prompt_tokens > 0) == (name != "no prefix cache")
