@@ -138,10 +138,11 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One round: a pass over chunks of prompts, a decode step, and what the step before them (or they) brought."""
-        self._admit()
-        launched = self._prefill() + self._decode()
-        while len(self._pending) > (launched if self.overlap else 0):
-            self._collect()
+        with torch.cuda.device_of(self.slots.lengths):  # graphs and events are the current device's
+            self._admit()
+            launched = self._prefill() + self._decode()
+            while len(self._pending) > (launched if self.overlap else 0):
+                self._collect()
         self._gauge()
         events, self._events = self._events, []
         return events
