@@ -12,8 +12,9 @@ T = TypeVar("T")
 
 class Graphs:
     """``run(key, step)`` is ``step()``: the first time as it is, which compiles its kernels and warms libraries up, the
-    second time recorded and then, as ever after, replayed. A step reads and writes the same tensors each time, and its
-    result is overwritten by the next run of its key. Without ``enabled`` it is always run as it is.
+    second time recorded and then, as ever after, replayed. A step reads and writes the same tensors each time. All
+    share memory: a result lasts until the next run of any key, and what reads it is launched before that. Without
+    ``enabled`` it is always run as it is.
     """
 
     def __init__(self, enabled: bool):
