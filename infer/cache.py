@@ -13,7 +13,7 @@ from phi4rv.ops import Operations
 from phi4rv.quantized import FP8_MAX
 
 CPU_BYTES = 2 << 30
-GPU_SHARE, GPU_WORK = 0.9, 4 << 30  # of the memory that is free; bytes left of it for activations
+GPU_SHARE, GPU_WORK = 0.9, 6 << 30  # of the memory that is free; bytes left of it for activations
 
 
 class PagedCache:
@@ -110,6 +110,7 @@ def cache_tokens(config: Config, dtype: torch.dtype, device: torch.device, limit
     if tokens is None:
         room = CPU_BYTES
         if device.type == "cuda":
+            torch.cuda.empty_cache()
             room = int((torch.cuda.mem_get_info(device)[0] - GPU_WORK) * GPU_SHARE)
         tokens = min(room // PagedCache.token_bytes(config, dtype), limits.max_running * config.context)
         if device.type != "cuda":

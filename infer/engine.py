@@ -130,6 +130,12 @@ class Engine:
                 self._finish(entry, "cancelled")
         self._gauge()
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Records all CUDA graphs, where there are any, which takes seconds; else each is when it is needed."""
+        with torch.cuda.device_of(self.slots.lengths):
+            self.steps.warm_up(sorted({1, 1 + self.limits.speculate}))
+
     @property
     def busy(self) -> bool:
         """Whether there is anything to do or to tell."""

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from phi4rv.errors import UserError
 from phi4rv.images import image_size, image_to_patches, open_image
 from phi4rv.processor import Processor
 
@@ -67,7 +68,9 @@ class Picture:
     def read(self) -> Tensor:
         """Its patches, made where there are none."""
         if self.patches is None:
-            self.patches = image_to_patches(open_image(self.source, self.name), *self.bounds)[0]
+            self.patches, grid = image_to_patches(open_image(self.source, self.name), *self.bounds)
+            if grid != self.grid:
+                raise UserError(f"{self.name or 'image'}: its header gives another size than it has")
         return self.patches
 
     def part(self, features: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:

@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> None:
     key = api_key(args)
     listener = bound_socket(args.host, args.port)
     engine = Engine(load_model(args), limits=engine_limits)
+    engine.warm_up()
     limits = ServerLimits(
         body=args.max_body_mb << 20,
         uploads=args.max_files_mb << 20,

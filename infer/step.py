@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,7 +152,17 @@ class Steps:
         """One step of the slots ``numbers``, width tokens each at most; what it chose has their rows first. And whether
         it took the time that such steps take from now on.
         """
-        key = (self.bucket(len(numbers)), width, plain)
+        return self._run((self.bucket(len(numbers)), width, plain), numbers)
+
+    def warm_up(self, widths: Sequence[int]) -> None:
+        """Records the graph of every batch size, so that no request waits for it; all slots of these are nobody's."""
+        sizes = {self.bucket(count) for count in range(1, self.slots.count + 1)} if self.graphs.enabled else ()
+        for key in itertools.product(sorted(sizes, reverse=True), widths, (True, False)):
+            while not self.graphs.settled(key):
+                self._run(key, ())
+
+    def _run(self, key: tuple[int, int, bool], numbers: Sequence[int]) -> tuple[Chosen, bool]:
+        _, width, plain = key
         which = torch.tensor([*numbers, *[self.slots.count] * (key[0] - len(numbers))])
         settled = self.graphs.settled(key)
         if not self.graphs.enabled:

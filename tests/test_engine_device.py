@@ -1,6 +1,7 @@
 """A decode step asks the host for nothing but its slots, as the meta device shows, which has no values to ask for."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from infer.engine import Engine
 from infer.limits import Limits
+from infer.request import Options
+from phi4rv.processor import Prompt
 
 
 class Copies(TorchDispatchMode):
@@ -72,3 +75,33 @@ def test_a_step_is_launched_without_waiting(monkeypatch: pytest.MonkeyPatch) -> 
             steps.decode([slot], 5, True)
         assert copies.waits == [False]
     assert len(steps._which) == 1
+
+
+def test_recording_graphs_in_the_middle_of_an_answer_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch size, width and kind is run as often as a graph needs, by slots that are nobody's."""
+
+    class Counted:
+        enabled = True
+
+        def __init__(self) -> None:
+            self.runs: Counter[Any] = Counter()
+
+        def settled(self, key: Any) -> bool:
+            return self.runs[key] > 1
+
+        def run(self, key: Any, step: Callable[[], Any]) -> Any:
+            self.runs[key] += 1
+            return step()
+
+    engine = Engine(small_model(context=320), limits=Limits(page_size=16, max_running=20))
+    options = Options(max_new_tokens=20)
+    [alone] = engine.generate([Prompt("Hi")], options)
+    engine.steps.graphs = counted = Counted()  # type: ignore[assignment]
+    monkeypatch.setattr(Tensor, "pin_memory", lambda x: x)
+    for number, event in enumerate(engine.stream(Prompt("Hi"), options)):
+        if number == 3:
+            engine.warm_up()
+        made = event.generation
+    assert made is not None and made.token_ids == alone.token_ids
+    keys = {key for key, runs in counted.runs.items() if runs > 1}
+    assert keys == set(itertools.product((1, 2, 4, 8, 16, 20), (1, 5), (True, False)))
