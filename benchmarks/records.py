@@ -35,10 +35,12 @@ def device_name() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Device, date, commit and versions. Where there is no git, the variable COMMIT names the commit."""
+    """Device, date and time (UTC), commit and versions. Where there is no git, the variable COMMIT names the commit."""
+    now = datetime.datetime.now(datetime.UTC)
     about = {
         "device": device_name(),
-        "date": datetime.date.today().isoformat(),
+        "date": now.date().isoformat(),
+        "time": now.strftime("%H:%M:%S"),
         "commit": _output("git", "describe", "--always", "--dirty") or os.environ.get("COMMIT") or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -35,6 +35,7 @@ from benchmarks.kernels import timing
 from benchmarks.models import attention_of
 from benchmarks.parts import apart
 from benchmarks.records import write
+from benchmarks.rows import Row
 from benchmarks.step_rows import CASES, TOKENS, counted, make_rows
 from benchmarks.step_sides import Ours, Theirs
 from phi4rv import cuda
@@ -110,9 +111,11 @@ def measure(side: str, config: Config, device_name: str, tokens: int, rows: int,
         taken = [_timed(model, given, on_gpu) for _ in range(WARM + TIMED if on_gpu else 2)]
         if not all(math.isfinite(loss) for _, loss in taken):
             raise ValueError(f"the losses of {case} are {[loss for _, loss in taken]}")
-        seconds = statistics.median([t for t, _ in taken][WARM if on_gpu else 1 :])
+        times = [t for t, _ in taken][WARM if on_gpu else 1 :]
+        seconds = statistics.median(times)
         rates = speed(counted(config, given), seconds, 1, product / 1e12)
         found[case] = {**rates, "memory": peak_memory(device), "losses": [loss for _, loss in taken]}
+        found[case]["spread"] = timing.spread(times) if len(times) > 1 else None
     return found
 
 
@@ -164,21 +167,30 @@ def close(record: Record, definitions: Record | None) -> bool:
     return all(abs(a - b) <= CLOSE * abs(b) for a, b in pairs)
 
 
-def goals(result: Record) -> list[Record]:
-    """Of each case what the faster of our kernels reached, and whether it is enough. Kernels count whose losses are
-    those of the definitions.
+def fastest(result: Record, case: str) -> dict[str, tuple[str, Record] | None]:
+    """Side and record of the fastest of our kernels, of ``peer``s and in ``fp8``. Of ours only those count whose losses
+    are those of the definitions.
     """
+    found = {side: record[case] for side, record in result["sides"].items() if case in record}
+    right = {side: r for side, r in found.items() if close(r, found.get(DEFINITIONS))}
+    return {
+        name: max(
+            ((side, r) for side, r in among.items() if side in sides),
+            key=lambda pair: pair[1]["tokens_per_second"],
+            default=None,
+        )
+        for name, among, sides in (("ours", right, OURS), ("peer", found, THEIRS), ("fp8", right, (FP8,)))
+    }
+
+
+def goals(result: Record) -> list[Record]:
+    """Of each case what the fastest of our kernels reached, and whether it is enough."""
     judged = []
     for case in CASES:
-        found = {side: record[case] for side, record in result["sides"].items() if case in record}
-        right = {side: r for side, r in found.items() if close(r, found.get(DEFINITIONS))}
-        ours, peer, fp8 = (
-            max((r["tokens_per_second"] for side, r in among.items() if side in names), default=None)
-            for names, among in ((OURS, right), (THEIRS, found), ((FP8,), right))
-        )
-        mfu = max((r["mfu"] for side, r in right.items() if side in OURS), default=None)
+        best = fastest(result, case)
+        ours, peer, fp8 = (pair and pair[1]["tokens_per_second"] for pair in best.values())
         for name, value, goal in (
-            ("MFU", mfu, MFU_GOALS[case]),
+            ("MFU", best["ours"] and best["ours"][1]["mfu"], MFU_GOALS[case]),
             ("over transformers", ours and peer and ours / peer, RATIO_GOAL),
             ("fp8 over bfloat16", ours and fp8 and fp8 / ours, FP8_GOAL),
         ):
@@ -186,6 +198,37 @@ def goals(result: Record) -> list[Record]:
             verdict = ("met" if value >= goal else "missed") if known else "not measured"
             judged.append({"case": case, "name": name, "goal": goal, "value": value, "verdict": verdict})
     return judged
+
+
+def rows(result: Record) -> list[Row]:
+    """Of each case tokens/s beside the fastest of transformers, MFU, and tokens/s in fp8 beside ours in bfloat16."""
+    judged = {(goal["case"], goal["name"]): goal for goal in goals(result)}
+    found = []
+    for case in CASES:
+        best = fastest(result, case)
+        what = f"{case}, {result['layers']} decoder layers"
+        for name, ours, peer, added, unit, scale in (
+            ("over transformers", best["ours"], best["peer"], "", "tokens/s", 1),
+            ("fp8 over bfloat16", best["fp8"], best["ours"], ", fp8", "tokens/s", 1),
+            ("MFU", best["ours"], None, ", MFU", "%", 100),
+        ):
+            goal, key = judged[case, name], "mfu" if name == "MFU" else "tokens_per_second"
+            bound = {"share": ours[1]["mfu"], "ceiling": "product"} if ours and name == "over transformers" else {}
+            found.append(
+                Row(
+                    "train_step", what + added, scale * ours[1][key] if ours else None, unit, least=False,
+                    peer=peer[0] if peer else None, theirs=peer[1][key] if peer else None, **bound,
+                    goal=f"{goal['goal']:.0%}" if name == "MFU" else f"{goal['goal']:g}x", verdict=goal["verdict"],
+                    noise=ours[1].get("spread") if ours else None, reason=None if ours else _why_none(result),
+                    tiny=result["device"] == "cpu", first=True,
+                )
+            )  # fmt: skip
+    return found
+
+
+def _why_none(result: Record) -> str:
+    reasons = [f"{side}: {r['reason']}" for side, r in result["sides"].items() if side in OURS and "reason" in r]
+    return "; ".join(reasons) or "its losses are not those of the definitions"
 
 
 def table(result: Record) -> str:

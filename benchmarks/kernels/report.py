@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.rows import Row
+
 Record = dict[str, Any]
 
 WIDTH, SHAPE = 138, 50
@@ -19,6 +21,39 @@ LEGEND = (
     "MiB: most memory above the inputs, a backward pass with its forward; ceiling: share of the copy bandwidth or the",
     "product rate, whichever binds; goal: of the best peer's time over ours, or of a share; peers: time over ours",
 )
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """Each case beside the peer that its goal names, else the fastest. ``first``: of every operation, direction and
+    kind of kernel the first case with a goal.
+    """
+    seen: set[tuple[Any, ...]] = set()
+    found = []
+    for r in result["rows"]:
+        kind = r["operation"], r["backward"], r["shape"].endswith(", CUDA")
+        named = r["goal"][0] if r["goal"] else None
+        peer = named if "ms" in r["peers"].get(named, {}) else r["best_peer"]
+        found.append(
+            Row(
+                "kernels", f"{r['operation']}: {r['shape']}" if r["shape"] else r["operation"], r["ms"], "ms",
+                peer=peer, theirs=r["peers"][peer]["ms"] if peer else None, share=r["share"], ceiling=r["ceiling"],
+                goal=_goal(r["goal"]), verdict=r["verdict"], noise=r.get("spread"),
+                reason=None if r["status"] == "ok" else f"{r['status']}: {r['reason']}",
+                tiny=result["device"] == "cpu", first=bool(r["goal"]) and kind not in seen,
+            )
+        )  # fmt: skip
+        if r["goal"]:
+            seen.add(kind)
+    return found
+
+
+def _goal(goal: Any) -> str | None:
+    if goal is None:
+        return None
+    against, number = goal
+    if against in ("copy", "product"):
+        return f"{number:.0%} of {against}"
+    return f"{number:g}x" if against == "peer" else f"{number:g}x {against}"
 
 
 def table(result: dict[str, Any]) -> str:
