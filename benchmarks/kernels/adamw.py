@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Draw
+from phi4rv import reference
 from phi4rv.quantized import BLOCK, Moment8
 from triton_kernels.adamw import adamw
 
@@ -37,11 +38,13 @@ def cases(tiny: bool) -> list[Case]:
         shared = [draw.normal(n // BLOCK, dtype=torch.float32).abs() for _ in range(2)]
         return *floats(draw, torch.bfloat16), Moment8(codes[0], shared[0]), Moment8(codes[1], shared[1])
 
+    compiled = {"torch.compile": torch.compile(_definition)}
+    fused = {"torch fused": _fused, **compiled}
     return [
-        Case("adamw", f"{size} float32, bf16 copy", float32, _ours, {"torch fused": _fused}, bytes=30 * n, goal=GOAL),
-        Case("adamw", f"{size} bf16 stochastic", bfloat16, _ours, {"torch fused": _fused}, bytes=14 * n, goal=GOAL),
+        Case("adamw", f"{size} float32, bf16 copy", float32, _ours, fused, bytes=30 * n, goal=GOAL),
+        Case("adamw", f"{size} bf16 stochastic", bfloat16, _ours, fused, bytes=14 * n, goal=GOAL),
         Case(
-            "adamw", f"{size} bf16, 8-bit moments", eight, _ours, {"bitsandbytes": _bitsandbytes},
+            "adamw", f"{size} bf16, 8-bit moments", eight, _ours, {"bitsandbytes": _bitsandbytes, **compiled},
             bytes=int((10 + 4 * scales) * n), goal=GOAL,
         ),
     ]  # fmt: skip
@@ -49,6 +52,11 @@ def cases(tiny: bool) -> list[Case]:
 
 def _ours(param: Tensor, grad: Tensor, first: Any, second: Any, copy: Tensor | None = None) -> Tensor:
     adamw(param, grad, first, second, STEP, LR, BETAS, EPS, DECAY, copy=copy, seed=SEED)
+    return param
+
+
+def _definition(param: Tensor, grad: Tensor, first: Any, second: Any, copy: Tensor | None = None) -> Tensor:
+    reference.adamw(param, grad, first, second, STEP, LR, BETAS, EPS, DECAY, copy=copy, seed=SEED)
     return param
 
 

@@ -29,7 +29,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
     """
     seen: set[tuple[Any, ...]] = set()
     found = []
-    for r in result["rows"]:
+    for r in by_operation(result):
         kind = r["operation"], r["backward"], r["shape"].endswith(", CUDA")
         named = r["goal"][0] if r["goal"] else None
         peer = named if "ms" in r["peers"].get(named, {}) else r["best_peer"]
@@ -58,7 +58,7 @@ def _goal(goal: Any) -> str | None:
 
 def table(result: dict[str, Any]) -> str:
     """Under each operation its rows with their peers, the fastest first; then what failed and what columns mean."""
-    rows = result["rows"]
+    rows = by_operation(result)
     width = min(max([len(row["shape"]) for row in rows] + [10]), SHAPE)
     lines = [CPU] if result["device"] == "cpu" else []
     if rates := result["ceilings"]:
@@ -75,6 +75,12 @@ def table(result: dict[str, Any]) -> str:
             lines.append(operation)
         lines += _lines(row, width)
     return "\n".join([*(line.rstrip() for line in lines), *_failures(rows), *LEGEND, counts(rows)])
+
+
+def by_operation(result: dict[str, Any]) -> list[Record]:
+    """The rows, those of an operation together: they are measured by importance."""
+    order = list(dict.fromkeys(row["operation"] for row in result["rows"]))
+    return sorted(result["rows"], key=lambda row: order.index(row["operation"]))
 
 
 def _lines(row: Record, width: int) -> list[str]:
@@ -141,7 +147,7 @@ GOAL = "#111111"
 
 def chart(result: dict[str, Any], title: str, file: Path) -> None:
     """A PNG: one bar a row, the share of the ceiling that binds, with the goal as a black line across it."""
-    rows = result["rows"]
+    rows = by_operation(result)
     image = Image.new("RGB", (LABEL + BAR + NOTE, TOP + ROW * len(rows) + BOTTOM), PAPER)
     draw = ImageDraw.Draw(image)
     text, small = ImageFont.load_default(14), ImageFont.load_default(12)
