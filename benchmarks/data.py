@@ -250,9 +250,10 @@ def rows(records: list[dict[str, Any]]) -> list[Row]:
                 ),
             ]
         else:
+            workers = f"{r['workers'] or 'no'} worker{'s' * (r['workers'] != 1)}"
             found.append(
                 Row(
-                    "data", f"loading, {r['workers'] or 'no'} worker{'s' * (r['workers'] != 1)}", r["ours_images_per_second"], "pictures/s", least=False,
+                    "data", f"loading, {workers}", r["ours_images_per_second"], "pictures/s", least=False,
                     peer="DataLoader, transformers", theirs=r["peer_images_per_second"], noise=r.get("spread"),
                     first=True,
                 )

@@ -1,6 +1,7 @@
 """The ``flash-attn`` packages as one more implementation of packed attention, where one is importable.
 
-Version 4 (``flash_attn.cute``), 3 (``flash_attn_interface``, in some builds inside ``flash_attn_3``) and 2 (``flash_attn``), the newest first.
+Version 4 (``flash_attn.cute``), 3 (``flash_attn_interface``, in some builds inside ``flash_attn_3``) and 2
+(``flash_attn``), the newest first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Version: where its module may lie and, for a GPU's major compute capability, the largest head dim that it has kernels for.
+# Version: where its module may lie and, for a GPU's major compute capability, the largest head dim it has kernels for.
 VERSIONS: dict[int, tuple[tuple[str, ...], dict[int, int]]] = {
     4: (("flash_attn.cute",), {9: 256, 10: 128, 11: 128}),
     3: (("flash_attn_interface", "flash_attn_3.flash_attn_interface"), {9: 256}),

@@ -135,8 +135,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_runs_that_only_show_that_they_run_are_left_out(tmp_path: Path) -> None:
-    rows = [{"operation": "rope", "shape": "4", "backward": False, "goal": ["copy", 0.9], "status": "ok", "ms": 1.0,
-             "reason": None, "share": 0.5, "ceiling": "copy", "peers": {}, "best_peer": None, "verdict": None}]  # fmt: skip
+    rows = [
+        {"operation": "rope", "shape": "4", "backward": False, "goal": ["copy", 0.9], "status": "ok", "ms": 1.0,
+         "reason": None, "share": 0.5, "ceiling": "copy", "peers": {}, "best_peer": None, "verdict": None},
+    ]  # fmt: skip
     write(tmp_path / "cpu", "2026-01-01", "a", {"kernels": {"device": "cpu", "ceilings": {}, "rows": rows}})
     assert read_all(tmp_path) == ({}, [])
     write(tmp_path / "gpu", "2026-01-01", "a", {"kernels": {"device": "cuda", "ceilings": {}, "rows": rows}})
@@ -170,7 +172,7 @@ def test_readme_holds_the_newest_rows_alone() -> None:
     assert after.startswith(f"intro\n\n{MARKS[0]}\n\nGPU:") and after.endswith(f"{MARKS[1]}\nrest\n")
     assert "images: a | 2 ms" in after and "1 ms" not in after and "7.5" not in after and "old" not in after
     assert report.with_table(after, report.readme_table({"gpu": results})) == after
-    with pytest.raises(UserError, match="README.md: the marks"):
+    with pytest.raises(UserError, match=r"README.md: the marks"):
         report.with_table("no marks", "table")
 
 

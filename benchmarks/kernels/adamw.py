@@ -23,20 +23,20 @@ def cases(tiny: bool) -> list[Case]:
     size = f"{n >> 20}Mi" if n >> 20 else str(n)
     scales = 4 / BLOCK
 
-    def floats(draw: Draw, short: torch.dtype) -> tuple[Any, ...]:
-        return draw.normal(n, dtype=short), draw.normal(n, dtype=short)
-
     def float32(draw: Draw) -> tuple[Any, ...]:
         moments = draw.normal(n, dtype=torch.float32), draw.normal(n, dtype=torch.float32).abs()
-        return *floats(draw, torch.float32), *moments, draw.normal(n, dtype=torch.bfloat16)
+        return *(draw.normal(n, dtype=torch.float32) for _ in range(2)), *moments, draw.normal(n, dtype=torch.bfloat16)
+
+    def short(draw: Draw) -> tuple[Tensor, Tensor]:
+        return draw.normal(n, dtype=torch.bfloat16), draw.normal(n)
 
     def bfloat16(draw: Draw) -> tuple[Any, ...]:
-        return *floats(draw, torch.bfloat16), draw.normal(n), draw.normal(n).abs()
+        return *short(draw), draw.normal(n), draw.normal(n).abs()
 
     def eight(draw: Draw) -> tuple[Any, ...]:
         codes = [draw.normal(n).mul(40).clamp(-127, 127).abs().to(torch.uint8) for _ in range(2)]
         shared = [draw.normal(n // BLOCK, dtype=torch.float32).abs() for _ in range(2)]
-        return *floats(draw, torch.bfloat16), Moment8(codes[0], shared[0]), Moment8(codes[1], shared[1])
+        return *short(draw), Moment8(codes[0], shared[0]), Moment8(codes[1], shared[1])
 
     compiled = {"torch.compile": torch.compile(_definition)}
     fused = {"torch fused": _fused, **compiled}

@@ -15,7 +15,10 @@ Record = dict[str, Any]
 
 WIDTH, SHAPE = 138, 50
 STATUS = {"failed": "failed", "wrong": "wrong", "not measured": "not run"}
-CPU = "On a CPU, interpreted or emulated at tiny shapes: what counts is that everything runs; the times say nothing."
+CPU = (
+    "On a CPU, interpreted or emulated at tiny shapes: what counts is that everything runs; the times say nothing,\n"
+    "and torch.compile compiles nothing."
+)
 LEGEND = (
     "ms: median of interleaved rounds over inputs larger than the L2; ±%: half of the rounds lie within this width",
     "MiB: most memory above the inputs, a backward pass with its forward; ceiling: share of the copy bandwidth or the",
