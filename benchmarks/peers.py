@@ -22,6 +22,8 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
         ("torch",),
         f"packed: torch.nn.attention.varlen.varlen_attn; decoding: {SDPA} with FLASH_ATTENTION alone",
     ),
+    "torch flash, gathered": (("torch",), "varlen_attn on keys and values packed first, which is timed"),
+    "packed_attention, gathered": (("triton",), "this project's kernel without pages, on keys and values packed first"),
     "cudnn": (
         ("torch",),
         f"{SDPA} with CUDNN_ATTENTION alone; documents of one length as a batch, others as a nested tensor",
@@ -41,8 +43,16 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
     "flash-attn 4": (("flash-attn-4", "flash-attn"), "flash_attn.cute: flash_attn_varlen_func, flash_attn_func"),
     "transformers": (
         ("transformers",),
-        "Siglip2VisionModel and Phi3ForCausalLM as published, with SDPA; its Pillow-based processor",
+        "Siglip2VisionModel and Phi3ForCausalLM with SDPA; its Pillow processor",
     ),
+    "transformers, flash-attn": (("transformers",), "the same with flash_attention_2"),
+    "transformers, compiled": (("transformers",), "the same, every layer by torch.compile, lengths dynamic"),
+    "transformers + Liger": (("liger-kernel",), "the same after apply_liger_kernel_to_phi3, its defaults"),
+    "transformers, static cache": (
+        ("transformers",),
+        "generate with cache_implementation static, for which it compiles",
+    ),
+    "vLLM": (("vllm",), "LLM, bfloat16, no prefix caching, CUDA graphs as it chooses; the decoder alone"),
     "torch.save": (("torch",), "in the loop, without waiting for the disk"),
     "dcp.save": (("torch",), "torch.distributed.checkpoint.save in the loop, of one process"),
 }

@@ -7,7 +7,6 @@ is named in one line, there and as an error.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from benchmarks.charts import draw_course, draw_newest
 from benchmarks.parts import ROOT
 from benchmarks.records import FOLDER
 from benchmarks.rows import HEADS, Row, cells, figure, markdown
-from benchmarks.run import MODULES
+from benchmarks.run import MODULES, rows
 from phi4rv.command import Parser, exit_status
 from phi4rv.errors import UserError
 
@@ -65,20 +64,13 @@ def read(file: Path) -> Result:
     try:
         about = json.loads(file.read_text())
         results = about.pop("results")
-        unknown = sorted(set(results) - set(MODULES))
-        if unknown:
-            raise ValueError(f"no benchmark {', '.join(unknown)}; there are {', '.join(MODULES)}")
-        rows = [row for name in MODULES if name in results for row in _module(name).rows(results[name])]
+        found = rows(results)
         if missing := {"device", "date", "commit", "torch"} - set(about):
             raise ValueError(f"no {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         said = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise ValueError(f"{file.parent.name}/{file.name}: {said}") from error
-    return Result(file.stem, about, [row for row in rows if not row.tiny])
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(MODULES[name])
+    return Result(file.stem, about, [row for row in found if not row.tiny])
 
 
 def read_all(folder: Path) -> tuple[dict[str, list[Result]], list[str]]:

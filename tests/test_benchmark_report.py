@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import kernels, report, run
+from benchmarks import inference_table, kernels, report, run, train_step
 from benchmarks.kernels.report import rows as kernel_rows
 from benchmarks.peers import PEERS, described
 from benchmarks.records import FOLDER
@@ -193,6 +193,7 @@ def test_every_peer_has_a_version_and_settings() -> None:
         ]
         assert {peer for case in cases for peer in case.peers} <= set(PEERS)
         assert len({(case.operation, case.shape) for case in cases}) == len(cases)
+    assert {*train_step.THEIRS, *inference_table.PEERS, "vLLM"} <= set(PEERS)
     for peer in described().values():
         assert peer["version"] and peer["settings"]
 

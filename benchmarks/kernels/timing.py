@@ -129,11 +129,13 @@ def interleaved(prepared: dict[str, Prepared], clock: Clock, seconds: float) -> 
 
 
 def _summary(values: list[float], method: str) -> Timing:
-    return Timing(statistics.median(values), spread(values), len(values), method)
+    return Timing(statistics.median(values), spread(values) or 0.0, len(values), method)
 
 
-def spread(values: Sequence[float]) -> float:
-    """Of two or more: the width of the middle half over the median."""
+def spread(values: Sequence[float]) -> float | None:
+    """The width of the middle half over the median; None of less than two values."""
+    if len(values) < 2:
+        return None
     low, middle, high = statistics.quantiles(values, n=4)
     return (high - low) / middle if middle else 0.0
 
