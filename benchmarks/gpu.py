@@ -10,6 +10,7 @@ part failed, 2 for a wrong call.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,18 @@ from benchmarks.records import FOLDER
 
 # Seconds of the benchmarks that a GPU changes; what matters most they do first.
 SECONDS = {"kernels": 105, "train_step": 90, "inference": 110}
+
+
+def _tests(file: Path, seconds: float) -> list[str]:
+    """In several processes where pytest-xdist is; those of gigabytes in one of them (tests/conftest.py)."""
+    together = ["-n", "4", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
+    return python("pytest", "-q", "-m", "gpu", *together)
+
+
 PARTS = [
     Part("build", 30, lambda file, seconds: python("csrc.build")),
     Part("golden", 15, lambda file, seconds: python("pytest", "-q", "tests/test_golden.py")),
-    Part("tests", 125, lambda file, seconds: python("pytest", "-q", "-m", "gpu"), gpu=True),
+    Part("tests", 125, _tests, gpu=True),
     *(replace(part, seconds=SECONDS[part.name], gpu=True) for part in run.PARTS if part.name in SECONDS),
 ]
 # Run where they are named: a GPU changes little of the one, and the other is slow.
