@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import inference_table, kernels, report, run, train_step
+from benchmarks import inference_table, kernels, loading, report, run, server_load, train_step
 from benchmarks.kernels.report import rows as kernel_rows
 from benchmarks.peers import PEERS, described
 from benchmarks.records import FOLDER
@@ -201,3 +201,17 @@ def test_every_peer_has_a_version_and_settings() -> None:
 def test_every_benchmark_gives_rows() -> None:
     for name in run.MODULES:
         assert callable(importlib.import_module(run.MODULES[name]).rows), name
+
+
+def test_rows_of_loading_and_of_the_server() -> None:
+    share = {"layers": 8, "device": "cuda:0", "share": 0.5}
+    records = [
+        {"case": case, "rate": rate * 1e9, **share} for case, rate in (("ours", 40), ("int4", 30), ("safetensors", 8))
+    ]
+    whole, int4 = loading.rows([{**records[0], "verdict": "missed"}, *records[1:]])
+    assert (whole.what, whole.ours, whole.ratio, whole.verdict) == ("8 decoder layers to cuda", 40, 5, "missed")
+    assert int4.what.endswith(", int4") and int4.ours == 30 and int4.verdict is None
+    made = {"clients": 5, "requests": 9, "requests_per_second": 3.5, "seconds_to_first_token": {"p50": 1.0, "p99": 2.0},
+            "dropped": {"refused": 1}, "different": 2, "answers_lost_by_sigterm": 3}  # fmt: skip
+    rate, *first, wrong = server_load.rows(made)
+    assert (rate.ours, [row.ours for row in first], wrong.ours) == (3.5, [1, 2], 6)
