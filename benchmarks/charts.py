@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from benchmarks.rows import Row, cells
 from train.plot import COLOURS, GRID, HEIGHT, INK, WIDTH, panel
 
-LABEL, PLANE, NOTE, BAR, TOP, BOTTOM = 430, 520, 330, 22, 66, 36
+LABEL, PLANE, NOTE, BAR, TOP, BOTTOM = 430, 480, 460, 22, 66, 36
 VERDICTS = {"met": "#2ca02c", "missed": "#d62728", "not measured": "#7f7f7f", None: "#1f77b4"}
 
 
@@ -41,20 +41,30 @@ def draw_newest(rows: Sequence[Row], title: str, file: Path) -> None:
         y = TOP + BAR * i
         left, right = sorted((across(1.0), across(row.ratio)))
         pen.rectangle((left, y + 4, right, y + BAR - 5), VERDICTS[row.verdict])
-        pen.text((LABEL - 8, y + BAR / 2), _fitting(pen, f"{row.benchmark}: {row.what}", font), INK, font, "rm")
+        pen.text(
+            (LABEL - 8, y + BAR / 2), _fitting(pen, f"{row.benchmark}: {row.what}", font, LABEL - 20), INK, font, "rm"
+        )
         _, ours, peer, ratio, *_ = cells(row)
-        pen.text((LABEL + PLANE + 8, y + BAR / 2), f"{ratio}  {ours}, {peer}", INK, font, "lm")
+        pen.text(
+            (LABEL + PLANE + 8, y + BAR / 2),
+            _fitting(pen, f"{ratio}  {ours}; {peer}", font, NOTE - 16),
+            INK,
+            font,
+            "lm",
+        )
     image.save(file)
 
 
-def _fitting(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    while pen.textlength(text, font) > LABEL - 20:
+def _fitting(
+    pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> str:
+    while pen.textlength(text, font) > width:
         text = text[:-2].rstrip("…") + "…"
     return text
 
 
 def draw_course(courses: Sequence[Sequence[tuple[str, Row]]], file: Path, columns: int = 2) -> None:
-    """PNG: a panel for each row, its figure and its best peer's over (result, row) in order of time."""
+    """PNG: a panel for each row, its figure and its best peer's over (commit, row) in order of time."""
     head = 26
     columns = min(columns, len(courses))
     image = Image.new("RGB", (columns * WIDTH, head + -(-len(courses) // columns) * HEIGHT), "white")
@@ -70,5 +80,5 @@ def draw_course(courses: Sequence[Sequence[tuple[str, Row]]], file: Path, column
             for side in ("ours", "theirs")
         ]
         title = f"{last.what}, {last.unit}, {'less' if last.least else 'more'} is better"
-        panel(pen, corner, title, curves, window=1, names=[result for result, _ in course])
+        panel(pen, corner, title, curves, window=1, names=[commit for commit, _ in course])
     image.save(file)

@@ -219,7 +219,7 @@ def draw_all(devices: dict[str, list[Result]], folder: Path) -> list[Path]:
             several = [points for (b, _), points in found.items() if b == benchmark and len(points) > 1]
             if several:
                 files.append(folder.parent / _course(name, benchmark))
-                draw_course([[(p.result.when, p.row) for p in points] for points in several], files[-1])
+                draw_course([[(p.result.about["commit"], p.row) for p in points] for points in several], files[-1])
     return files
 
 
