@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerFast
-from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from benchmarks.images import MAX_PATCHES, MIN_PATCHES, picture
+from benchmarks.kernels.timing import spread
 from benchmarks.mixture import Lengths, mixture
 from benchmarks.parts import ROOT
 from benchmarks.records import write
+from benchmarks.rows import Row
 from phi4rv.batch import NO_LABEL
 from phi4rv.config import Config
 from phi4rv.processor import Processor
@@ -131,6 +131,9 @@ class Plain(Dataset):
     """What one would write with transformers: a sample is tensors, its picture padded to 3600 patches."""
 
     def __init__(self, path: Path):
+        from transformers import PreTrainedTokenizerFast
+        from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
         self.records = [json.loads(line) for line in path.read_text().splitlines()]
         self.folder = path.parent
         self.images = Siglip2ImageProcessorPil()
@@ -175,8 +178,8 @@ def plain(path: Path, workers: int) -> Iterator[int]:
             yield len(batch["pixels"])
 
 
-def _rate(counts: Iterator[int], clock: Callable[[], float]) -> float:
-    """Pictures a second, the median of ROUNDS, after one that starts the workers and fills what is read ahead."""
+def _rates(counts: Iterator[int], clock: Callable[[], float]) -> list[float]:
+    """Pictures a second, of each of ROUNDS, after one that starts the workers and fills what is read ahead."""
     rates = []
     for _ in range(1 + ROUNDS):
         begun, total = clock(), 0
@@ -184,7 +187,7 @@ def _rate(counts: Iterator[int], clock: Callable[[], float]) -> float:
             total += next(counts)
         rates.append(total / (clock() - begun))
     counts.close()  # type: ignore[attr-defined]
-    return statistics.median(rates[1:])
+    return rates[1:]
 
 
 def loading(workers: int) -> dict[str, Any]:
@@ -196,7 +199,8 @@ def loading(workers: int) -> dict[str, Any]:
         )
         processor = Processor.from_folder(CHECKPOINT, config)
         clock = time.perf_counter if workers else time.process_time
-        found = {"ours": _rate(ours(path, processor, workers), clock), "peer": _rate(plain(path, workers), clock)}
+        rates = {"ours": _rates(ours(path, processor, workers), clock), "peer": _rates(plain(path, workers), clock)}
+    found = {side: statistics.median(taken) for side, taken in rates.items()}
     return {
         "benchmark": "data",
         "case": "loading",
@@ -204,6 +208,7 @@ def loading(workers: int) -> dict[str, Any]:
         "ours_images_per_second": found["ours"],
         "peer_images_per_second": found["peer"],
         "ratio": found["ours"] / found["peer"],
+        "spread": spread(rates["ours"]),
     }
 
 
@@ -221,6 +226,39 @@ def run() -> list[dict[str, Any]]:
         return [padding(samples), packing(), loading(0), loading(1)]
     finally:
         torch.set_num_threads(threads)
+
+
+def rows(records: list[dict[str, Any]]) -> list[Row]:
+    """Shares in percent. What is counted has no noise."""
+    found = []
+    for r in records:
+        if r["case"] == "padding":
+            padded, exact = (f"to the longest of {TOGETHER}", f"to {MAX_PATCHES} patches"), {"noise": 0.0}
+            found += [
+                Row("data", "padded tokens", 0.0, "%", peer=padded[0], theirs=100 * r["tokens"], **exact),
+                Row("data", "padded patches", 0.0, "%", peer=padded[1], theirs=100 * r["patches"], **exact),
+                Row("data", "operations of a step, over those needed", 1.0, "x", peer="padded", theirs=r["operations"],
+                    first=True, **exact),
+            ]  # fmt: skip
+        elif r["case"] == "packing":
+            found += [
+                Row("data", "packing a sample", r["ms_per_sample"], "ms", first=True),
+                Row("data", "filling of sequences", 100 * r["filling"], "%", least=False, noise=0.0, first=True),
+                *(
+                    Row("data", f"busiest of {n} ranks, above the mean", 100 * r[f"imbalance_{n}"], "%", noise=0.0)
+                    for n in WORLDS
+                ),
+            ]
+        else:
+            workers = f"{r['workers'] or 'no'} worker{'s' * (r['workers'] != 1)}"
+            found.append(
+                Row(
+                    "data", f"loading, {workers}", r["ours_images_per_second"], "pictures/s", least=False,
+                    peer="DataLoader, transformers", theirs=r["peer_images_per_second"], noise=r.get("spread"),
+                    first=True,
+                )
+            )  # fmt: skip
+    return found
 
 
 def table(records: list[dict[str, Any]]) -> str:

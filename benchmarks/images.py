@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
+from benchmarks.kernels.timing import spread
 from benchmarks.records import write
+from benchmarks.rows import Row
 from phi4rv.images import PATCH, image_to_patches
 
 SIZES = [(1280, 720), (1024, 680), (300, 200), (3840, 2160)]
@@ -35,8 +36,8 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.asarray(coarse) // 2 + grain)
 
 
-def interleaved_medians(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each variant; one call of each a round, so that drift hits all alike."""
+def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each variant; one call of each a round, so that drift hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for variant in variants.values():
         variant()
@@ -45,10 +46,12 @@ def interleaved_medians(variants: dict[str, Callable[[], object]], rounds: int) 
             start = time.perf_counter()
             variant()
             times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def measure(width: int, height: int, rounds: int) -> dict:
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
     image = picture(width, height)
     n = min(max((width // PATCH) * (height // PATCH), MIN_PATCHES), MAX_PATCHES)
     processor = Siglip2ImageProcessorPil()
@@ -59,7 +62,7 @@ def measure(width: int, height: int, rounds: int) -> dict:
     patches, grid = image_to_patches(image, MIN_PATCHES, MAX_PATCHES)
     if not torch.equal(patches, peer(n)[: len(patches)]):
         raise RuntimeError(f"{width} x {height}: the two sides disagree, so their times mean nothing")
-    medians = interleaved_medians(
+    times = interleaved(
         {
             "ours_n": lambda: image_to_patches(image, MIN_PATCHES, MAX_PATCHES),
             "peer_n": lambda: peer(n),
@@ -69,6 +72,7 @@ def measure(width: int, height: int, rounds: int) -> dict:
         },
         rounds,
     )
+    medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "benchmark": "images",
         "size": [width, height],
@@ -77,6 +81,7 @@ def measure(width: int, height: int, rounds: int) -> dict:
         "ratio_published": medians["peer_3600"] / medians["ours_n"],
         "ratio_same_n": medians["peer_n"] / medians["ours_n"],
         "ratio_same_3600": medians["peer_3600"] / medians["ours_3600"],
+        "spread": spread(times["ours_n"]),
     }
 
 
@@ -88,6 +93,21 @@ def run(rounds: int = 21) -> list[dict]:
         return [measure(width, height, rounds) for width, height in SIZES]
     finally:
         torch.set_num_threads(threads)
+
+
+def rows(records: list[dict]) -> list[Row]:
+    """Of each size: the peer as published, and made to cut as many patches as we do."""
+    found = []
+    for record in records:
+        size, noise = "x".join(map(str, record["size"])), record.get("spread")
+        for what, peer in ((f"{size}, published", "peer_3600_ms"), (f"{size}, as many patches", "peer_n_ms")):
+            found.append(
+                Row(
+                    "images", what, record["ours_n_ms"], "ms",
+                    peer="transformers", theirs=record[peer], noise=noise, first=peer == "peer_n_ms",
+                )
+            )  # fmt: skip
+    return found
 
 
 def table(records: list[dict]) -> str:

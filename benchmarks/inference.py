@@ -35,7 +35,7 @@ import torch
 from benchmarks import protocol
 from benchmarks.inference_cases import measure
 from benchmarks.inference_rows import FULL, TINY, Record, Shapes, cache_bytes, with_rates
-from benchmarks.inference_table import goals, table
+from benchmarks.inference_table import goals, rows, table
 from benchmarks.kernels import timing
 from benchmarks.parts import apart, here
 from benchmarks.records import write
@@ -47,11 +47,13 @@ from phi4rv.model import Phi4RV
 from phi4rv.ops import Operations
 from train.tiny import tiny_config
 
+__all__ = ["goals", "main", "rows", "run", "table"]
+
 # In this order. The kernels, behind a comma the format of the weights.
 SIDES = {
     "cuda": (
         "cuda", "transformers", "cuda, fp8", "cuda, int4", "triton", "load", "triton, fp8", "triton, int4",
-        "transformers, static cache", "vLLM",
+        "transformers, static cache", "transformers, flash-attn", "vLLM",
     ),
     "cpu": ("torch", "transformers", "torch, fp8", "torch, int8", "torch, int4", "load", "transformers, static cache"),
 }  # fmt: skip
@@ -106,6 +108,8 @@ def why_not(side: str, device: torch.device, folder: Path | None) -> str | None:
     for package in ("transformers", "vllm"):
         if kernels.lower() == package and importlib.util.find_spec(package) is None:
             return f"{kernels} is not installed"
+    if side.endswith("flash-attn") and importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
     if side in ("load", "vLLM") and folder is None:
         return "neither /dev/shm nor the folder of temporary files has room for a checkpoint"
     return cuda.why_not(device) if kernels == "cuda" else None

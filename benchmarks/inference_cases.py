@@ -38,6 +38,7 @@ def decode(side: Ours | Theirs, new: int) -> Record:
     return {
         "seconds": sum(between) / len(between),
         "between": {"median": statistics.median(between), "p99": percentile(between, 99)},
+        "spread": timing.spread(between),
         "joules": None if answered.joules is None else answered.joules / len(between),
         "top": side.top(prompt),
     }
@@ -52,14 +53,19 @@ def first_token(side: Ours | Theirs) -> Record:
     prompt = question(side.place, side.place.shapes.text, seed=2, image=True)
     side.place.warm(lambda: side.answer(prompt, 1))
     seconds = [side.answer(prompt, 1).times[0] for _ in range(side.place.rounds)]
-    return {"seconds": statistics.median(seconds), "patches": patches_of(side.place), "top": side.top(prompt)}
+    return {
+        "seconds": statistics.median(seconds),
+        "spread": timing.spread(seconds),
+        "patches": patches_of(side.place),
+        "top": side.top(prompt),
+    }
 
 
 def tower(side: Ours | Theirs) -> Record:
     """Tower and projector on one image of most patches."""
     encode = side.encoder(question(side.place, side.place.shapes.text, seed=2, image=True))
     found = timing.milliseconds({"": lambda i: encode()}, device=side.place.device.type)[""]
-    return {"ms": found.ms, "patches": patches_of(side.place), "method": found.method}
+    return {"ms": found.ms, "patches": patches_of(side.place), "method": found.method, "spread": found.spread}
 
 
 def second_question(side: Ours) -> Record:
@@ -76,7 +82,8 @@ def second_question(side: Ours) -> Record:
     place.warm(lambda: both(10))
     first, second = zip(*(both(20 + 2 * n) for n in range(place.rounds)), strict=True)
     cached = engine.counters.cached_prompt_tokens
-    return {"seconds": statistics.median(second), "first_seconds": statistics.median(first), "cached_tokens": cached}
+    medians = {"seconds": statistics.median(second), "first_seconds": statistics.median(first)}
+    return {**medians, "spread": timing.spread(second), "cached_tokens": cached}
 
 
 def at_once(side: Ours) -> Record:
@@ -124,7 +131,7 @@ def measure(side: str, config: Config, device: str, shapes: Shapes, folder: Path
     kernels, _, form = side.partition(", ")
     with torch.no_grad():
         if kernels == "transformers":
-            theirs = Theirs(place, form == "static cache")
+            theirs = Theirs(place, form)
             new = min(shapes.new, PEER_STEPS)
             return {
                 "decode": attempt(lambda: decode(theirs, new)),

@@ -101,11 +101,14 @@ def answer(engine: Engine, prompt: Prompt, new: int) -> Answered:
 
 
 class Theirs:
-    """transformers' ``generate`` on our weights; ``static``: with its static cache, for which it compiles on a GPU."""
+    """transformers' ``generate`` on our weights, with SDPA or ``how`` "flash-attn", or "static cache", for which it
+    compiles on a GPU.
+    """
 
-    def __init__(self, place: Place, static: bool):
-        self.place, self.static = place, static
-        self.model = Transformers(place.config, place.device, place.dtype, place.model("torch"))
+    def __init__(self, place: Place, how: str = ""):
+        self.place, self.static = place, how == "static cache"
+        attention = "flash_attention_2" if how == "flash-attn" else "sdpa"
+        self.model = Transformers(place.config, place.device, place.dtype, place.model("torch"), attention)
 
     def answer(self, prompt: Prompt, new: int) -> Answered:
         batch = self.place.processor([prompt])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.inference_rows import Record, format_of
+from benchmarks.rows import Row
 from phi4rv.config import Config
 
 # Of an H100; the shares are of rates measured in the same run.
@@ -10,8 +13,10 @@ SHARE = {"bf16": 0.90, "fp8": 0.80, "int4": 0.75}  # of the copy rate, by the fo
 FIRST_SHARE, UPLOAD_SHARE = 0.65, 0.80
 OVER_PEER = {"decode": 3.0, "first token": 2.0}
 TOWER_MS, SECOND, AT_ONCE = 10.0, 5.0, 15.0
+UNITS = {"s": 1.0, "ms": 1e3}
+CEILINGS = {"decode": "copy", "first token": "product", "load": "upload"}
 ALIKE = 0.1  # by how much the log-probability of the first token may differ from the peer's
-PEERS = ("transformers", "transformers, static cache")
+PEERS = ("transformers", "transformers, static cache", "transformers, flash-attn")
 
 
 def goals(result: Record) -> list[Record]:
@@ -58,6 +63,67 @@ def alike(ours: Record, peer: Record) -> bool:
     """Whether our first token is among the peer's most probable ones, and as probable."""
     token, logprob = ours["top"][0]
     return any(token == other and abs(logprob - its) <= ALIKE for other, its in peer["top"])
+
+
+def rows(result: Record) -> list[Row]:
+    """The fastest of our sides in each case beside the fastest peer; a share that has a goal of its own once more."""
+    sides, judged = result["sides"], {goal["name"]: goal for goal in goals(result)}
+    cut = "" if result["layers"] == Config().num_hidden_layers else f", {result['layers']} decoder layers"
+    found = []
+
+    def add(what: str, case: str, unit: str, goal: str, named: str, form: str = "bf16", percent: bool = False) -> None:
+        ours, peer = (_fastest(s, case, unit) for s in (_ours(sides, case, form), _peers(sides, case, form)))
+        record = ours[1] if ours else {}
+        if case == "second question" and ours:
+            peer = 1e3 * record["first_seconds"], {}, "the first one"
+        row = Row(
+            "inference", what + cut, ours[0] if ours else None, unit, least=unit in ("ms", "s"),
+            peer=peer[2] if peer else None, theirs=peer[0] if peer else None,
+            share=record.get("share"), ceiling=CEILINGS.get(case), goal=goal, verdict=judged[named]["verdict"],
+            noise=record.get("spread"), reason=None if ours else _why_none(sides, case, form),
+            tiny=result["device"] == "cpu", first=True,
+        )  # fmt: skip
+        if percent:
+            alone = {"peer": None, "theirs": None, "share": None, "least": False}
+            row = replace(row, ours=100 * record["share"] if ours else None, unit="%", **alone)
+        found.append(row)
+
+    add("decode, bf16", "decode", "tokens/s", f"{OVER_PEER['decode']:g}x", "decode over transformers")
+    for form, share in SHARE.items():
+        name, bare = f"decode, {form}: share of the copy rate", form == "bf16"
+        add(name if bare else f"decode, {form}", "decode", "tokens/s", f"{share:.0%} of copy", name, form, percent=bare)
+    add("first token", "first token", "ms", f"{OVER_PEER['first token']:g}x", "first token over transformers")
+    name = "first token: share of the product rate"
+    add(name, "first token", "ms", f"{FIRST_SHARE:.0%} of product", name, percent=True)
+    add("tower and projector", "tower", "ms", f"≤ {TOWER_MS:g} ms", "tower and projector, ms")
+    add("second question", "second question", "ms", f"{SECOND:g}x", "second question, times faster")
+    many = "many requests at once over one"
+    add(f"{result['many']} requests at once", "at once", "tokens/s", f"{AT_ONCE:g}x of one", many)
+    add("load", "load", "s", f"{UPLOAD_SHARE:.0%} of upload", "load: share of the copy rate to the GPU")
+    return found
+
+
+def _fastest(sides: dict[str, Record], case: str, unit: str) -> tuple[float, Record, str] | None:
+    """Figure in ``unit``, record and name of the side that does best."""
+    if unit == "tokens/s":
+        figures = [(-r["tokens_per_second"], r, side) for side, r in sides.items()]
+    else:
+        figures = [(r["ms"] if case == "tower" else UNITS[unit] * r["seconds"], r, side) for side, r in sides.items()]
+    best = min(figures, key=lambda figure: figure[0], default=None)
+    return best and (abs(best[0]), *best[1:])
+
+
+def _peers(sides: dict[str, Record], case: str, form: str) -> dict[str, Record]:
+    """All are in bf16."""
+    given = {side: sides[side][case] for side in (*PEERS, "vLLM") if case in sides.get(side, {}) and form == "bf16"}
+    return {side: r for side, r in given.items() if "reason" not in r}
+
+
+def _why_none(sides: dict[str, Record], case: str, form: str) -> str:
+    own = {s: c for s, c in sides.items() if s not in (*PEERS, "vLLM") and format_of(s) == form}
+    own = {s: c for s, c in own.items() if (s == "load") == (case == "load")}
+    said = {side: cases.get("reason") or cases.get(case, {}).get("reason") for side, cases in own.items()}
+    return "; ".join(f"{side}: {reason}" for side, reason in said.items() if reason) or "no side has it"
 
 
 def table(result: Record) -> str:

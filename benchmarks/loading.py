@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 import phi4rv
 from benchmarks.records import write
+from benchmarks.rows import Row
 from infer import weights
 from phi4rv.checkpoint import empty_model
 from phi4rv.checkpoint import write as write_checkpoint
@@ -101,6 +102,21 @@ def run(config: Config, device: torch.device) -> list[dict[str, Any]]:
         }
         for case, taken in seconds.items()
     ]
+
+
+def rows(records: list[dict[str, Any]]) -> list[Row]:
+    """GB/s beside safetensors, and with the decoder quantised on the way."""
+    found = {record["case"]: record for record in records}
+    ours, others = found["ours"], found["safetensors"]
+    size = f"{ours['layers']} decoder layers to {ours['device'].partition(':')[0]}"
+    return [
+        Row(
+            "loading", size + ("" if case == "ours" else f", {case}"), found[case]["rate"] / 1e9, "GB/s", least=False,
+            peer="safetensors", theirs=others["rate"] / 1e9, share=found[case]["share"], ceiling="upload",
+            goal=f"{GOAL:.0%} of upload" if case == "ours" else None, verdict=found[case].get("verdict"), first=True,
+        )
+        for case in ("ours", "int4")
+    ]  # fmt: skip
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -35,16 +35,23 @@ class Transformers:
 
     The tower gets the images of a row padded to the longest of them (the published code pads to 3600 patches) and
     computes its last layer and its head, which nobody reads. ``model``: whose weights it shares; without it they are
-    random.
+    random. ``attention``: transformers' name of an implementation; without it ``attention_of``'s.
     """
 
-    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, model: Phi4RV | None = None):
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+        model: Phi4RV | None = None,
+        attention: str | None = None,
+    ):
         from transformers import Phi3ForCausalLM, Siglip2VisionModel
 
-        attention = {"attn_implementation": attention_of(device), "dtype": dtype}
+        options = {"attn_implementation": attention or attention_of(device), "dtype": dtype}
         with torch.device(device if model is None else "meta"):
-            self.decoder = Phi3ForCausalLM._from_config(_phi3(config), **attention)
-            self.tower = Siglip2VisionModel._from_config(_siglip2(config), **attention)
+            self.decoder = Phi3ForCausalLM._from_config(_phi3(config), **options)
+            self.tower = Siglip2VisionModel._from_config(_siglip2(config), **options)
             wide, hidden = config.vision.hidden_size, config.hidden_size
             self.projector = nn.Sequential(nn.Linear(wide, hidden), nn.GELU(), nn.Linear(hidden, hidden)).to(dtype)
         if model is not None:

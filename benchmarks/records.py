@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.peers import described, version
 
 FOLDER = Path(__file__).with_name("results")
 # Key in the file: distribution.
@@ -35,14 +36,16 @@ def device_name() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Device, date, commit and versions. Where there is no git, the variable COMMIT names the commit."""
+    """Device, date and time (UTC), commit and versions. Where there is no git, the variable COMMIT names the commit."""
+    now = datetime.datetime.now(datetime.UTC)
     about = {
         "device": device_name(),
-        "date": datetime.date.today().isoformat(),
+        "date": now.date().isoformat(),
+        "time": now.strftime("%H:%M:%S"),
         "commit": _output("git", "describe", "--always", "--dirty") or os.environ.get("COMMIT") or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{key: _version(distribution) for key, distribution in PACKAGES.items()},
+        **{key: version(distribution) for key, distribution in PACKAGES.items()},
     }
     if torch.cuda.is_available():
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
@@ -59,13 +62,6 @@ def _output(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def file_for(about: dict[str, str], folder: Path = FOLDER) -> Path:
     """Where a run in this environment is kept."""
     device = re.sub(r"\W+", "-", about["device"]).strip("-").lower()
@@ -73,7 +69,9 @@ def file_for(about: dict[str, str], folder: Path = FOLDER) -> Path:
 
 
 def write(file: Path, results: dict[str, Any], about: dict[str, str] | None = None, **more: Any) -> None:
-    """The environment and the results of each benchmark, by name."""
+    """The environment, the peers, and the results of each benchmark, by name."""
     file.parent.mkdir(parents=True, exist_ok=True)
     about = environment() if about is None else about
-    file.write_text(json.dumps({**about, **more, "results": results}, indent=1, allow_nan=False) + "\n")
+    file.write_text(
+        json.dumps({**about, "peers": described(), **more, "results": results}, indent=1, allow_nan=False) + "\n"
+    )

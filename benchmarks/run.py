@@ -20,8 +20,9 @@ import torch
 
 from benchmarks.parts import LOGS, Outcome, Part, python, run_parts, summary
 from benchmarks.records import environment, file_for, write
+from benchmarks.rows import Row, table
 
-# Each module has run() and table(records), and the command line that its part calls, here or in benchmarks/gpu.py.
+# Each module has rows(records), and a command line; the last two's no part calls.
 MODULES = {
     "images": "benchmarks.images",
     "data": "benchmarks.data",
@@ -29,12 +30,18 @@ MODULES = {
     "kernels": "benchmarks.kernels.__main__",
     "train_step": "benchmarks.train_step",
     "inference": "benchmarks.inference",
+    "loading": "benchmarks.loading",
+    "server_load": "benchmarks.server_load",
 }
 
 
 def _kernels(file: Path, seconds: float) -> list[str]:
     chart = str(file.with_suffix(".png"))
     return python("benchmarks.kernels", "--json", str(file), "--chart", chart, "--seconds", f"{seconds:.0f}")
+
+
+def train_step(file: Path, seconds: float) -> list[str]:
+    return python("benchmarks.train_step", "--json", str(file), "--seconds", f"{seconds:.0f}")
 
 
 def inference(file: Path, seconds: float) -> list[str]:
@@ -46,6 +53,7 @@ PARTS = [
     Part("data", 300, lambda file, seconds: python("benchmarks.data", "--json", str(file))),
     Part("saving", 60, lambda file, seconds: python("benchmarks.saving", "--json", str(file))),
     Part("kernels", 600, _kernels),
+    Part("train_step", 120, train_step),
     Part("inference", 120, inference),
 ]
 
@@ -57,22 +65,29 @@ def drive(parts: Sequence[Part], folder: Path | None) -> int:
     outcomes, results = run_parts(parts, LOGS, torch.cuda.is_available())
     if folder:
         file = file_for(about, folder)
-        merge(file, about, outcomes, results)
+        results = merge(file, about, outcomes, results)
         for part in parts:
             if (picture := LOGS / f"{part.name}.png").exists():
                 shutil.copy(picture, file.with_name(f"{file.stem}-{part.name}.png"))
-        print(f"written: {file}")
-    for name, records in results.items():
-        print(f"\n{name}\n{importlib.import_module(MODULES[name]).table(records)}")
-    print(f"\n{summary(outcomes)}")
+        print(f"written: {file}; python -m benchmarks.report takes it up")
+    print(f"\n{table(rows(results))}\n\n{summary(outcomes)}\nin full: {LOGS}")
     return 1 if any(outcome["state"] in ("failed", "out of time") for outcome in outcomes.values()) else 0
 
 
-def merge(file: Path, about: dict[str, str], outcomes: dict[str, Outcome], results: dict[str, Any]) -> None:
-    """Writes the parts that were run over those in the file, and keeps the others."""
+def rows(results: dict[str, Any]) -> list[Row]:
+    """Of the records of each benchmark, in the order of MODULES. ValueError if there is no such benchmark."""
+    if unknown := sorted(set(results) - set(MODULES)):
+        raise ValueError(f"no benchmark {', '.join(unknown)}; there are {', '.join(MODULES)}")
+    modules = {name: importlib.import_module(module) for name, module in MODULES.items() if name in results}
+    return [row for name, module in modules.items() for row in module.rows(results[name])]
+
+
+def merge(file: Path, about: dict[str, str], outcomes: dict[str, Outcome], results: dict[str, Any]) -> dict[str, Any]:
+    """Writes the parts that were run over those in the file, keeps the others, and returns all results."""
     earlier = json.loads(file.read_text()) if file.exists() else {}
-    outcomes = earlier.get("parts", {}) | outcomes
-    write(file, earlier.get("results", {}) | results, about, parts=outcomes)
+    outcomes, results = earlier.get("parts", {}) | outcomes, earlier.get("results", {}) | results
+    write(file, results, about, parts=outcomes)
+    return results
 
 
 def chosen(parts: Sequence[Part], names: Sequence[str], seconds: float | None = None) -> list[Part]:

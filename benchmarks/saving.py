@@ -25,7 +25,9 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from benchmarks.kernels.timing import spread
 from benchmarks.records import write
+from benchmarks.rows import Row
 from phi4rv.batch import PackedBatch
 from phi4rv.model import Phi4RV
 from phi4rv.processor import Processor
@@ -125,6 +127,7 @@ def stall(loop: Loop, rounds: int) -> dict[str, Any]:
         "steps_beside_the_write": sum(map(len, slowed)) / rounds,
         **{f"{name}_ms": 1e3 * seconds for name, seconds in stalls.items()},
         **{f"{name}_share": seconds / (SAVE_EVERY * step) for name, seconds in stalls.items()},
+        "spread": spread(ours),
         "goal": GOAL,
         "verdict": "met" if stalls["ours"] < GOAL * SAVE_EVERY * step else "missed",
     }
@@ -144,6 +147,21 @@ def run(rounds: int = ROUNDS) -> list[dict[str, Any]]:
             return [stall(Loop(Path(folder)), rounds)]
     finally:
         torch.set_num_threads(threads)
+
+
+def rows(records: list[dict[str, Any]]) -> list[Row]:
+    """The stall of a save beside the shorter of the others'."""
+    found = []
+    for r in records:
+        peer = min(("torch_save", "dcp_save"), key=lambda name: r[f"{name}_ms"])
+        found.append(
+            Row(
+                "saving", f"stall of a save of {r['bytes'] / 1e6:.1f} MB", r["ours_ms"], "ms",
+                peer=peer.replace("_", "."), theirs=r[f"{peer}_ms"], noise=r.get("spread"), first=True,
+                goal=f"≤ {r['goal']:.0%} of {r['save_every']} steps", verdict=r["verdict"],
+            )
+        )  # fmt: skip
+    return found
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -42,22 +42,27 @@ class Ours:
 class Theirs(Transformers):
     """``Transformers``, trained.
 
-    Documents are kept apart by their position ids: by flash-attn's offsets where that is installed, else by a mask
-    for PyTorch's SDPA. ``liger``: Liger-Kernel's rotary embedding, norms, SwiGLU and fused loss, patched into the
-    classes, so only in a process that makes no other model. AdamW is torch's fused one on float32 masters; a weight's
-    gradients of several rows are summed in its own dtype.
+    Documents are kept apart by their position ids: by flash-attn's offsets, or by a mask for PyTorch's SDPA. ``how``:
+    "" with SDPA; "flash-attn"; "Liger", Liger-Kernel's rotary embedding, norms, SwiGLU and fused loss, patched into the
+    classes, so only in a process that makes no other model; "compiled", each layer by torch.compile, lengths dynamic.
+    The last two attend with flash-attn where it is installed. AdamW is torch's fused one on float32 masters; a
+    weight's gradients of several rows are summed in its own dtype.
     """
 
-    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, liger: bool = False):
-        if liger:
+    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, how: str = ""):
+        if how == "Liger":
             from liger_kernel.transformers import apply_liger_kernel_to_phi3
 
             apply_liger_kernel_to_phi3()
-        super().__init__(config, device, dtype)
+        attention = {"": "sdpa", "flash-attn": "flash_attention_2"}.get(how)
+        super().__init__(config, device, dtype, attention=attention)
         modules = nn.ModuleList([self.decoder, self.tower, self.projector]).train()
         tower = getattr(self.tower, "vision_model", self.tower)  # older versions of transformers 5 nest it
         for module in (tower.encoder.layers[-1], tower.post_layernorm, tower.head):
             module.requires_grad_(False)
+        if how == "compiled":
+            for layer in (*self.decoder.model.layers, *tower.encoder.layers):
+                layer.compile(dynamic=True)
         self.params = [p for p in modules.parameters() if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.params]
         groups = [

@@ -6,8 +6,9 @@
 and the optimizer take a larger share of the time than in the whole model.
 
 Beside each other, at the same number of layers and on the same rows: our kernels in CUDA and in Triton, Triton's with
-``--linear fp8``, the plain PyTorch that defines them (``--kernels torch``), and transformers' classes without and with
-Liger-Kernel (``benchmarks/step_sides.py`` says how). Each in a process of its own, which may fail or hang without harm.
+``--linear fp8``, the plain PyTorch that defines them (``--kernels torch``), and transformers' classes with SDPA, with
+flash-attn, with Liger-Kernel and compiled (``benchmarks/step_sides.py`` says how). Each in a process of its own, which
+may fail or hang without harm.
 
 - tokens/s: of the whole step. MFU: useful operations (``train/cost.py``) a second over the product rate measured in
   the same run (``benchmarks/kernels/timing.py``), not over the maker's figure.
@@ -32,9 +33,9 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import timing
-from benchmarks.models import attention_of
 from benchmarks.parts import apart
 from benchmarks.records import write
+from benchmarks.rows import Row
 from benchmarks.step_rows import CASES, TOKENS, counted, make_rows
 from benchmarks.step_sides import Ours, Theirs
 from phi4rv import cuda
@@ -48,11 +49,17 @@ Record = dict[str, Any]
 
 ROWS = 8
 MFU_GOALS, RATIO_GOAL, FP8_GOAL = {"text": 0.55, "images": 0.50}, 1.5, 1.3
-DEFINITIONS, OURS, THEIRS = "torch", ("triton", "cuda"), ("transformers", "transformers + Liger")
-FP8 = "triton, fp8"
-SIDES = ("triton", *THEIRS, FP8, DEFINITIONS, "cuda")  # in this order
+DEFINITIONS, OURS, FP8, LIGER = "torch", ("cuda", "triton"), "triton, fp8", "transformers + Liger"
+THEIRS = ("transformers", LIGER, "transformers, flash-attn", "transformers, compiled")
+# In this order: without the definitions' losses none of ours counts.
+SIDES = ("cuda", DEFINITIONS, LIGER, "triton", "transformers", FP8, *THEIRS[2:])
+NEEDED = {
+    "transformers": ("transformers", "transformers"),
+    "Liger": ("liger_kernel", "Liger-Kernel"),
+    "flash-attn": ("flash_attn", "flash-attn"),
+}
 CLOSE = 0.005  # by how much a side's losses may differ from the definitions', which start from the same weights
-WARM, TIMED = 2, 3
+WARM, TIMED = 1, 3
 FULL = 0.92  # of the device's memory; the rest is the context's, fragments and what is not counted
 TINY = Config(96, 64, 80, 2, 4, 2, vision=VisionConfig(48, 64, 3, 2, num_patches=16))
 TINY_TOKENS, TINY_ROWS = 128, 2
@@ -82,13 +89,13 @@ def layers_that_fit(config: Config, memory: int, tokens: int, patches: int) -> i
 
 def why_not(side: str, device: torch.device) -> str | None:
     """Why a side cannot run here."""
-    if side in THEIRS and importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed"
-    if side == "transformers + Liger" and importlib.util.find_spec("liger_kernel") is None:
-        return "Liger-Kernel is not installed"
+    for part, (module, name) in NEEDED.items():
+        if part in side and importlib.util.find_spec(module) is None:
+            return f"{name} is not installed"
     if side == "cuda":
         return cuda.why_not(device) if device.type == "cuda" else "not on a CPU"
-    return "not on a CPU" if side in ("triton", FP8) and device.type != "cuda" else None
+    only_on_gpus = ("triton", FP8, "transformers, flash-attn", "transformers, compiled")
+    return "not on a CPU" if side in only_on_gpus and device.type != "cuda" else None
 
 
 def measure(side: str, config: Config, device_name: str, tokens: int, rows: int, product: float) -> dict[str, Record]:
@@ -99,7 +106,7 @@ def measure(side: str, config: Config, device_name: str, tokens: int, rows: int,
     torch.manual_seed(0)
     model: Ours | Theirs
     if side in THEIRS:
-        model = Theirs(config, device, dtype, liger="Liger" in side)
+        model = Theirs(config, device, dtype, side.partition("transformers")[2].strip(" ,+"))
     else:
         model = Ours(config, side.split(",")[0], device, dtype, float8=side == FP8)
     found = {}
@@ -110,9 +117,11 @@ def measure(side: str, config: Config, device_name: str, tokens: int, rows: int,
         taken = [_timed(model, given, on_gpu) for _ in range(WARM + TIMED if on_gpu else 2)]
         if not all(math.isfinite(loss) for _, loss in taken):
             raise ValueError(f"the losses of {case} are {[loss for _, loss in taken]}")
-        seconds = statistics.median([t for t, _ in taken][WARM if on_gpu else 1 :])
+        times = [t for t, _ in taken][WARM if on_gpu else 1 :]
+        seconds = statistics.median(times)
         rates = speed(counted(config, given), seconds, 1, product / 1e12)
         found[case] = {**rates, "memory": peak_memory(device), "losses": [loss for _, loss in taken]}
+        found[case]["spread"] = timing.spread(times)
     return found
 
 
@@ -126,10 +135,9 @@ def _timed(model: Ours | Theirs, rows: list[PackedBatch], on_gpu: bool) -> tuple
 
 
 def about_device(device: str) -> Record:
-    """Measured product rate, memory, and what transformers attends with."""
+    """Measured product rate, and memory."""
     memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
-    attention = attention_of(torch.device(device))
-    return {"product": timing.ceilings(device)["product"], "memory": memory, "attention": attention}
+    return {"product": timing.ceilings(device)["product"], "memory": memory}
 
 
 def run(seconds: float = math.inf, layers: int = 0, keep: Callable[[Record], None] = lambda result: None) -> Record:
@@ -164,21 +172,30 @@ def close(record: Record, definitions: Record | None) -> bool:
     return all(abs(a - b) <= CLOSE * abs(b) for a, b in pairs)
 
 
-def goals(result: Record) -> list[Record]:
-    """Of each case what the faster of our kernels reached, and whether it is enough. Kernels count whose losses are
-    those of the definitions.
+def fastest(result: Record, case: str) -> dict[str, tuple[str, Record] | None]:
+    """Side and record of the fastest of our kernels, of ``peer``s and in ``fp8``. Of ours only those count whose losses
+    are those of the definitions.
     """
+    found = {side: record[case] for side, record in result["sides"].items() if case in record}
+    right = {side: r for side, r in found.items() if close(r, found.get(DEFINITIONS))}
+    return {
+        name: max(
+            ((side, r) for side, r in among.items() if side in sides),
+            key=lambda pair: pair[1]["tokens_per_second"],
+            default=None,
+        )
+        for name, among, sides in (("ours", right, OURS), ("peer", found, THEIRS), ("fp8", right, (FP8,)))
+    }
+
+
+def goals(result: Record) -> list[Record]:
+    """Of each case what the fastest of our kernels reached, and whether it is enough."""
     judged = []
     for case in CASES:
-        found = {side: record[case] for side, record in result["sides"].items() if case in record}
-        right = {side: r for side, r in found.items() if close(r, found.get(DEFINITIONS))}
-        ours, peer, fp8 = (
-            max((r["tokens_per_second"] for side, r in among.items() if side in names), default=None)
-            for names, among in ((OURS, right), (THEIRS, found), ((FP8,), right))
-        )
-        mfu = max((r["mfu"] for side, r in right.items() if side in OURS), default=None)
+        best = fastest(result, case)
+        ours, peer, fp8 = (pair and pair[1]["tokens_per_second"] for pair in best.values())
         for name, value, goal in (
-            ("MFU", mfu, MFU_GOALS[case]),
+            ("MFU", best["ours"] and best["ours"][1]["mfu"], MFU_GOALS[case]),
             ("over transformers", ours and peer and ours / peer, RATIO_GOAL),
             ("fp8 over bfloat16", ours and fp8 and fp8 / ours, FP8_GOAL),
         ):
@@ -188,19 +205,50 @@ def goals(result: Record) -> list[Record]:
     return judged
 
 
+def rows(result: Record) -> list[Row]:
+    """Of each case tokens/s beside the fastest of transformers, MFU, and tokens/s in fp8 beside ours in bfloat16."""
+    judged = {(goal["case"], goal["name"]): goal for goal in goals(result)}
+    found = []
+    for case in CASES:
+        best = fastest(result, case)
+        what = f"{case}, {result['layers']} decoder layers"
+        for name, ours, peer, added, unit, scale in (
+            ("over transformers", best["ours"], best["peer"], "", "tokens/s", 1),
+            ("fp8 over bfloat16", best["fp8"], best["ours"], ", fp8", "tokens/s", 1),
+            ("MFU", best["ours"], None, ", MFU", "%", 100),
+        ):
+            goal, key = judged[case, name], "mfu" if name == "MFU" else "tokens_per_second"
+            bound = {"share": ours[1]["mfu"], "ceiling": "product"} if ours and name == "over transformers" else {}
+            found.append(
+                Row(
+                    "train_step", what + added, scale * ours[1][key] if ours else None, unit, least=False,
+                    peer=peer[0] if peer else None, theirs=peer[1][key] if peer else None, **bound,
+                    goal=f"{goal['goal']:.0%}" if name == "MFU" else f"{goal['goal']:g}x", verdict=goal["verdict"],
+                    noise=ours[1].get("spread") if ours else None, reason=None if ours else _why_none(result),
+                    tiny=result["device"] == "cpu", first=True,
+                )
+            )  # fmt: skip
+    return found
+
+
+def _why_none(result: Record) -> str:
+    reasons = [f"{side}: {r['reason']}" for side, r in result["sides"].items() if side in OURS and "reason" in r]
+    return "; ".join(reasons) or "its losses are not those of the definitions"
+
+
 def table(result: Record) -> str:
     lines = ["On a CPU, tiny: what counts is that everything runs."] if result["device"] == "cpu" else []
     lines.append(
         f"{result['layers']} decoder layers, {result['rows']} rows of {result['tokens']} tokens a step; "
-        f"product rate {result['product'] / 1e12:.3g} TFLOP/s; transformers attends with {result['attention']}"
+        f"product rate {result['product'] / 1e12:.3g} TFLOP/s"
     )
     for side, record in result["sides"].items():
         if "reason" in record:
-            lines.append(f"  {side:22} {record['reason']}")
+            lines.append(f"  {side:24} {record['reason']}")
         for case in (case for case in CASES if case in record):
             r = record[case]
             lines.append(
-                f"  {side:22} {case:7} {r['tokens_per_second']:9,.0f} tokens/s {r['mfu']:7.1%} MFU "
+                f"  {side:24} {case:7} {r['tokens_per_second']:9,.0f} tokens/s {r['mfu']:7.1%} MFU "
                 f"{r['memory'] / 2**30:6.1f} GiB  loss {r['losses'][0]:.3f} to {r['losses'][-1]:.3f}"
             )
     for goal in goals(result):

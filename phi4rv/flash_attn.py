@@ -1,6 +1,7 @@
 """The ``flash-attn`` packages as one more implementation of packed attention, where one is importable.
 
-Version 4 (``flash_attn.cute``), 3 (``flash_attn_interface``) and 2 (``flash_attn``), the newest first.
+Version 4 (``flash_attn.cute``), 3 (``flash_attn_interface``, in some builds inside ``flash_attn_3``) and 2
+(``flash_attn``), the newest first.
 """
 
 from __future__ import annotations
@@ -8,23 +9,35 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Version: module and, for a GPU's major compute capability, the largest head dim that it has kernels for.
-VERSIONS: dict[int, tuple[str, dict[int, int]]] = {
-    4: ("flash_attn.cute", {9: 256, 10: 128, 11: 128}),
-    3: ("flash_attn_interface", {9: 256}),
-    2: ("flash_attn", dict.fromkeys((8, 9, 10, 12), 256)),
+# Version: where its module may lie and, for a GPU's major compute capability, the largest head dim it has kernels for.
+VERSIONS: dict[int, tuple[tuple[str, ...], dict[int, int]]] = {
+    4: (("flash_attn.cute",), {9: 256, 10: 128, 11: 128}),
+    3: (("flash_attn_interface", "flash_attn_3.flash_attn_interface"), {9: 256}),
+    2: (("flash_attn",), dict.fromkeys((8, 9, 10, 12), 256)),
 }
+
+
+def module(version: int) -> ModuleType:
+    """The version's module. ImportError, or what else comes of a build for another PyTorch, if there is none."""
+    *others, last = VERSIONS[version][0]
+    for name in others:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+    return importlib.import_module(last)
 
 
 @functools.cache
 def _import(version: int) -> Callable[..., Any] | None:
     try:
-        return importlib.import_module(VERSIONS[version][0]).flash_attn_varlen_func
+        return module(version).flash_attn_varlen_func
     except (ImportError, AttributeError, OSError, RuntimeError):  # not installed, or built for another PyTorch
         return None
 

@@ -16,6 +16,14 @@ import parity
 import phi4rv
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests that take gigabytes, one after the other where pytest-xdist runs several processes on one GPU."""
+    large = ("real", "2_31", "two_to_the_31", "2_to_the_31", "far_apart", "32_bits", "same_bits")
+    for item in items:
+        if item.get_closest_marker("gpu") and any(word in item.name for word in large):
+            item.add_marker(pytest.mark.xdist_group("large"))
+
+
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
     """The tiny checkpoint in the published layout."""

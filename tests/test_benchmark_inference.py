@@ -28,7 +28,7 @@ from benchmarks.inference_rows import (
     with_rates,
 )
 from benchmarks.inference_sides import Ours, Theirs
-from benchmarks.inference_table import alike, goals, table
+from benchmarks.inference_table import alike, goals, rows, table
 from phi4rv.config import Config
 from phi4rv.quantized import quantize
 from train.tiny import tiny_config
@@ -134,6 +134,29 @@ def test_goals() -> None:
     assert slow["tower and projector, ms"] == "missed"
 
 
+def test_rows() -> None:
+    given = {**result(), "many": 64}
+    given["sides"]["cuda"]["decode"].update(tokens_per_second=100.0, spread=0.02)
+    given["sides"]["triton"]["decode"].update(tokens_per_second=77.0)
+    given["sides"]["cuda, fp8"]["decode"].update(tokens_per_second=160.0)
+    given["sides"]["transformers"]["decode"].update(tokens_per_second=30.0)
+    given["sides"]["vLLM"]["decode"].update(tokens_per_second=80.0)
+    given["sides"]["cuda"]["second question"].update(seconds=0.05, first_seconds=0.2)
+    given["sides"]["load"]["load"].update(seconds=0.7)
+    found = {row.what: row for row in rows(given)}
+    decode = found["decode, bf16"]
+    assert (decode.ours, decode.peer, decode.ratio, decode.noise) == (100, "vLLM", 1.25, 0.02)
+    assert (decode.share, decode.ceiling, decode.goal, decode.verdict) == (0.91, "copy", "3x", "met")
+    assert found["decode, fp8"].peer is None and found["decode, fp8"].verdict == "missed"
+    assert found["decode, int4"].ours is None and found["decode, int4"].reason == "cuda, int4: out of time"
+    assert found["decode, bf16: share of the copy rate"].ours == 91
+    assert found["first token"].ours == 200 and found["first token"].ratio == 2.5
+    assert found["second question"].ratio == 4 and found["tower and projector"].ours == 9
+    assert found["64 requests at once"].reason == "cuda: out of memory" and found["load"].ours == 0.7
+    assert not any(row.tiny for row in found.values()) and all(row.verdict for row in found.values())
+    assert all(row.what.endswith(", 39 decoder layers") for row in rows({**given, "layers": 39}))
+
+
 def test_another_answer_is_not_faster() -> None:
     """Ours counts against transformers only where both make the first token alike."""
     assert alike({"top": [(7, -1.0)]}, {"top": [(9, -0.9), (7, -1.05)]})
@@ -208,7 +231,7 @@ def test_the_sides_give_the_same_answer_and_all_of_it() -> None:
         ours = Ours(place, "torch", "bf16")
         answered = ours.answer(asked, 12)
         for static in (False, True):
-            theirs = Theirs(place, static)
+            theirs = Theirs(place, "static cache" if static else "")
             assert theirs.answer(asked, 12).ids == answered.ids
             assert alike({"top": ours.top(asked)}, {"top": theirs.top(asked)})
         assert len(answered.times) == 12 and answered.times == sorted(answered.times) and answered.joules is None

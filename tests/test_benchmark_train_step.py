@@ -113,7 +113,7 @@ def record(rate: float, mfu: float, last: float = 11.0) -> dict[str, Any]:
 
 def result(device: str = "cuda", **sides: Any) -> dict[str, Any]:
     made = {name.replace("liger", "transformers + Liger"): {case: r for case in CASES} for name, r in sides.items()}
-    about = {"device": device, "layers": 3, "rows": 8, "tokens": TOKENS, "product": 8e14, "attention": "sdpa"}
+    about = {"device": device, "layers": 3, "rows": 8, "tokens": TOKENS, "product": 8e14}
     return {**about, "sides": {"cuda": {"reason": "no nvcc"}, **made}}
 
 
@@ -133,6 +133,32 @@ def test_goals() -> None:
     assert "no nvcc" in train_step.table(fast) and "52.0% MFU" in train_step.table(fast)
 
 
+def test_rows() -> None:
+    sides = {"torch": record(90, 0.3), "transformers": record(60, 0.2), "liger": record(120, 0.3)}
+    text, fp8, mfu, *_ = train_step.rows(result(triton={**record(200, 0.52), "spread": 0.01}, **sides))
+    assert (text.what, text.ours, text.peer, text.verdict) == ("text, 3 decoder layers", 200, train_step.LIGER, "met")
+    assert text.ratio == pytest.approx(200 / 120) and text.share == 0.52 and text.noise == 0.01 and not text.tiny
+    assert fp8.ours is None and fp8.peer == "triton" and fp8.reason == "cuda: no nvcc" and fp8.verdict == "not measured"
+    assert mfu.ours == 52 and mfu.goal == "55%" and mfu.verdict == "missed"
+    late = {side: {"reason": "out of time"} for side in train_step.SIDES}
+    for row in train_step.rows({**result(), "sides": late, "device": "cpu"}):
+        assert row.ours is None and row.ratio is None and row.tiny
+
+
+def test_a_compiled_peer_learns_the_same() -> None:
+    """Run eagerly here: what is compiled, and that nothing else changes."""
+    rows = make_rows("images", train_step.TINY, 64, 1)
+    losses = []
+    for how in ("", "compiled"):
+        torch.manual_seed(0)
+        side = step_sides.Theirs(train_step.TINY, CPU, torch.float32, how)
+        layers = [*side.decoder.model.layers, *side.tower.encoder.layers]
+        assert all((layer._compiled_call_impl is not None) == bool(how) for layer in layers)
+        with torch.compiler.set_stance("force_eager"):
+            losses.append(side.step(rows))
+    assert losses[0] == losses[1]
+
+
 def test_what_does_not_learn_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     last = 11.2
     sides = {"torch": record(90, 0.3), "transformers": record(60, 0.2)}
@@ -146,13 +172,19 @@ def test_what_does_not_learn_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    for missing, reason in (("liger_kernel", "Liger-Kernel is not installed"), ("transformers", "transformers is not")):
+    for missing, side, reason in (
+        ("liger_kernel", train_step.LIGER, "Liger-Kernel is not installed"),
+        ("transformers", train_step.LIGER, "transformers is not installed"),
+        ("flash_attn", "transformers, flash-attn", "flash-attn is not installed"),
+    ):
         monkeypatch.setattr(
             train_step.importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else 1
         )
-        assert str(train_step.why_not("transformers + Liger", CPU)).startswith(reason)
-    assert train_step.why_not("transformers", CPU) == "transformers is not installed"
+        assert train_step.why_not(side, CPU) == reason
     assert train_step.why_not("torch", CPU) is None
+    monkeypatch.undo()
+    assert train_step.why_not("transformers", CPU) is None
+    assert train_step.why_not("transformers, compiled", CPU) == "not on a CPU"
 
 
 def test_fp8_is_trained_in_fp8() -> None:

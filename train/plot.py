@@ -68,8 +68,11 @@ def window_of(count: int) -> int:
 
 
 def panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, curves: Sequence[list[tuple[float, float]]],
-          window: int | None = None) -> None:  # fmt: skip
-    """One diagram at ``corner``: each curve of (step, value) thin, its running mean over ``window`` steps thick."""
+          window: int | None = None, names: Sequence[str] = ()) -> None:  # fmt: skip
+    """One diagram at ``corner``: each curve of (step, value) thin, its running mean over ``window`` steps thick.
+
+    ``names`` stand below the steps 0, 1, … in place of their numbers, as many as there is room for.
+    """
     font = ImageFont.load_default(13)
     (x0, y0), plane = corner, (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
     pen.text((x0 + LEFT, y0 + 6), title, INK, font)
@@ -85,15 +88,24 @@ def panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, curves:
         return x, y0 + TOP + (1 - (value - low) / ((high - low) or 1)) * plane[1]
 
     for i in range(6):
-        value, step = low + (high - low) * i / 5, first + (last - first) * i / 5
+        value = low + (high - low) * i / 5
         pen.line([at(first, value), at(last, value)], fill=GRID)
         pen.text((x0 + LEFT - 8, at(first, value)[1]), f"{value:.4g}", INK, font, "rm")
-        pen.text((at(step, low)[0], y0 + HEIGHT - BOTTOM + 8), f"{step:.0f}", INK, font, "mt")
+    for step, label in _ticks(first, last, names):
+        pen.text((at(step, low)[0], y0 + HEIGHT - BOTTOM + 8), label, INK, font, "mt")
     for number, curve in enumerate(curves):
         colour = COLOURS[number % len(COLOURS)]
         pen.line([at(*point) for point in curve], fill=_pale(colour), width=1)
         means = smoothed([v for _, v in curve], window or window_of(len(curve)))
         pen.line([at(s, v) for (s, _), v in zip(curve, means, strict=True)], fill=colour, width=3)
+
+
+def _ticks(first: float, last: float, names: Sequence[str]) -> list[tuple[float, str]]:
+    """Where labels stand on the axis of steps."""
+    if not names:
+        return [(step, f"{step:.0f}") for step in (first + (last - first) * i / 5 for i in range(6))]
+    every = -(-len(names) // 4)
+    return [(float(i), name) for i, name in enumerate(names) if i % every == 0 and first <= i <= last]
 
 
 def _pale(colour: str) -> tuple[int, ...]:

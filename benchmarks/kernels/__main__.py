@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels import operations
-from benchmarks.kernels.report import chart, table
+from benchmarks.kernels.report import chart, rows, table
 from benchmarks.kernels.suite import run
 from benchmarks.records import environment, write
 
-__all__ = ["main", "run", "table"]
+__all__ = ["main", "rows", "run", "table"]
 
 
 def failed(result: dict[str, Any]) -> bool:

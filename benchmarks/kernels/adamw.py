@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Draw
+from phi4rv import reference
 from phi4rv.quantized import BLOCK, Moment8
 from triton_kernels.adamw import adamw
 
@@ -22,26 +23,28 @@ def cases(tiny: bool) -> list[Case]:
     size = f"{n >> 20}Mi" if n >> 20 else str(n)
     scales = 4 / BLOCK
 
-    def floats(draw: Draw, short: torch.dtype) -> tuple[Any, ...]:
-        return draw.normal(n, dtype=short), draw.normal(n, dtype=short)
-
     def float32(draw: Draw) -> tuple[Any, ...]:
         moments = draw.normal(n, dtype=torch.float32), draw.normal(n, dtype=torch.float32).abs()
-        return *floats(draw, torch.float32), *moments, draw.normal(n, dtype=torch.bfloat16)
+        return *(draw.normal(n, dtype=torch.float32) for _ in range(2)), *moments, draw.normal(n, dtype=torch.bfloat16)
+
+    def short(draw: Draw) -> tuple[Tensor, Tensor]:
+        return draw.normal(n, dtype=torch.bfloat16), draw.normal(n)
 
     def bfloat16(draw: Draw) -> tuple[Any, ...]:
-        return *floats(draw, torch.bfloat16), draw.normal(n), draw.normal(n).abs()
+        return *short(draw), draw.normal(n), draw.normal(n).abs()
 
     def eight(draw: Draw) -> tuple[Any, ...]:
         codes = [draw.normal(n).mul(40).clamp(-127, 127).abs().to(torch.uint8) for _ in range(2)]
         shared = [draw.normal(n // BLOCK, dtype=torch.float32).abs() for _ in range(2)]
-        return *floats(draw, torch.bfloat16), Moment8(codes[0], shared[0]), Moment8(codes[1], shared[1])
+        return *short(draw), Moment8(codes[0], shared[0]), Moment8(codes[1], shared[1])
 
+    compiled = {"torch.compile": torch.compile(_definition)}
+    fused = {"torch fused": _fused, **compiled}
     return [
-        Case("adamw", f"{size} float32, bf16 copy", float32, _ours, {"torch fused": _fused}, bytes=30 * n, goal=GOAL),
-        Case("adamw", f"{size} bf16 stochastic", bfloat16, _ours, {"torch fused": _fused}, bytes=14 * n, goal=GOAL),
+        Case("adamw", f"{size} float32, bf16 copy", float32, _ours, fused, bytes=30 * n, goal=GOAL),
+        Case("adamw", f"{size} bf16 stochastic", bfloat16, _ours, fused, bytes=14 * n, goal=GOAL),
         Case(
-            "adamw", f"{size} bf16, 8-bit moments", eight, _ours, {"bitsandbytes": _bitsandbytes},
+            "adamw", f"{size} bf16, 8-bit moments", eight, _ours, {"bitsandbytes": _bitsandbytes, **compiled},
             bytes=int((10 + 4 * scales) * n), goal=GOAL,
         ),
     ]  # fmt: skip
@@ -49,6 +52,11 @@ def cases(tiny: bool) -> list[Case]:
 
 def _ours(param: Tensor, grad: Tensor, first: Any, second: Any, copy: Tensor | None = None) -> Tensor:
     adamw(param, grad, first, second, STEP, LR, BETAS, EPS, DECAY, copy=copy, seed=SEED)
+    return param
+
+
+def _definition(param: Tensor, grad: Tensor, first: Any, second: Any, copy: Tensor | None = None) -> Tensor:
+    reference.adamw(param, grad, first, second, STEP, LR, BETAS, EPS, DECAY, copy=copy, seed=SEED)
     return param
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.kernels.case import Case, Draw, on_cuda
-from phi4rv import cuda
+from phi4rv import cuda, flash_attn
 from triton_kernels.decode_attention import decode_attention, paged_decode_attention
 
 H, G, D = 40, 10, 128
@@ -61,8 +62,7 @@ def _contiguous(B: int, N: int, M: int, fp8: bool) -> Case:
             "torch flash": _flash,
             "cudnn": _cudnn,
             "flex": torch.compile(_flex, dynamic=False),
-            "flash-attn 2": _flash_attn_2,
-            "flash-attn 3": _flash_attn_3,
+            **{f"flash-attn {n}": functools.partial(_flash_attn, n) for n in (4, 3, 2)},
         }
     return Case("decode_attention", _shape(B, N, M, fp8), inputs, decode_attention, peers, *_work(B, N, M, fp8))
 
@@ -76,9 +76,10 @@ def _paged(B: int, N: int, size: int, fp8: bool) -> Case:
         table = draw.ints(torch.randperm(B * count).view(B, count))
         return draw.normal(B, 1, H, D), k, v, table, draw.ints([N] * B), *_scales(draw, fp8)
 
-    peers: Peers = {} if fp8 else {"flash-attn 3": _paged_flash_attn_3}
-    if size % 256 == 0:  # the pages that version 2 takes
-        peers["flash-attn 2"] = _paged_flash_attn_2
+    # Version 2 takes pages of 256 alone; no version takes fp8 with queries in bf16.
+    versions = [] if fp8 else [4, 3, 2] if size % 256 == 0 else [4, 3]
+    peers: Peers = {f"flash-attn {n}": functools.partial(_paged_flash_attn, n) for n in versions}
+    peers["torch.compile"] = torch.compile(_paged_plain, dynamic=False)
     shape = f"{_shape(B, N, 1, fp8)} pages of {size}"
     return Case("decode_attention", shape, inputs, paged_decode_attention, peers, *_work(B, N, 1, fp8))
 
@@ -151,27 +152,31 @@ def _plain(
     return (weights @ v).view(q.shape).transpose(1, 2)
 
 
-def _flash_attn_2(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
-    from flash_attn import flash_attn_with_kvcache
+def _paged_plain(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, *scales: Tensor
+) -> Tensor:  # fmt: skip
+    """``_plain`` on the rows gathered from their pages."""
+    k, v = (x[table.long()].flatten(0, 2) for x in (k, v))
+    return _plain(q, k, v, table, lengths, *scales)
 
+
+def _flash_attn(version: int, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    """Version 4 has no function for caches: the usual one, causal from the lower right."""
+    package = flash_attn.module(version)
     k, v = (x.view(len(q), -1, *x.shape[1:]) for x in (k, v))
-    return flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, causal=True)
+    if version == 4:
+        return package.flash_attn_func(q, k, v, causal=True)[0]
+    return package.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, causal=True)
 
 
-def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
-    from flash_attn_interface import flash_attn_with_kvcache
-
-    k, v = (x.view(len(q), -1, *x.shape[1:]) for x in (k, v))
-    return flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, causal=True)
-
-
-def _paged_flash_attn_2(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
-    from flash_attn import flash_attn_with_kvcache
-
-    return flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, block_table=table, causal=True)
-
-
-def _paged_flash_attn_3(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
-    from flash_attn_interface import flash_attn_with_kvcache
-
-    return flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, page_table=table, causal=True)
+def _paged_flash_attn(version: int, q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+    package = flash_attn.module(version)
+    if version == 4:
+        ends = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.shape[1]
+        out = package.flash_attn_varlen_func(
+            q.flatten(0, 1), k, v, cu_seqlens_q=ends, max_seqlen_q=q.shape[1], seqused_k=lengths, page_table=table,
+            causal=True,
+        )  # fmt: skip
+        return out[0].view(q.shape)
+    pages = {"block_table" if version == 2 else "page_table": table}
+    return package.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, **pages, causal=True)

@@ -63,12 +63,15 @@ def _case(name: str, form: str, rows: int, tiny: bool) -> Case:
         x, n, r = draw.normal(rows, K), draw.normal(K), draw.normal(rows, columns)
         return x, packed, n if norm else None, r if residual else None, w
 
+    def dense(x: Tensor, _: Any, n: Tensor | None, r: Tensor | None, w: _Weight) -> Tensor:
+        return reference.decode_gemv(x, w.as_dense(), n, EPS, r, swiglu)
+
     case = Case(
         "decode_gemv",
         f"{form} {rows} row{'s' * (rows > 1)}, {name} {K} to {N}",
         inputs,
         lambda x, _, n, r, w: decode_gemv(x, w.given, n, EPS, r, swiglu),
-        {"torch bf16": lambda x, _, n, r, w: reference.decode_gemv(x, w.as_dense(), n, EPS, r, swiglu)},
+        {"torch bf16": dense} | ({"torch.compile": torch.compile(dense)} if rows == 1 else {}),
         bytes=weight + 2 * rows * (K + columns * (1 + residual)) + 2 * K * norm,
         flops=2 * rows * N * K,
     )

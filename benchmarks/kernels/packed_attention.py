@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Draw, on_cuda
-from phi4rv import cuda, flash_attn
+from phi4rv import cuda, flash_attn, reference
 from triton_kernels.packed_attention import packed_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
@@ -59,6 +59,7 @@ def _both(
         return packed_attention(q, k, v, cu_seqlens, max_seqlen, causal)
 
     peers: dict[str, Attention] = {
+        "torch": functools.partial(_each, lengths=lengths, causal=causal),
         "torch flash": functools.partial(_torch_flash, causal=causal),
         "cudnn": functools.partial(_cudnn, lengths=lengths, causal=causal),
         "flex": _flex(lengths, causal),
@@ -88,6 +89,14 @@ def _both(
     if not goals:
         return [first, second]
     return [first, on_cuda(first, csrc, goal), second, on_cuda(second, csrc, second_goal)]
+
+
+def _each(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, lengths: list[int], causal: bool
+) -> Tensor:
+    """The definition, but that it is told the lengths: scaled_dot_product_attention of each document."""
+    documents = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([reference.attend(*document, causal) for document in documents])
 
 
 def _torch_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
@@ -150,6 +159,7 @@ def _flex(lengths: list[int], causal: bool) -> Attention:
 def _flash_attn(
     version: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
 ) -> Tensor:
+    flash_attn.module(version)  # says why it cannot be imported
     return flash_attn.packed_attention(
         q, k, v, cu_seqlens, max_seqlen, causal, version=version, deterministic=False
     )  # fmt: skip

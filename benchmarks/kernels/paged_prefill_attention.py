@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from benchmarks.kernels.case import Case, Draw
-from phi4rv import reference
+from phi4rv import flash_attn, reference
 from triton_kernels.packed_attention import packed_attention
 from triton_kernels.paged_prefill_attention import paged_prefill_attention
 
@@ -73,7 +73,8 @@ def _case(name: str, runs: list[tuple[int, int]], heads: tuple[int, int, int], s
 
     peers: Peers = {"torch": reference.paged_prefill_attention}
     if not fp8:
-        peers |= {"torch flash, gathered": gathered(_varlen), "flash-attn 3": _flash_attn_3, "torch flash": _flash}
+        peers |= {"torch flash, gathered": gathered(_varlen), "torch flash": _flash}
+        peers |= {"flash-attn 4": _flash_attn_4, "flash-attn 3": _flash_attn_3}
         if size % 256 == 0:  # the pages that version 2 takes
             peers["flash-attn 2"] = _flash_attn_2
         if new == lengths:
@@ -110,20 +111,26 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, table: Tensor, held: Tensor, offsets
 def _flash_attn_2(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, held: Tensor, offsets: Tensor, longest: int
 ) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
     keys, most = F.pad(held.cumsum(0, dtype=torch.int32), (1, 0)), table.shape[1] * k.shape[1]
-    return flash_attn_varlen_func(q, k, v, offsets, keys, longest, most, causal=True, block_table=table)
+    function = flash_attn.module(2).flash_attn_varlen_func
+    return function(q, k, v, offsets, keys, longest, most, causal=True, block_table=table)
 
 
 def _flash_attn_3(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, held: Tensor, offsets: Tensor, longest: int
 ) -> Tensor:
-    from flash_attn_interface import flash_attn_with_kvcache
-
-    return flash_attn_with_kvcache(
+    return flash_attn.module(3).flash_attn_with_kvcache(
         q, k, v, cache_seqlens=held, page_table=table, cu_seqlens_q=offsets, max_seqlen_q=longest, causal=True
     )
+
+
+def _flash_attn_4(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, held: Tensor, offsets: Tensor, longest: int
+) -> Tensor:
+    out = flash_attn.module(4).flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=offsets, max_seqlen_q=longest, seqused_k=held, page_table=table, causal=True
+    )
+    return out[0]
 
 
 def _tensor(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:

@@ -66,6 +66,7 @@ def _cases(P: int, tiny: bool) -> list[Case]:
             "cublas fp8 products": _scaled_products,
             "cublas bf16 products": _unquantised_products,
             "torch": _without_weights(reference.quantized_projector),
+            "torch.compile": torch.compile(_without_weights(reference.quantized_projector)),
         },
         (C * Cv + C * C) + 12 * C + P * (Cv * 2 + row),
         products,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Draw
+from phi4rv import reference
 from phi4rv.quantized import FORMATS, GROUP, QuantizedWeight
 from triton_kernels.quantized_linear import quantized_linear
 
@@ -41,7 +42,7 @@ def _case(format: str, rows: int, N: int, K: int) -> Case:
         f"{format} {rows}x{K} to {N}",
         inputs,
         lambda x, q, _: quantized_linear(x, q),
-        _peers(format),
+        _peers(format, rows),
         bytes=weight + 2 * rows * (N + K),
         flops=2 * rows * N * K,
         goal=("copy", 0.75) if rows == 1 else None,
@@ -75,8 +76,11 @@ class _Lazy:
         return self.made[form]
 
 
-def _peers(format: str) -> dict[str, Callable[..., Any]]:
+def _peers(format: str, rows: int) -> dict[str, Callable[..., Any]]:
     peers: dict[str, Callable[..., Any]] = {"torch bf16": _bf16}
+    if rows == 1:  # more shapes would take long to compile
+        compiled = torch.compile(reference.quantized_linear)
+        peers["torch.compile"] = lambda x, q, _: compiled(x, q)
     if format == "int8":
         return peers | {"torch int8": _int8pack}
     if format == "int4_zero":

@@ -9,11 +9,16 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.rows import Row
+
 Record = dict[str, Any]
 
 WIDTH, SHAPE = 138, 50
 STATUS = {"failed": "failed", "wrong": "wrong", "not measured": "not run"}
-CPU = "On a CPU, interpreted or emulated at tiny shapes: what counts is that everything runs; the times say nothing."
+CPU = (
+    "On a CPU, interpreted or emulated at tiny shapes: what counts is that everything runs; the times say nothing,\n"
+    "and torch.compile compiles nothing."
+)
 LEGEND = (
     "ms: median of interleaved rounds over inputs larger than the L2; ±%: half of the rounds lie within this width",
     "MiB: most memory above the inputs, a backward pass with its forward; ceiling: share of the copy bandwidth or the",
@@ -21,9 +26,42 @@ LEGEND = (
 )
 
 
+def rows(result: dict[str, Any]) -> list[Row]:
+    """Each case beside the peer that its goal names, else the fastest. ``first``: of every operation, direction and
+    kind of kernel the first case with a goal.
+    """
+    seen: set[tuple[Any, ...]] = set()
+    found = []
+    for r in by_operation(result):
+        kind = r["operation"], r["backward"], r["shape"].endswith(", CUDA")
+        named = r["goal"][0] if r["goal"] else None
+        peer = named if "ms" in r["peers"].get(named, {}) else r["best_peer"]
+        found.append(
+            Row(
+                "kernels", f"{r['operation']}: {r['shape']}" if r["shape"] else r["operation"], r["ms"], "ms",
+                peer=peer, theirs=r["peers"][peer]["ms"] if peer else None, share=r["share"], ceiling=r["ceiling"],
+                goal=_goal(r["goal"]), verdict=r["verdict"], noise=r.get("spread"),
+                reason=None if r["status"] == "ok" else f"{r['status']}: {r['reason']}",
+                tiny=result["device"] == "cpu", first=bool(r["goal"]) and kind not in seen,
+            )
+        )  # fmt: skip
+        if r["goal"]:
+            seen.add(kind)
+    return found
+
+
+def _goal(goal: Any) -> str | None:
+    if goal is None:
+        return None
+    against, number = goal
+    if against in ("copy", "product"):
+        return f"{number:.0%} of {against}"
+    return f"{number:g}x" if against == "peer" else f"{number:g}x {against}"
+
+
 def table(result: dict[str, Any]) -> str:
     """Under each operation its rows with their peers, the fastest first; then what failed and what columns mean."""
-    rows = result["rows"]
+    rows = by_operation(result)
     width = min(max([len(row["shape"]) for row in rows] + [10]), SHAPE)
     lines = [CPU] if result["device"] == "cpu" else []
     if rates := result["ceilings"]:
@@ -40,6 +78,12 @@ def table(result: dict[str, Any]) -> str:
             lines.append(operation)
         lines += _lines(row, width)
     return "\n".join([*(line.rstrip() for line in lines), *_failures(rows), *LEGEND, counts(rows)])
+
+
+def by_operation(result: dict[str, Any]) -> list[Record]:
+    """The rows, those of an operation together: they are measured by importance."""
+    order = list(dict.fromkeys(row["operation"] for row in result["rows"]))
+    return sorted(result["rows"], key=lambda row: order.index(row["operation"]))
 
 
 def _lines(row: Record, width: int) -> list[str]:
@@ -106,7 +150,7 @@ GOAL = "#111111"
 
 def chart(result: dict[str, Any], title: str, file: Path) -> None:
     """A PNG: one bar a row, the share of the ceiling that binds, with the goal as a black line across it."""
-    rows = result["rows"]
+    rows = by_operation(result)
     image = Image.new("RGB", (LABEL + BAR + NOTE, TOP + ROW * len(rows) + BOTTOM), PAPER)
     draw = ImageDraw.Draw(image)
     text, small = ImageFont.load_default(14), ImageFont.load_default(12)

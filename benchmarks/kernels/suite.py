@@ -143,6 +143,7 @@ def _work(
     if device == "cuda":
         _configure_compile()
     plan = [entry for name in names for entry in _cases(package, name)]
+    plan.sort(key=lambda entry: _head(entry)["goal"] is None)  # goals first, should the time not suffice for all
     sender.send(("rows", [_head(entry) for entry in plan]))
     if not ceilings:
         ceilings = timing.ceilings(device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,8 +129,15 @@ def interleaved(prepared: dict[str, Prepared], clock: Clock, seconds: float) -> 
 
 
 def _summary(values: list[float], method: str) -> Timing:
+    return Timing(statistics.median(values), spread(values) or 0.0, len(values), method)
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """The width of the middle half over the median; None of less than two values."""
+    if len(values) < 2:
+        return None
     low, middle, high = statistics.quantiles(values, n=4)
-    return Timing(middle, (high - low) / middle if middle else 0.0, len(values), method)
+    return (high - low) / middle if middle else 0.0
 
 
 def clock_of(device: str) -> Clock:

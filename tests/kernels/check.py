@@ -58,6 +58,35 @@ def parity(
         close(ours[name], plain[name], true, name, slack)
 
 
+def replayed(function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+    """Results and gradients, captured on a side stream and replayed twice on other values of the first input: the bits
+    of an ordinary call. Only on a GPU.
+    """
+    wanted = [x for x in inputs if x.requires_grad]
+    cotangents: list[Tensor] = []
+
+    def run() -> list[Tensor]:
+        outputs = function(*inputs)
+        outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+        roots = [out for out in outputs if out.requires_grad]
+        cotangents.extend(torch.randn_like(root) for root in roots[len(cotangents) :])  # drawn before the capture
+        return [*outputs, *(torch.autograd.grad(roots, wanted, cotangents) if roots else ())]
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = run()
+        with torch.no_grad():
+            inputs[0].copy_(torch.randn_like(inputs[0]))
+        for _ in range(2):
+            graph.replay()
+    torch.cuda.synchronize()
+    for ours, again in zip(captured, run(), strict=True):
+        assert torch.equal(ours, again)
+
+
 def close(ours: Tensor, plain: Tensor, exact: Tensor, name: str = "output", slack: float = 1.0) -> None:
     """The criterion of ``parity`` for one tensor."""
     if not exact.numel():

@@ -276,6 +276,17 @@ def test_graph_and_stream(moment: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+def test_real_shape() -> None:
+    """A weight of the decoder, with every kind of state."""
+    shape = (5120, 5120)
+    for place in (PLACES[2].values[0], PLACES[3].values[0]):
+        test_float32(place, shape)
+    for param in (torch.float32, torch.bfloat16):
+        for moment in (torch.bfloat16, torch.uint8):
+            test_short_state(PLACES[2].values[0], param, moment, shape[0] * shape[1])
+
+
+@pytest.mark.gpu
 def test_over_two_to_the_31_elements() -> None:
     n = (1 << 31) + 300
     p, g = torch.ones(n, dtype=torch.bfloat16, device="cuda"), torch.ones(n, dtype=torch.bfloat16, device="cuda")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from phi4rv import reference
-from tests.kernels.check import PLACE, PLACES, Place, draw, parity
+from tests.kernels.check import PLACE, PLACES, Place, draw, parity, replayed
 from triton_kernels import fp8_linear as kernels
 from triton_kernels.fp8_linear import fp8_linear, quantize_rows
 
@@ -110,3 +110,27 @@ def test_linear_errors() -> None:
     ):
         with pytest.raises(ValueError, match="^fp8_linear: " + message):
             fp8_linear(*given)
+
+
+@pytest.mark.parametrize("place", LINEAR_PLACES)
+def test_compiled(place: Place) -> None:
+    """Without a graph break, to the same bits."""
+    x, w = draw(place, 16, 32), draw(place, 48, 32)
+    compiled = torch.compile(fp8_linear, backend="aot_eager", fullgraph=True, dynamic=False)
+    cotangent = torch.randn(16, 48, device=place[0]).to(place[1])
+    found = [[out, *torch.autograd.grad(out, (x, w), cotangent)] for out in (compiled(x, w), fp8_linear(x, w))]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("T", "N", "K"), [(8192, 7680, 5120), (1000, 5120, 17920)])
+def test_real_shape(T: int, N: int, K: int) -> None:
+    place = ("cuda", torch.bfloat16)
+    parity(fp8_linear, reference.fp8_linear, (draw(place, T, K), draw(place, N, K, scale=K**-0.5)), slack=4)
+
+
+@pytest.mark.gpu
+def test_graph_on_a_side_stream() -> None:
+    """Captured once and replayed on new values; the same bits every time."""
+    place = ("cuda", torch.bfloat16)
+    replayed(fp8_linear, [draw(place, 512, 5120), draw(place, 7680, 5120, scale=5120**-0.5)])

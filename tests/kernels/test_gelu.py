@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from phi4rv import reference
-from tests.kernels.check import PLACE, PLACES, Place, draw, parity
+from tests.kernels.check import PLACE, PLACES, Place, draw, parity, replayed
 from triton_kernels import gelu as kernels
 
 Gelu = Callable[[Tensor], Tensor]
@@ -121,20 +121,4 @@ def test_more_than_2_31_elements(ours: Gelu, definition: Gelu) -> None:
 @pytest.mark.parametrize(("ours", "definition"), KINDS)
 def test_graph_on_a_side_stream(ours: Gelu, definition: Gelu) -> None:
     """Captured once and replayed on new values; the same bits every time."""
-    x = draw(("cuda", torch.bfloat16), 300, 4304)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.autograd.grad(ours(x).sum(), x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            y = ours(x)
-            (gradient,) = torch.autograd.grad(y.sum(), x)
-        with torch.no_grad():
-            x.copy_(torch.randn(x.shape))
-        graph.replay()
-        graph.replay()
-    torch.cuda.synchronize()
-    again = ours(x)
-    assert torch.equal(y, again)
-    assert torch.equal(gradient, torch.autograd.grad(again.sum(), x)[0])
+    replayed(ours, [draw(("cuda", torch.bfloat16), 300, 4304)])

@@ -93,15 +93,46 @@ def test_golden_cases(case: parity.Case) -> None:
 @pytest.mark.parametrize("place", CUDA_PLACE)
 @pytest.mark.parametrize("case", CASES)
 def test_golden_cases_on_cuda_kernels(place: Place, case: parity.Case, csrc: None) -> None:
-    """As far from the published code's float32 results as the definitions in the same short dtype, or nearly."""
     cuda = "cuda"
     if place[0] == "cpu":  # Triton's interpreter has no bfloat16, and the projector's gradient is Triton's
         names = [name for name, kinds in IMPLEMENTATIONS.items() if "cuda" in kinds and not name.startswith("proj")]
         cuda = ",".join(["torch", *(f"{name}=cuda" for name in names)])
+    as_near_as_the_definitions(case, place, cuda)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_golden_cases_in_bfloat16(case: parity.Case) -> None:
+    as_near_as_the_definitions(case, ("cuda", torch.bfloat16), "triton")
+
+
+def as_near_as_the_definitions(case: parity.Case, place: Place, kernels: str) -> None:
+    """To the published code's float32 results: features, logits, loss and gradients, in the same short dtype."""
     plain, ours = (
-        parity.errors(*phi4rv.load(parity.CHECKPOINT, device=place[0], dtype=place[1], kernels=kernels), case)
-        for kernels in ("torch", cuda)
+        parity.errors(*phi4rv.load(parity.CHECKPOINT, device=place[0], dtype=place[1], kernels=kind), case)
+        for kind in ("torch", kernels)
     )
     assert ours.keys() == plain.keys()
     for name, error in ours.items():
         assert error <= 2 * plain[name] + torch.finfo(place[1]).eps, f"{name}: {error}, definitions {plain[name]}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+def test_a_step_repeats_and_compiles(kernels: str, request: pytest.FixtureRequest) -> None:
+    """Loss and all gradients: the same bits twice; with the layers compiled, the same within bfloat16's rounding."""
+    if kernels == "cuda":
+        request.getfixturevalue("csrc")
+    model, processor = phi4rv.load(parity.CHECKPOINT, device="cuda", dtype=torch.bfloat16, kernels=kernels)
+    samples = [parity.answered(processor.encode(case.prompt), case.record["answer_ids"]) for case in CASES]
+    batch = phi4rv.pack(samples).to("cuda")
+
+    def step() -> dict[str, torch.Tensor]:
+        loss = model.loss(batch)
+        return {"loss": loss.detach(), **{name: g.clone() for name, g in parity.gradients(model, loss).items()}}
+
+    once, twice = step(), step()
+    assert all(torch.equal(once[name], again) for name, again in twice.items())
+    model.compile_layers()
+    for name, compiled in step().items():
+        assert parity.relative(compiled.float(), once[name].float()) < 0.05, name

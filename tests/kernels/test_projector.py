@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phi4rv import cuda, reference
 from phi4rv.quantized import QuantizedWeight, dequantize, quantize
-from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACE, PLACES, Place, draw, parity
+from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACE, PLACES, Place, draw, parity, replayed
 from triton_kernels import projector as kernels
 from triton_kernels.projector import project_into, projector, scatter_rows
 
@@ -405,6 +405,15 @@ def test_quantized_real_sizes(run: On, P: int) -> None:
     """Sums of 5120 terms: too few bits of the tensor core's would show."""
     x, *weights = arguments(run.place, P, REAL)
     both_quantized(run, x.detach(), fp8(*weights))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("run", on(cuda, CUDA_PLACES[2:]), indirect=True)
+def test_quantized_graph(run: On) -> None:
+    """Captured once and replayed on new values; the same bits every time."""
+    x, *weights = arguments(run.place, 300, REAL)
+    w0, b0, w1, b1 = fp8(*weights)
+    replayed(lambda x: run.kernels.quantized_projector(x, w0, b0, w1, b1), [x.detach()])
 
 
 @cuda_places(CUDA_PLACES)

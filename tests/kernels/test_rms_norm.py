@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from phi4rv import reference
-from tests.kernels.check import PLACE, PLACES, Place, draw, parity
+from tests.kernels.check import PLACE, PLACES, Place, draw, parity, replayed
 from triton_kernels import rms_norm as kernels
 from triton_kernels.rms_norm import rms_norm
 
@@ -77,3 +77,20 @@ def test_wrong_arguments_are_named() -> None:
         rms_norm(x, torch.ones(4), EPS, torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"x is torch.float64"):
         rms_norm(x.double(), torch.ones(4), EPS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("T", [1, 8192, 16385])
+def test_real_shape(dtype: torch.dtype, residual: bool, T: int) -> None:
+    place = ("cuda", dtype)
+    both(draw(place, T, 5120), draw(place, 5120), draw(place, T, 5120) if residual else None)
+
+
+@pytest.mark.gpu
+def test_graph_on_a_side_stream() -> None:
+    """Captured once and replayed on new values; the same bits every time."""
+    place = ("cuda", torch.bfloat16)
+    inputs = [draw(place, 3600, 5120), draw(place, 5120), draw(place, 3600, 5120)]
+    replayed(lambda x, weight, residual: rms_norm(x, weight, EPS, residual), inputs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phi4rv import reference
-from tests.kernels.check import PLACE, PLACES, Place, draw, parity
+from tests.kernels.check import PLACE, PLACES, Place, draw, parity, replayed
 from triton_kernels import swiglu as kernels
 from triton_kernels.swiglu import swiglu
 
@@ -77,20 +77,4 @@ def test_real_shape(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 def test_graph_on_a_side_stream() -> None:
     """Captured once and replayed on new values; the same bits every time."""
-    x = draw(("cuda", torch.bfloat16), 300, 2 * 17920)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.autograd.grad(swiglu(x).sum(), x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            y = swiglu(x)
-            (gradient,) = torch.autograd.grad(y.sum(), x)
-        with torch.no_grad():
-            x.copy_(torch.randn(x.shape))
-        graph.replay()
-        graph.replay()
-    torch.cuda.synchronize()
-    again = swiglu(x)
-    assert torch.equal(y, again)
-    assert torch.equal(gradient, torch.autograd.grad(again.sum(), x)[0])
+    replayed(swiglu, [draw(("cuda", torch.bfloat16), 300, 2 * 17920)])
