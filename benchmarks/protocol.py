@@ -7,8 +7,9 @@ The report took 100 samples of each of four benchmarks (ChartQA, MathVista, MMMU
 batch one, greedily, with at most 4096 new tokens, and averaged accuracy, wall-clock time and number of tokens over the
 four. Here the questions are those of a JSON Lines file in the format of training records with a ``kind`` beside
 (``chart``, ``mathematics``, ``multi-discipline``, ``screen``, or any other name), or made up by the embedded generator;
-and every engine that is installed answers all of them in every mode. Time is from prompt and encoded picture to the
-whole answer. A right answer that is a box is met by a box whose centre lies in it, any other by the same text.
+and every engine that is installed (vLLM only where ``--engines`` names it) answers all of them in every mode. Time is
+from prompt and encoded picture to the whole answer. A right answer that is a box is met by a box whose centre lies in
+it, any other by the same text.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--engines",
         nargs="+",
-        default=[name for name in installed() if name != "vllm"],
+        default=[name for name in installed() if name != "vLLM"],
         choices=list(ENGINES),
         metavar="NAME",
-        help="default: what is here but for vllm, which runs the code that lies in the checkpoint's folder",
+        help="default: what is here but for vLLM, which runs the code that lies in the checkpoint's folder",
     )
     add("--weights", metavar="FORMATS", help="of the engine, as in int4,head=fp8; the checkpoint's unless given")
     add("--dtype", choices=DTYPES, help="the checkpoint's unless given")

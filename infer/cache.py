@@ -115,6 +115,11 @@ def cache_tokens(config: Config, dtype: torch.dtype, device: torch.device, limit
         tokens = min(room // PagedCache.token_bytes(config, dtype), limits.max_running * config.context)
         if device.type != "cuda":
             tokens = max(tokens, config.context)
+    if tokens < config.context and limits.cache_tokens is None:
+        raise UserError(
+            f"--cache-tokens: the GPU has room for {max(0, tokens)}, the model's window is {config.context}; "
+            "free memory, or give --cache-dtype fp8 or --weights int4"
+        )
     if tokens < config.context:
         raise UserError(f"--cache-tokens: {tokens} must be at least {config.context}, the model's window")
     return tokens

@@ -121,7 +121,7 @@ def fill_quantized(model: Phi4RV, path: str | Path, device: torch.device | str, 
     """As ``checkpoint.fill``, an outline's weights from the published layout, with the layers of ``formats`` (part ->
     format) quantised on ``device`` one by one as they are read, from the dtype in which they are stored.
 
-    Beside the quantised model there are the weights that ``reader.read`` holds, and float32 copies of ROWS rows.
+    Beside the quantised model there are the weights that ``tensor_reader.read`` holds, and float32 copies of ROWS rows.
     """
     expected = {published_name(n): (tuple(p.shape), FLOATS) for n, p in model.named_parameters()}
     tensors = tensors_of(Path(path), expected, device)

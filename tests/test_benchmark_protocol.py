@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,15 @@ def test_bad_input_is_one_line(
     assert run(*made(tmp_path), "--checkpoint", PUBLISHED, *options) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+def test_code_of_the_checkpoint_runs_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's peer trusts the folder's code: it must be named."""
+    monkeypatch.setattr(protocol, "installed", lambda: list(protocol.ENGINES))
+    parser = argparse.ArgumentParser()
+    protocol.add_options(parser)
+    assert parser.parse_args([]).engines == ["phi4rv", "transformers"]
+    assert parser.parse_args(["--engines", "vLLM"]).engines == ["vLLM"]
 
 
 def test_who_answers_must_be_said(capsys: pytest.CaptureFixture[str]) -> None:

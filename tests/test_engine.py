@@ -13,6 +13,7 @@ from PIL import Image
 from small import picture, small_model
 
 import phi4rv
+from infer.cache import GPU_SHARE, GPU_WORK, PagedCache, cache_tokens
 from infer.engine import Engine
 from infer.limits import Limits
 from infer.pictures import ImageCache
@@ -464,6 +465,16 @@ def test_times_are_in_order(small: Pair, prompts: list[Prompt]) -> None:
 def test_limits_that_cannot_be(small: Pair, limits: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         engine(small, **limits)
+
+
+@pytest.mark.parametrize("free", [1 << 30, 7 << 30])
+def test_a_gpu_without_room_for_one_window(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    published = (phi4rv.Config(), torch.bfloat16, torch.device("cuda"))
+    room = max(0, int((free - GPU_WORK) * GPU_SHARE)) // PagedCache.token_bytes(*published[:2])
+    with pytest.raises(UserError, match=f"--cache-tokens: the GPU has room for {room}, the model's window is 16384"):
+        cache_tokens(*published, Limits())
 
 
 @pytest.mark.parametrize(

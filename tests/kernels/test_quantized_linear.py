@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from phi4rv import reference
 from phi4rv.quantized import FORMATS, QuantizedWeight, dequantize, part, quantize
-from tests.kernels.check import PLACE, PLACES, Place, parity
+from tests.kernels.check import PLACE, PLACES, Place, parity, replayed
 from triton_kernels import quantized_linear as kernels
 from triton_kernels.quantized_linear import quantized_linear
 
@@ -222,18 +221,8 @@ def test_graph_and_stream(format: str, M: int) -> None:
     """Captured on a side stream, replayed: the bits of an ordinary call, which are the same every time."""
     place = ("cuda", torch.bfloat16)
     x, q = draw(place, M, 5120).detach(), weight(place, format, 1000, 5120)
-    run = partial(quantized_linear, x, q)
-    expected = run()
-    assert torch.equal(expected, run())
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = run()
-        graph.replay()
-    stream.synchronize()
-    assert torch.equal(captured, expected)
+    assert torch.equal(quantized_linear(x, q), quantized_linear(x, q))
+    replayed(lambda x: quantized_linear(x, q), [x])
 
 
 @pytest.mark.gpu
