@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -36,9 +36,9 @@ setup(
     description="Train and run Phi-4-reasoning-vision-15B on packed sequences",
     license="MIT",
     python_requires=">=3.11",
-    packages=["triton_kernels", "phi4rv", "train", "train.synthetic", "infer", "infer.server"],
+    packages=find_packages(include=["phi4rv*", "triton_kernels*", "train*", "infer*"]),
     package_data={
-        "train": ["*.jinja"],
+        "train.synthetic": ["*.jinja"],
         "infer.server": ["page.html"],
         "triton_kernels": ["tuned.json"],
         "phi4rv": [f"lib/{build.LIBRARY.name}"],

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import run
 from benchmarks.parts import Part, python
-from benchmarks.records import FOLDER
+from benchmarks.report.result_files import FOLDER
 
 # Seconds of the benchmarks that a GPU changes; what matters most they do first.
 SECONDS = {"kernels": 105, "train_step": 85, "inference": 100}
@@ -36,7 +36,7 @@ PARTS = [
 ]
 # Run where they are named: a GPU changes little of the first two, and the last is slow.
 APART = [
-    Part("golden", 60, lambda file, seconds: python("pytest", "-q", "tests/test_golden.py")),
+    Part("golden", 60, lambda file, seconds: python("pytest", "-q", "tests/phi4rv/test_golden.py")),
     *(replace(part, seconds=30) for part in run.PARTS if part.name == "images"),
     Part("sanitizer", 300, lambda file, seconds: python("tests.kernels.sanitize"), gpu=True),
 ]

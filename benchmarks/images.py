@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from benchmarks.kernels.timing import spread
-from benchmarks.records import write
-from benchmarks.rows import Row
-from phi4rv.images import PATCH, image_to_patches
+from benchmarks.report.result_files import write
+from benchmarks.report.rows import Row
+from phi4rv.processing.images import PATCH, image_to_patches
 
 SIZES = [(1280, 720), (1024, 680), (300, 200), (3840, 2160)]
 MIN_PATCHES, MAX_PATCHES = 256, 3600

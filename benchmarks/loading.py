@@ -4,7 +4,7 @@ A folder in the published layout with the 15 B model's tower, projector, vocabul
 written (zeros: the bytes' values cost nothing) and loaded again and again, so that it lies in the page cache:
 
 - **ours**: ``phi4rv.load``, from the call to the last weight on the device;
-- **int4**: ``infer.weights.load`` with the decoder's layers quantised as they are read, by the published bytes;
+- **int4**: ``weight_loader.load`` with the decoder's layers quantised as they are read, by the published bytes;
 - **safetensors**: ``load_file`` of every file to the device, what others do.
 
 ``share`` is a rate over that of copies from one pinned buffer to the device, the goal at least GOAL. The fixed time
@@ -25,15 +25,15 @@ import torch
 from safetensors.torch import load_file
 
 import phi4rv
-from benchmarks.records import write
-from benchmarks.rows import Row
-from infer import weights
-from phi4rv.checkpoint import empty_model
-from phi4rv.checkpoint import write as write_checkpoint
+from benchmarks.report.result_files import write
+from benchmarks.report.rows import Row
+from infer.quantization import weight_loader
+from phi4rv.checkpoint.huggingface import empty_model
+from phi4rv.checkpoint.huggingface import write as write_checkpoint
+from phi4rv.checkpoint.tensor_reader import PIECE
 from phi4rv.config import Config
-from phi4rv.tensor_reader import PIECE
 from train.synthetic import texts
-from train.tiny import tiny_model
+from train.synthetic.tiny_model import tiny_model
 
 LAYERS = 8  # 9 GB
 GOAL = 0.8
@@ -81,7 +81,7 @@ def run(config: Config, device: torch.device) -> list[dict[str, Any]]:
         copies = copy_rate(device)
         cases: dict[str, Callable[[], Any]] = {
             "ours": lambda: phi4rv.load(folder, device),
-            "int4": lambda: weights.load(folder, device, weights="int4"),
+            "int4": lambda: weight_loader.load(folder, device, weights="int4"),
             "safetensors": lambda: [load_file(file, device=str(device)) for file in folder.glob("*.safetensors")],
         }
         seconds = {case: fastest(load, device) for case, load in cases.items()}

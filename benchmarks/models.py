@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from phi4rv.batch import PackedBatch
-from phi4rv.checkpoint import PREFIXES, empty_model, published_name
+from phi4rv.checkpoint.huggingface import PREFIXES, empty_model, published_name
 from phi4rv.config import Config
-from phi4rv.model import Phi4RV
+from phi4rv.model.phi4rv import Phi4RV
 
 SPREAD = 0.02  # standard deviation of random weights, transformers' own
 

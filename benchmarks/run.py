@@ -19,17 +19,17 @@ from typing import Any
 import torch
 
 from benchmarks.parts import LOGS, Outcome, Part, python, run_parts, summary
-from benchmarks.records import environment, file_for, write
-from benchmarks.rows import Row, table
+from benchmarks.report.result_files import environment, file_for, write
+from benchmarks.report.rows import Row, table
 
 # Each module has rows(records), and a command line; the last two's no part calls.
 MODULES = {
     "images": "benchmarks.images",
-    "data": "benchmarks.data",
+    "data": "benchmarks.data.loading_and_packing",
     "saving": "benchmarks.saving",
     "kernels": "benchmarks.kernels.__main__",
     "train_step": "benchmarks.train_step",
-    "inference": "benchmarks.inference",
+    "inference": "benchmarks.inference.command",
     "loading": "benchmarks.loading",
     "server_load": "benchmarks.server_load",
 }

@@ -26,20 +26,20 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from benchmarks.kernels.timing import spread
-from benchmarks.records import write
-from benchmarks.rows import Row
+from benchmarks.report.result_files import write
+from benchmarks.report.rows import Row
 from phi4rv.batch import PackedBatch
-from phi4rv.model import Phi4RV
-from phi4rv.processor import Processor
+from phi4rv.model.phi4rv import Phi4RV
+from phi4rv.processing.processor import Processor
 from train import recipe
-from train.data import Corpus
-from train.loader import prefetch
-from train.optimizer import Optimizer
-from train.ranks import Ranks
-from train.saving import Saver, contents
-from train.stream import run_steps
+from train.checkpoints.checkpointer import Saver, contents
+from train.data.corpus import Corpus
+from train.data.loader import prefetch
+from train.data.stream import run_steps
+from train.distributed.ranks import Ranks
+from train.optimizers.adamw import Optimizer
 from train.synthetic import texts, write_dataset
-from train.tiny import tiny_model
+from train.synthetic.tiny_model import tiny_model
 from train.trainer import take_step, trainable
 
 SAVE_EVERY = 200  # steps, as README's example

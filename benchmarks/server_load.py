@@ -26,8 +26,8 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.records import write
-from benchmarks.rows import Row
+from benchmarks.report.result_files import write
+from benchmarks.report.rows import Row
 
 TINY = Path(__file__).parent.parent / "tests" / "data" / "tiny-checkpoint"
 QUESTIONS = 50

@@ -2,16 +2,16 @@
 
 5120 wide decoder with as many layers as fit, the whole tower (1152 wide), the whole vocabulary; ROWS packed rows of
 8192 random tokens, forward and backward, clipping, AdamW; nothing is recomputed. The documents have the lengths of
-``benchmarks/mixture.py``, once with its images, and once with text in the images' places. With few layers the tower
+``data/mixture.py``, once with its images, and once with text in the images' places. With few layers the tower
 and the optimizer take a larger share of the time than in the whole model.
 
 Beside each other, at the same number of layers and on the same rows: our kernels in CUDA and in Triton, Triton's with
 ``--linear fp8``, the plain PyTorch that defines them (``--kernels torch``), and transformers' classes with SDPA, with
-flash-attn, with Liger-Kernel and compiled (``benchmarks/step_sides.py`` says how). Each in a process of its own, which
+flash-attn, with Liger-Kernel and compiled (``training/sides.py`` says how). Each in a process of its own, which
 may fail or hang without harm.
 
-- tokens/s: of the whole step. MFU: useful operations (``train/cost.py``) a second over the product rate measured in
-  the same run (``benchmarks/kernels/timing.py``), not over the maker's figure.
+- tokens/s: of the whole step. MFU: useful operations (``train.data.flops``) a second over the product rate measured
+  in the same run (``kernels/timing.py``), not over the maker's figure.
 - goals: MFU of MFU_GOALS, and RATIO_GOAL times the tokens/s of the fastest of transformers; in fp8, FP8_GOAL times
   ours in bfloat16. Only sides count whose losses are those of the definitions.
 
@@ -34,16 +34,16 @@ import torch
 
 from benchmarks.kernels import timing
 from benchmarks.parts import apart
-from benchmarks.records import write
-from benchmarks.rows import Row
-from benchmarks.step_rows import CASES, TOKENS, counted, make_rows
-from benchmarks.step_sides import Ours, Theirs
-from phi4rv import cuda
+from benchmarks.report.result_files import write
+from benchmarks.report.rows import Row
+from benchmarks.training.rows import CASES, TOKENS, counted, make_rows
+from benchmarks.training.sides import Ours, Theirs
 from phi4rv.batch import PackedBatch
 from phi4rv.config import Config, VisionConfig
-from phi4rv.model import Phi4RV
-from phi4rv.ops import Operations
-from train.metrics import peak_memory, speed
+from phi4rv.model.phi4rv import Phi4RV
+from phi4rv.ops import cuda
+from phi4rv.ops.registry import Operations
+from train.figures.metrics import peak_memory, speed
 
 Record = dict[str, Any]
 
@@ -70,7 +70,7 @@ def count_bytes(config: Config, layers: int, tokens: int, patches: int) -> int:
 
     20 bytes of each parameter: weight and gradient in bfloat16, master, two moments and the gradient again in
     float32. Of each token and decoder layer what is kept for the backward pass, mostly 2 bytes, in norms 4: 40 C + 8 I;
-    of each patch and tower layer 20 c + 4 i (notation of ``train/cost.py``). 12 bytes of each logit, of every token.
+    of each patch and tower layer 20 c + 4 i (notation of ``train.data.flops``). 12 bytes of each logit, of every token.
     """
     v = config.vision
     with torch.device("meta"):

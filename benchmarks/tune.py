@@ -1,6 +1,6 @@
 """Finds the fastest configuration of every kernel on this GPU: ``python -m benchmarks.tune [--only NAME …]``.
 
-At each shape of ``benchmarks/kernels`` every candidate of every kernel that runs there is forced in turn, held to the
+At each shape of ``kernels/cases`` every candidate of every kernel that runs there is forced in turn, held to the
 results of the first candidate and timed. What is fastest over all shapes of a case goes to
 ``triton_kernels/tuned.json`` under the GPU's name; what is not measured now stays as it is.
 """
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Draw, differentiable
-from triton_kernels.tuning import TABLE, Config, Space
+from triton_kernels.common.tuning import TABLE, Config, Space
 
-FOLDER = Path(__file__).with_name("kernels")
+FOLDER = Path(__file__).parent / "kernels" / "cases"
 # A candidate must save this much: less is noise, and a table that changes with every run tells nothing.
 GAIN = 0.01
 # By how much of the largest value candidates may differ, who add in different orders: units in its last place, and
@@ -59,7 +59,7 @@ def milliseconds(make: Make) -> float:
 
 
 def operations() -> list[str]:
-    """The files of ``benchmarks/kernels`` that have cases."""
+    """The files of ``benchmarks/kernels/cases`` that have cases."""
     return sorted(file.stem for file in FOLDER.glob("*.py") if "\ndef cases(" in file.read_text())
 
 
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("benchmarks.tune: no GPU is here; timings of another device mean nothing", file=sys.stderr)
         return 2
     deadline = time.monotonic() + args.seconds
-    modules = [importlib.import_module(f"benchmarks.kernels.{name}") for name in args.only]
+    modules = [importlib.import_module(f"benchmarks.kernels.cases.{name}") for name in args.only]
     trials = tune([case for module in modules for case in module.cases(tiny=False)], "cuda", deadline=deadline)
     write(trials, torch.cuda.get_device_name())
     print("\n".join(report(trials)))

@@ -175,7 +175,7 @@ void check_matrix(const Tensor& t, const Tensor& like, int64_t rows, int64_t col
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name, " must start at a multiple of 16 bytes");
 }
 
-// By dtype and shape, as phi4rv/cuda.py gives it.
+// By dtype and shape, as phi4rv/ops/cuda.py gives it.
 phi4rv::Weight weight_of(const Tensor& w) {
   if (w.dim() == 3)
     return w.size(2) == phi4rv::group_bytes(phi4rv::Weight::int4) ? phi4rv::Weight::int4 : phi4rv::Weight::int4_zero;

@@ -71,11 +71,11 @@ __host__ __device__ constexpr int row_tiles(const AttentionBackward& b) { return
 
 cudaError_t attention_backward(const AttentionBackward& arguments, cudaStream_t stream);
 
-// How the weight of decode_gemv is kept: full is in x's type, the others as phi4rv/quantized.py has them.
+// How the weight of decode_gemv is kept: full is in x's type, the others as phi4rv/ops/low_precision.py has them.
 enum class Weight { full, int8, float8, int4, int4_zero };
 
 constexpr bool grouped(Weight w) { return w == Weight::int4 || w == Weight::int4_zero; }
-// Bytes of 8 rows' codes of one group of 128 columns, with their scales and zeros (phi4rv/cuda.py, repack).
+// Bytes of 8 rows' codes of one group of 128 columns, with their scales and zeros (phi4rv/ops/cuda.py, repack).
 constexpr int group_bytes(Weight w) { return w == Weight::int4_zero ? 544 : 528; }
 
 // y = f(norm(x) w^T) + residual for 1 to 8 rows. norm: RMSNorm with this weight, or null for none. f: silu(gate) up of the

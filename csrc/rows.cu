@@ -28,7 +28,7 @@ __device__ inline void unpack8(const uint4& v, float (&x)[8]) {
   }
 }
 
-// A block a row, read twice: the second time from L1. As phi4rv/quantized.py rounds, bit by bit.
+// A block a row, read twice: the second time from L1. As phi4rv/ops/low_precision.py rounds, bit by bit.
 template <typename T>
 __global__ void __launch_bounds__(THREADS) quantize(const QuantizeRows q) {
   auto& s = hopper::block_shared<Shared>();

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infer.engine import Engine
-from infer.limits import Limits
-from infer.request import Generation, Options
-from phi4rv.answers import Answer, Box, parse_answer
-from phi4rv.archives import ImageFiles
-from phi4rv.chat import IMAGE_MARK, THINK
-from phi4rv.model import Phi4RV
-from phi4rv.processor import Processor, Prompt
-from phi4rv.records import Record
+from infer.engine.config import Limits
+from infer.engine.engine import Engine
+from infer.requests.request import Generation, Options
+from phi4rv.model.phi4rv import Phi4RV
+from phi4rv.processing.answers import Answer, Box, parse_answer
+from phi4rv.processing.chat_template import IMAGE_MARK, THINK
+from phi4rv.processing.image_files import ImageFiles
+from phi4rv.processing.processor import Processor, Prompt
+from phi4rv.processing.records import Record
 
 OPTIONS = Options(max_new_tokens=64)
 TOGETHER = 50  # questions

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import phi4rv
-from infer.arguments import engine_options, limits_of, load_model, model_options
-from infer.draw import draw_answer
-from infer.engine import Engine
-from infer.request import Event, Generation, Options, Sampling
-from phi4rv.answers import THINK_END, find_boxes, find_points, pixel_box
-from phi4rv.chat import IMAGE_MARK, MODES, THINK
-from phi4rv.command import Parser, exit_status
+from infer.draw_boxes import draw_answer
+from infer.engine.engine import Engine
+from infer.engine_arguments import engine_options, limits_of, load_model, model_options
+from infer.requests.request import Event, Generation, Options, Sampling
+from phi4rv.command_line import Parser, exit_status
 from phi4rv.errors import UserError
-from phi4rv.images import open_image
+from phi4rv.processing.answers import THINK_END, find_boxes, find_points, pixel_box
+from phi4rv.processing.chat_template import IMAGE_MARK, MODES, THINK
+from phi4rv.processing.images import open_image
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

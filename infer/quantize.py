@@ -20,20 +20,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from infer.calibrate import Inputs, LayerError, calibrated, layer_error, logits_error, logits_of, observe
 from infer.heldout import OPTIONS, Question, generations, score
-from infer.request import Generation, Options
-from infer.weights import save
-from phi4rv.checkpoint import load, published_name
-from phi4rv.command import Parser, exit_status, usable_device
+from infer.quantization.calibration import Inputs, LayerError, calibrated, layer_error, logits_error, logits_of, observe
+from infer.quantization.weight_loader import save
+from infer.requests.request import Generation, Options
+from phi4rv.checkpoint.huggingface import load, published_name
+from phi4rv.command_line import Parser, exit_status, usable_device
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
-from phi4rv.model import Phi4RV
-from phi4rv.ops import KERNELS
-from phi4rv.processor import Processor, Prompt
-from phi4rv.quantized import QuantizedWeight
-from phi4rv.quantized_model import parse_formats, quantize_layers, quantize_rows, quantized_layers
-from phi4rv.records import read_records
+from phi4rv.model.phi4rv import Phi4RV
+from phi4rv.ops.low_precision import QuantizedWeight
+from phi4rv.ops.registry import KERNELS
+from phi4rv.processing.processor import Processor, Prompt
+from phi4rv.processing.records import read_records
+from phi4rv.quantization.quantized_linear import parse_formats, quantize_layers, quantize_rows, quantized_layers
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What pictures without questions are asked, one after another.

@@ -16,9 +16,9 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infer.arguments import engine_options, limits_of, load_model, model_options
-from infer.engine import Engine
-from phi4rv.command import Parser, exit_status
+from infer.engine.engine import Engine
+from infer.engine_arguments import engine_options, limits_of, load_model, model_options
+from phi4rv.command_line import Parser, exit_status
 from phi4rv.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ async def serve(app: App, listener: socket.socket, grace: float) -> None:
     """Serves until SIGTERM or SIGINT; then takes nothing new, and ends when what runs has, or after ``grace`` s."""
     from aiohttp import web
 
-    from infer.server.web import Server
+    from infer.server.connections import Server
 
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

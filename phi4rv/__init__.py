@@ -5,14 +5,14 @@ batch = processor([phi4rv.Prompt("<image>\\nWhere is Save?", images=[picture], m
 logits = model(batch)
 """
 
+from phi4rv.adapters.peft import merge_adapter
 from phi4rv.batch import PackedBatch, Sample, pack
-from phi4rv.chat import Message
-from phi4rv.checkpoint import load, save
+from phi4rv.checkpoint.huggingface import load, save
 from phi4rv.config import Config, VisionConfig
 from phi4rv.errors import UserError
-from phi4rv.lora import merge_adapter
-from phi4rv.model import Phi4RV
-from phi4rv.processor import Processor, Prompt
+from phi4rv.model.phi4rv import Phi4RV
+from phi4rv.processing.chat_template import Message
+from phi4rv.processing.processor import Processor, Prompt
 
 __all__ = [
     "Config",

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from phi4rv.reference import NO_LABEL
+from phi4rv.ops.reference import NO_LABEL
 
 if TYPE_CHECKING:
-    from phi4rv.decoder import Attend
+    from phi4rv.model.decoder import Attend
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ class PackedBatch:
 
     def placed(self, features: Tensor) -> Tensor:
         """Of the patches' features (P, C) those that have a place in the row. A blank image may stand behind them,
-        which a rank reads where others have images (``train/parallel.py``).
+        which a rank reads where others have images (``train/distributed/fsdp.py``).
         """
         placed = len(self.image_positions)
         return features if len(features) == placed else features[:placed]
 
     def spread(self, attend: Attend) -> Attend:
         """``attend``, which takes a whole row, for the tokens that are here: all of them, unless ranks share a row
-        (``train/context.py``).
+        (``train/distributed/context_parallel.py``).
         """
         return attend
 

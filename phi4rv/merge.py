@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from phi4rv.checkpoint import load, save
-from phi4rv.command import Parser, exit_status
+from phi4rv.adapters.peft import merge_adapter
+from phi4rv.checkpoint.huggingface import load, save
+from phi4rv.command_line import Parser, exit_status
 from phi4rv.errors import UserError
-from phi4rv.lora import merge_adapter
 
 
 def run(argv: Sequence[str] | None) -> None:

@@ -11,9 +11,8 @@ if not torch.cuda.is_available():  # before anything imports Triton, whose own f
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("PHI4RV_EMULATE", "1")  # csrc/'s kernels, thread by thread
 
-import parity
-
 import phi4rv
+from tests import parity
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,11 +9,11 @@ from collections import deque
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from infer.limits import Counters
-from infer.request import Event, Generation, Options
+from infer.engine.config import Counters
+from infer.requests.request import Event, Generation, Options
 from phi4rv.errors import WindowError
-from phi4rv.images import open_image
-from phi4rv.processor import Processor, Prompt
+from phi4rv.processing.images import open_image
+from phi4rv.processing.processor import Processor, Prompt
 
 
 @dataclass

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import phi4rv
-from phi4rv.checkpoint import published_name
+from phi4rv.checkpoint.huggingface import published_name
 
 CHECKPOINT = Path(__file__).parent / "data" / "tiny-checkpoint"
 EXPECTED = CHECKPOINT / "expected"

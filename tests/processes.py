@@ -17,7 +17,7 @@ from train import main as program
 from train.main import main
 
 START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["train.main", "torch.distributed.fsdp", "small"])
+START.set_forkserver_preload(["train.main", "torch.distributed.fsdp", "tests.small"])
 
 
 def run_main(argv: Sequence[str]) -> int:

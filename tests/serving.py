@@ -15,8 +15,8 @@ from typing import Any
 
 from aiohttp import web
 
+from infer.server.connections import Server
 from infer.server.routes import App
-from infer.server.web import Server
 
 
 @dataclass

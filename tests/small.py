@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 import phi4rv
-from infer.engine import Engine
-from infer.limits import Limits
-from infer.request import Generation, Options, Sampling
-from phi4rv.checkpoint import empty_model
+from infer.engine.config import Limits
+from infer.engine.engine import Engine
+from infer.requests.request import Generation, Options, Sampling
+from phi4rv.checkpoint.huggingface import empty_model
 from phi4rv.config import Config, VisionConfig
-from phi4rv.processor import Processor, Prompt
-from train.metrics import read_metrics
-from train.tiny import initialise
+from phi4rv.processing.processor import Processor, Prompt
+from train.figures.metrics import read_metrics
+from train.synthetic.tiny_model import initialise
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = Path(__file__).parent / "data" / "tiny-checkpoint"
@@ -51,7 +51,7 @@ def small_model(seed: int = 0, context: int = 1024) -> tuple[phi4rv.Phi4RV, Proc
     config = small_config(context)
     files = {p.name: p.read_bytes() for p in PUBLISHED.iterdir() if p.suffix == ".json"}
     files = {name: files[name] for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")}
-    files["chat_template.jinja"] = (ROOT / "train" / "tiny_chat_template.jinja").read_bytes()
+    files["chat_template.jinja"] = (ROOT / "train" / "synthetic" / "tiny_chat_template.jinja").read_bytes()
     model = empty_model(config, "cpu", torch.float32).to_empty(device="cpu")
     initialise(model, seed)
     return model, Processor(files, config)

@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import parity
 import pytest
 import torch
-from small import generate, small_checkpoint
 
 import phi4rv
-from phi4rv import cuda
+from phi4rv.ops import cuda
+from tests import parity
+from tests.small import generate, small_checkpoint
 from train import main
 from train.synthetic import write_dataset
 

@@ -8,21 +8,21 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from phi4rv.checkpoint import fill, outline
+from phi4rv.checkpoint.huggingface import fill, outline
 from phi4rv.errors import UserError
-from phi4rv.float8 import use_float8
-from phi4rv.model import Phi4RV
-from phi4rv.processor import Processor
-from phi4rv.quantized_model import fill_quantized
-from train.context import check_heads
-from train.layerwise import Layerwise
-from train.lora import adapt
-from train.optimizer import Optimizer, ShardedOptimizer
-from train.parallel import assign, parallelize
-from train.ranks import Ranks
+from phi4rv.model.phi4rv import Phi4RV
+from phi4rv.processing.processor import Processor
+from phi4rv.quantization.float8_linear import use_float8
+from phi4rv.quantization.quantized_linear import fill_quantized
+from train.distributed.context_parallel import check_heads
+from train.distributed.fsdp import assign, parallelize
+from train.distributed.ranks import Ranks
+from train.lora_targets import adapt
+from train.optimizers.adamw import Optimizer, ShardedOptimizer
+from train.optimizers.layerwise import Layerwise
 from train.recipe import Stage
 from train.synthetic import texts
-from train.tiny import tiny_model
+from train.synthetic.tiny_model import tiny_model
 from train.trainer import trainable
 
 

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi4rv.checkpoint import outline, write
-from phi4rv.command import Parser, exit_status
+from phi4rv.adapters.peft import adapters, write_adapter
+from phi4rv.checkpoint.atomic_folder import whole_folder
+from phi4rv.checkpoint.huggingface import outline, write
+from phi4rv.command_line import Parser, exit_status
 from phi4rv.config import DTYPES, read_json
 from phi4rv.errors import UserError
-from phi4rv.files import whole_folder
-from phi4rv.lora import adapters, write_adapter
-from train.lora import adapt
+from train.checkpoints.checkpointer import STATE, read, steps
+from train.lora_targets import adapt
 from train.recipe import Stage
-from train.saving import STATE, read, steps
 
 
 def export(step: Path, path: Path, dtype: torch.dtype | None = None) -> None:

@@ -17,32 +17,32 @@ import torch
 import torch.distributed as dist
 
 from infer.heldout import Question
-from phi4rv.checkpoint import load
-from phi4rv.command import exit_status, usable_device
+from phi4rv.checkpoint.huggingface import load
+from phi4rv.command_line import exit_status, usable_device
 from phi4rv.config import DTYPES, read_json
 from phi4rv.errors import UserError
-from phi4rv.model import Phi4RV
-from phi4rv.processor import Processor
-from phi4rv.records import read_records
-from train import recipe, saving
+from phi4rv.model.phi4rv import Phi4RV
+from phi4rv.processing.processor import Processor
+from phi4rv.processing.records import read_records
+from train import recipe
+from train.anomalies import Streak, check_weights
 from train.build import build
-from train.context import join_context
-from train.data import Corpus
-from train.finish import finish
-from train.guard import Streak, check_weights
-from train.hardware import peak_tflops
-from train.layerwise import Layerwise
-from train.metrics import Progress
-from train.optimizer import Optimizer
+from train.checkpoints import checkpointer
+from train.data.corpus import Corpus
+from train.data.mixture import Source, sources
+from train.data.stream import Step, count_steps, run_steps
+from train.distributed.context_parallel import join_context
+from train.distributed.fsdp import device_mesh, local
+from train.distributed.ranks import Ranks, gatherer, join_ranks
+from train.distributed.watchdog import TERMINATED, Terminate, Terminated, watched
+from train.figures.final_report import finish
+from train.figures.metrics import METRICS, Progress
+from train.optimizers.adamw import Optimizer
+from train.optimizers.layerwise import Layerwise
 from train.options import arguments
-from train.parallel import device_mesh, local
-from train.plot import METRICS
-from train.ranks import Ranks, gatherer, join_ranks
-from train.sources import Source, sources
-from train.stream import Step, count_steps, run_steps
+from train.planning.hardware import peak_tflops
 from train.synthetic import write_dataset
 from train.trainer import train
-from train.watch import TERMINATED, Terminate, Terminated, watched
 
 CACHE = ".index"  # in the output folder: unpacked .gz files, and where each image of an archive lies
 
@@ -63,7 +63,7 @@ def output_folder(args: argparse.Namespace) -> Path:
         names = [Path("out") / f"stage-{args.stage}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000)))]
         taken = [name for name in names if name.exists()]
         output = taken[-1] if args.resume and taken else next(name for name in names if not name.exists())
-    if not args.resume and ((output / METRICS).exists() or saving.newest_step(output)):
+    if not args.resume and ((output / METRICS).exists() or checkpointer.newest_step(output)):
         raise UserError(f"--output: {output} holds a run already; go on with --resume, or name another folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def output_folder(args: argparse.Namespace) -> Path:
         (output / ".writable").unlink()
     except OSError as error:
         raise UserError(f"--output: {output} cannot be written ({error.strerror}); name another folder") from None
-    saving.remove_broken(output)
+    checkpointer.remove_broken(output)
     return output
 
 
@@ -123,8 +123,8 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
     output = Path(ranks.from_first(str(output_folder(args)) if ranks.first else None))
     say = print if ranks.first else (lambda *words: None)
     data, heldout = data_files(args, output, ranks)
-    step = ranks.from_first(saving.newest_step(output) if args.resume else None)
-    for broken in saving.broken_steps(output) if args.resume else []:
+    step = ranks.from_first(checkpointer.newest_step(output) if args.resume else None)
+    for broken in checkpointer.broken_steps(output) if args.resume else []:
         say(f"{broken}: not a whole save, left out")
     dtype = DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     told = {
@@ -139,16 +139,16 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
     torch.manual_seed(args.seed * 100_003 + ranks.rank)  # for what may be drawn later on; saves hold the state
     model, processor, optimizer = build(args, stage, device, dtype, step, mesh, ranks)
     if step:
-        saving.resume(step, model, optimizer, ranks, told)
+        checkpointer.resume(step, model, optimizer, ranks, told)
         if ranks.first:
-            saving.trim_metrics(output / METRICS, optimizer.steps)
+            checkpointer.trim_metrics(output / METRICS, optimizer.steps)
     elif args.resume and ranks.first:
         (output / METRICS).unlink(missing_ok=True)
         say(f"no step-N in {output} yet: starting at the beginning")
     check_weights(weights(model), str(step or args.checkpoint or "the model"))
     corpus = open_corpus(args, data, processor, stage, output / CACHE, ranks)
     questions = [Question.of(record) for record in read_records(heldout)] if heldout and ranks.first else []
-    before = read_json(step / saving.STATE) if step else {}
+    before = read_json(step / checkpointer.STATE) if step else {}
     position = before.get("position")
     if position and not ranks.first:
         position["unreadable"] = 0  # the save has the sum over the ranks
@@ -161,7 +161,7 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
         print(f"{len(corpus)} records, {total} steps, output in {output}")
 
     progress = Progress(output / METRICS, optimizer.steps, total) if ranks.first else None
-    saver, terminate = saving.Saver(output, ranks, args.keep), Terminate()
+    saver, terminate = checkpointer.Saver(output, ranks, args.keep), Terminate()
     streak = Streak(saver.newest, lambda: check_weights(weights(model), "the model in memory"))
     peak = args.peak_tflops or peak_tflops(device)
     taken: Step | None = None
@@ -194,11 +194,11 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
             raise Terminated
         terminate.close()
         corpus.unreadable = sum(corpus.gather(corpus.unreadable))
-        saving.save_result(output, model, processor, stage, dtype, ranks, told["checkpoint"])
+        checkpointer.save_result(output, model, processor, stage, dtype, ranks, told["checkpoint"])
         if progress:
             progress.bar.close()
             if mesh and questions:
-                model = load(output / saving.MODEL, device, dtype, args.kernels)[0]
+                model = load(output / checkpointer.MODEL, device, dtype, args.kernels)[0]
             finish(model, processor, output, questions, progress)
             say(f"data: {corpus.summary()}")
     finally:

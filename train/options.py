@@ -8,13 +8,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from phi4rv.command import Parser
+from phi4rv.command_line import Parser
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
-from phi4rv.ops import KERNELS
-from phi4rv.recompute import CHECKPOINTING
-from train import recipe, saving
-from train.parallel import SHARDS
+from phi4rv.model.activation_checkpointing import CHECKPOINTING
+from phi4rv.ops.registry import KERNELS
+from train import recipe
+from train.checkpoints import checkpointer
+from train.distributed.fsdp import SHARDS
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,7 +48,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="steps between saves; 0 saves only the model at the end",
     )
-    add("--keep", type=int, default=saving.KEEP_ALL, metavar="N", help="saves kept, the newest ones; 0: all")
+    add("--keep", type=int, default=checkpointer.KEEP_ALL, metavar="N", help="saves kept, the newest ones; 0: all")
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on from the newest step-N in the output folder")
     add("--skip-bad", action="store_true", help="count and skip bad records instead of stopping at the first")
@@ -65,12 +66,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", help="cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, help="of weights and activations: bfloat16 on a GPU, float32 on a CPU")
     add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
-    add("--peak-tflops", type=float, metavar="X", help="of a device, for MFU; default: train/hardware.py's, by name")
+    add(
+        "--peak-tflops",
+        type=float,
+        metavar="X",
+        help="of a device, for MFU; default: train/planning/hardware.py's, by name",
+    )
     add(
         "--checkpointing",
         choices=CHECKPOINTING,
         default="none",
-        help="what is not kept is computed twice (phi4rv/recompute.py)",
+        help="what is not kept is computed twice (phi4rv/model/activation_checkpointing.py)",
     )
     add("--compile", action="store_true", help="the layers of tower and decoder by torch.compile")
     fields = parser.add_argument_group("the stage's hyperparameters (train/recipe.py), each to be overridden")

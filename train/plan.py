@@ -11,16 +11,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from phi4rv.command import Parser, exit_status
+from phi4rv.command_line import Parser, exit_status
 from phi4rv.config import Config
 from phi4rv.errors import UserError
-from phi4rv.recompute import CHECKPOINTING
-from train import duration, estimate, recipe
-from train.estimate import Data, Setting, Sizes
-from train.hardware import GPU, GPUS
-from train.metrics import finite, read_metrics
-from train.parallel import SHARDS
-from train.plan_table import GIGA, text
+from phi4rv.model.activation_checkpointing import CHECKPOINTING
+from train import recipe
+from train.distributed.fsdp import SHARDS
+from train.figures.metrics import finite, read_metrics
+from train.planning import duration, memory
+from train.planning.hardware import GPU, GPUS
+from train.planning.memory import Data, Setting, Sizes
+from train.planning.table import GIGA, text
 from train.recipe import Stage
 
 # The report's tables: samples and tokens of each stage. Its run: GPUs, their kind, days (the model card).
@@ -35,7 +36,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m train.plan", description="Memory, communication and time of a run, computed.")
     add = parser.add_argument
     add("--gpus", type=int, required=True, metavar="N")
-    add("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (train/hardware.py)")
+    add("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (train/planning/hardware.py)")
     add("--memory", type=float, metavar="GB", help="of a GPU; default: as its maker states it")
     add("--stage", type=int, default=2)
     add("--checkpoint", type=Path, metavar="DIR", help="whose config.json to plan for; default: the published model's")
@@ -82,7 +83,7 @@ def measured(path: Path) -> dict[str, float]:
     steps = [e for e in read_metrics(path) if finite(e.get("mfu")) and e["mfu"] > 0 and finite(e.get("operations"))]
     if not steps:
         raise UserError(
-            f"--measured: {path} has no step with an mfu; train on a GPU of train/hardware.py or with --peak-tflops"
+            f"--measured: {path} has no step with an mfu; train on a GPU of planning/hardware.py or with --peak-tflops"
         )
     steps = steps[-(-len(steps) // 10) if len(steps) > 1 else 0 :]
     total = {name: sum(e[name] for e in steps) for name in ("operations", "tokens", "patches", "labelled")}
@@ -109,7 +110,7 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
         return
     for optimizer, kind in product(recipe.OPTIMIZERS, kinds):
         yield replace(asked, optimizer=optimizer, checkpointing=kind)
-    for frozen, kind in product(estimate.FROZEN, kinds):
+    for frozen, kind in product(memory.FROZEN, kinds):
         yield replace(asked, lora_rank=LORA_RANK, frozen_weights=frozen, checkpointing=kind)
 
 
@@ -148,7 +149,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     looked_at: list[Setting] = []
     for setting in settings(args):
-        parts = estimate.memory(config, stage, sizes, data, setting)
+        parts = memory.memory(config, stage, sizes, data, setting)
         time = duration.time(config, stage, sizes, data, setting, gpu, shares["efficiency"])
         total = sum(parts.values())
         row = {

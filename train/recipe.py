@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from phi4rv.errors import UserError
-from phi4rv.quantized import FORMATS
+from phi4rv.ops.low_precision import FORMATS
 
 SCHEDULES = ("cosine", "constant")
 TOO_LONG = ("drop", "shorten")
@@ -43,7 +43,9 @@ class Stage:
     clipping: str = (
         "exact"  # of layerwise: exact takes every backward pass twice; delayed clips by the last step's norm
     )
-    linear: str = "dtype"  # products of the decoder's layers: as --dtype says, or in fp8 (phi4rv/float8.py)
+    linear: str = (
+        "dtype"  # products of the decoder's layers: as --dtype says, or in fp8 (phi4rv/quantization/float8_linear.py)
+    )
     lora_rank: int = 0  # 0: the weights themselves train; else adapters of this rank on lora_targets, and they alone
     lora_alpha: float = 32.0  # the adapter's product is multiplied by lora_alpha / lora_rank
     lora_targets: str = "qkv_proj,o_proj,gate_up_proj,down_proj"  # last names, or more, of published module paths

@@ -13,18 +13,18 @@ import torch.distributed as dist
 
 from phi4rv.batch import PackedBatch
 from phi4rv.errors import UserError
-from phi4rv.model import Phi4RV
-from train.context import ALONE, Context
-from train.data import Corpus
-from train.layerwise import Layerwise
-from train.loader import on_device, prefetch
-from train.metrics import Timed, peak_memory, speed
-from train.optimizer import Optimizer, learning_rate
-from train.parallel import passes, with_image
-from train.ranks import Ranks
-from train.reader import Planned
+from phi4rv.model.phi4rv import Phi4RV
+from train.data.corpus import Corpus
+from train.data.loader import on_device, prefetch
+from train.data.reader import Planned
+from train.data.stream import Step
+from train.distributed.context_parallel import ALONE, Context
+from train.distributed.fsdp import passes, with_image
+from train.distributed.ranks import Ranks
+from train.figures.metrics import Timed, peak_memory, speed
+from train.optimizers.adamw import Optimizer, learning_rate
+from train.optimizers.layerwise import Layerwise
 from train.recipe import PARTS, Stage
-from train.stream import Step
 
 
 def trainable(model: Phi4RV, stage: Stage) -> dict[str, torch.nn.Parameter]:

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phi4rv.quantized import BLOCK as SHARED_SCALE
-from phi4rv.quantized import Moment8, random_key
-from triton_kernels.launch import require, require_float
-from triton_kernels.tuning import Space
+from phi4rv.ops.low_precision import BLOCK as SHARED_SCALE
+from phi4rv.ops.low_precision import Moment8, random_key
+from triton_kernels.common.launch import require, require_float
+from triton_kernels.common.tuning import Space
 
 # By what fills 16 bytes: four float32 a thread, eight bfloat16 (of 8-bit moments eight too: a row of 256 is a warp's).
 STEP = Space(
@@ -46,7 +46,7 @@ SHORT = (torch.float16, torch.bfloat16)
 
 @triton.jit
 def _mix(x):
-    """phi4rv.quantized.mix, of uint32."""
+    """phi4rv.ops.low_precision.mix, of uint32."""
     x ^= x >> 16
     x *= 0x85EBCA6B
     x ^= x >> 13
@@ -89,7 +89,7 @@ def _draw(bits):
 
 @triton.jit
 def _encode_first(x, inverse, bits):
-    """phi4rv.quantized.Moment8.encode_, signed."""
+    """phi4rv.ops.low_precision.Moment8.encode_, signed."""
     value = tl.abs(x) * (inverse * 16129.0)
     low = _below(tl.sqrt(value))
     code = tl.where(_draw(bits & 0x7FFFFF) * (2 * low + 1) < value - low * low, low + 1, low)
@@ -99,7 +99,7 @@ def _encode_first(x, inverse, bits):
 
 @triton.jit
 def _encode_second(root, inverse, bits):
-    """phi4rv.quantized.Moment8.encode_, unsigned, of the moment's square root."""
+    """phi4rv.ops.low_precision.Moment8.encode_, unsigned, of the moment's square root."""
     root *= tl.sqrt(inverse) * 65025.0
     low = _below(tl.sqrt(root))
     square = low * low
@@ -304,7 +304,7 @@ def adamw(
     copy: Tensor | None = None,
     seed: int | None = None,
 ) -> None:
-    """One decoupled-weight-decay Adam step in place, computed in float32: see ``phi4rv.reference.adamw``.
+    """One decoupled-weight-decay Adam step in place, computed in float32: see ``phi4rv.ops.reference.adamw``.
 
     param float32 or bfloat16; grad float32, float16 or bfloat16; copy float16 or bfloat16, of a float32 param only;
     all contiguous and of one shape. Moments float32, bfloat16 or Moment8, each by itself. The random bits are the

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.cache import check_cache, check_integers, codes, halves, head_stride, power_below
-from triton_kernels.launch import multiprocessors, require
-from triton_kernels.tuning import Space, candidates
+from triton_kernels.common.cache import check_cache, check_integers, codes, halves, head_stride, power_below
+from triton_kernels.common.launch import multiprocessors, require
+from triton_kernels.common.tuning import Space, candidates
 
 # RESIDENT: blocks a multiprocessor that the keys are split for; the launch function's own, not the kernel's.
 _CONFIG = ("BLOCK_N", "num_warps", "num_stages", "RESIDENT")

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phi4rv.quantized import FP8_MAX, SMALLEST
-from triton_kernels.launch import require, require_float, rows
-from triton_kernels.tuning import Space
+from phi4rv.ops.low_precision import FP8_MAX, SMALLEST
+from triton_kernels.common.launch import require, require_float, rows
+from triton_kernels.common.tuning import Space
 
 ROW = Space(
     "fp8_linear.row",

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import require_float
-from triton_kernels.tuning import Space
+from triton_kernels.common.launch import require_float
+from triton_kernels.common.tuning import Space
 
 _CONFIGS = [
     {"BLOCK": 2048, "num_warps": 4},

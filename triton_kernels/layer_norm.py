@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import multiprocessors, require, require_float, rows
-from triton_kernels.tuning import Space
+from triton_kernels.common.launch import multiprocessors, require, require_float, rows
+from triton_kernels.common.tuning import Space
 
 # Rows of the vision tower take few registers: several at once keep more loads in flight. The forward pass synchronises
 # no warps where one holds the row.

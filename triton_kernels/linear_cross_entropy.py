@@ -20,9 +20,9 @@ import triton
 from torch import Tensor
 
 from triton_kernels import linear_cross_entropy_kernels as kernels
-from triton_kernels.launch import multiprocessors, require, require_float, rows
+from triton_kernels.common.launch import multiprocessors, require, require_float, rows
+from triton_kernels.common.tuning import Config, Space
 from triton_kernels.linear_cross_entropy_kernels import ALIGN, FORWARD, HIDDEN, LOGITS, WEIGHT
-from triton_kernels.tuning import Config, Space
 
 # Columns of a chunk when every row is labelled; where fewer are, chunks are as many times wider.
 CHUNK = 4096

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from triton_kernels.tuning import Config, Space
+from triton_kernels.common.tuning import Config, Space
 
 # Rows and columns of the buffer of logit gradients come in this many: every tile divides it.
 ALIGN = 256

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels import packed_attention_backward
-from triton_kernels.launch import require, require_float
-from triton_kernels.schedule import case, heads, load, schedule, softmax_step, store, tile, visible, widths
-from triton_kernels.tuning import Space
+from triton_kernels.common.launch import require, require_float
+from triton_kernels.common.schedule import case, heads, load, schedule, softmax_step, store, tile, visible, widths
+from triton_kernels.common.tuning import Space
 
 FORWARD = Space(
     "packed_attention.forward",

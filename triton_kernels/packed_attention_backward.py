@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.schedule import case, heads, load, schedule, store, tile, visible, widths
-from triton_kernels.tuning import Space
+from triton_kernels.common.schedule import case, heads, load, schedule, store, tile, visible, widths
+from triton_kernels.common.tuning import Space
 
 DQ = Space(
     "packed_attention.dq",

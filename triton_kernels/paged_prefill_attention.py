@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.cache import check_cache, check_integers, codes, halves, head_stride, power_below
-from triton_kernels.launch import require
-from triton_kernels.schedule import case, heads, load, schedule, softmax_step, store, tile, widths
-from triton_kernels.tuning import Space, candidates
+from triton_kernels.common.cache import check_cache, check_integers, codes, halves, head_stride, power_below
+from triton_kernels.common.launch import require
+from triton_kernels.common.schedule import case, heads, load, schedule, softmax_step, store, tile, widths
+from triton_kernels.common.tuning import Space, candidates
 
 _CONFIG = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.gemm import accumulate, tile_of
-from triton_kernels.launch import require, require_float, rows
-from triton_kernels.tuning import Config, Space
+from triton_kernels.common.gemm import accumulate, tile_of
+from triton_kernels.common.launch import require, require_float, rows
+from triton_kernels.common.tuning import Config, Space
 
 
 def _config(M: int, N: int, K: int, num_warps: int, num_stages: int) -> Config:

@@ -16,12 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phi4rv.quantized import QuantizedWeight, float8_rounded
+from phi4rv.ops.low_precision import QuantizedWeight, float8_rounded
+from phi4rv.ops.projector_gradient import (
+    project_into_backward,
+    projector_backward,
+    save_project_into,
+    save_projector,
+)
+from triton_kernels.common.gemm import gemm
+from triton_kernels.common.launch import require, require_float, rows
+from triton_kernels.common.tuning import Config, Space
 from triton_kernels.gelu import gelu_erf
-from triton_kernels.gemm import gemm
-from triton_kernels.launch import require, require_float, rows
 from triton_kernels.quantized_linear import quantized_linear
-from triton_kernels.tuning import Config, Space
 
 
 def _config(M: int, N: int, K: int, num_warps: int, num_stages: int, persistent: int, tma: int) -> Config:
@@ -137,6 +143,7 @@ def launch_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: 
 
 def launch_backward(dy: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, wanted: list[bool]) -> list[Tensor]:
     """Those gradients of x, w0, b0, w1, b1 that are wanted, in this order."""
+    require_float(x, "projector's gradient: x")
     of_x, of_w0, of_b0, of_w1, of_b1 = wanted
     dy, x = rows(dy), rows(x)
     h, slope = (x.new_empty((len(x), len(w0))) for _ in range(2))
@@ -199,37 +206,6 @@ def _(row: Tensor, index: Tensor) -> Tensor:
     return row.new_empty(row.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-
-
-def differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, w0, b0, w1 = ctx.saved_tensors
-    return _spread(dy, x, w0, b0, w1, ctx.needs_input_grad)
-
-
-def _spread(
-    dy: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, wanted: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of x, w0, b0, w1 and b1, None where not wanted."""
-    require_float(x, "projector's gradient: x")
-    grads = iter(backward(dy, x, w0, b0, w1, list(wanted)) if any(wanted) else [])
-    return tuple(next(grads) if of else None for of in wanted)
-
-
-def _save_into(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, x, w0, b0, w1, _, index = inputs
-    ctx.save_for_backward(x, w0, b0, w1, index)
-
-
-def differentiate_into(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    x, w0, b0, w1, index = ctx.saved_tensors
-    drow = clear(dout, index) if ctx.needs_input_grad[0] else None
-    # Gathered once: three products read it, two of them cuBLAS's, which cannot gather.
-    dy = dout.index_select(0, index).to(x.dtype)
-    return drow, *_spread(dy, x, w0, b0, w1, ctx.needs_input_grad[1:6]), None
-
-
 def _save_scatter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, values, index = inputs
     ctx.save_for_backward(index)
@@ -243,8 +219,8 @@ def _differentiate_scatter(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return drow, dvalues, None
 
 
-forward.register_autograd(differentiate, setup_context=_save)
-into.register_autograd(differentiate_into, setup_context=_save_into)
+forward.register_autograd(projector_backward, setup_context=save_projector)
+into.register_autograd(project_into_backward, setup_context=save_project_into)
 scatter.register_autograd(_differentiate_scatter, setup_context=_save_scatter)
 
 

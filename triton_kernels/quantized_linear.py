@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phi4rv.quantized import FORMATS, GROUP, QuantizedWeight, dequantize, part
-from triton_kernels.launch import multiprocessors, require, require_float, rows
+from phi4rv.ops.low_precision import FORMATS, GROUP, QuantizedWeight, dequantize, part
+from triton_kernels.common.launch import multiprocessors, require, require_float, rows
+from triton_kernels.common.tuning import Space
 from triton_kernels.rms_norm import rms_norm
 from triton_kernels.swiglu import swiglu as silu_times
-from triton_kernels.tuning import Space
 
 ROW = Space(
     "quantized_linear.row",

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import multiprocessors, require, require_float, rows
-from triton_kernels.tuning import Space
+from triton_kernels.common.launch import multiprocessors, require, require_float, rows
+from triton_kernels.common.tuning import Space
 
 FORWARD = Space("rms_norm.forward", {"row": [{"num_warps": 8}, {"num_warps": 4}, {"num_warps": 16}]})
 BACKWARD = Space("rms_norm.backward", {"row": [{"num_warps": 8}, {"num_warps": 16}]})

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import require, require_float, rows
-from triton_kernels.tuning import Space
+from triton_kernels.common.launch import require, require_float, rows
+from triton_kernels.common.tuning import Space
 
 FORWARD = Space(
     "swiglu.forward",

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.kernels import operations
 from benchmarks.kernels.report import chart, rows, table
 from benchmarks.kernels.suite import run
-from benchmarks.records import environment, write
+from benchmarks.report.result_files import environment, write
 
 __all__ = ["main", "rows", "run", "table"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.rows import Row
+from benchmarks.report.rows import Row
 
 Record = dict[str, Any]
 

@@ -23,9 +23,9 @@ import torch
 from benchmarks.kernels import operations, timing
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.measure import OURS, Broken, Record, broken, heading, measure, short, unmeasured
-from phi4rv import cuda
+from phi4rv.ops import cuda
 
-PACKAGE = "benchmarks.kernels"
+PACKAGE = "benchmarks.kernels.cases"
 TIMING = "timing"
 # Silence after which a process is taken to hang: compiling a peer, or ten slow calls.
 PATIENCE = 120.0

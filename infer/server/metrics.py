@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from infer.limits import Counters
+from infer.engine.config import Counters
 
 _TOTALS = {
     "prompt_tokens": "Tokens of prompts",

@@ -8,13 +8,13 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Any
 
-from infer.request import LARGEST_SEED, Options, Sampling
+from infer.requests.request import LARGEST_SEED, Options, Sampling
 from infer.server.errors import ApiError, of_user_error
-from infer.server.fields import Fields, check_depth, check_text
-from phi4rv.answers import THINK_END
-from phi4rv.chat import IMAGE_MARK, THINK, Message
+from infer.server.json_fields import Fields, check_depth, check_text
 from phi4rv.errors import UserError
-from phi4rv.processor import Processor
+from phi4rv.processing.answers import THINK_END
+from phi4rv.processing.chat_template import IMAGE_MARK, THINK, Message
+from phi4rv.processing.processor import Processor
 
 MOST_CHOICES = 8
 MOST_MESSAGES = 512

@@ -17,17 +17,17 @@ from typing import Any
 
 from aiohttp import web
 
-from infer.engine import Engine
-from infer.request import Event, Generation
-from infer.server.background import Background
+from infer.engine.engine import Engine
+from infer.requests.request import Event, Generation
+from infer.server.async_engine import Background
+from infer.server.connections import Bodies, EventStream, Seconds, error_response, json_response, read_form, read_json
 from infer.server.errors import ApiError, of_user_error
+from infer.server.media import Pictures, Uploads, check_picture
 from infer.server.metrics import Metrics
 from infer.server.protocol import Chat, ChatReader
-from infer.server.replies import Reply
-from infer.server.sources import Pictures, Uploads, check_picture
-from infer.server.web import Bodies, EventStream, Seconds, error_response, json_response, read_form, read_json
+from infer.server.responses import Reply
 from phi4rv.errors import UserError
-from phi4rv.processor import Prompt
+from phi4rv.processing.processor import Prompt
 
 PAGE = Path(__file__).with_name("page.html")
 Batches = AsyncGenerator[list[tuple[int, Event]], None]

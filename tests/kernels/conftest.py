@@ -8,7 +8,7 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from csrc import build
-from phi4rv import cuda
+from phi4rv.ops import cuda
 
 
 @pytest.fixture(autouse=True)

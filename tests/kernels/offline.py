@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from benchmarks.kernels.case import Case, Draw, differentiable
-from triton_kernels.tuning import Config, Space
+from triton_kernels.common.tuning import Config, Space
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Registers and shared memory of one multiprocessor, sm_80 and later.
@@ -140,12 +140,12 @@ def configurations(operation: str, cases: list[Case], defaults: bool) -> Iterato
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.offline", description=__doc__)
-    parser.add_argument("operation", help="a file of benchmarks/kernels")
+    parser.add_argument("operation", help="a file of benchmarks/kernels/cases")
     parser.add_argument("--capability", type=int, default=90, metavar="N")
     parser.add_argument("--defaults", action="store_true", help="only the first candidate of each kernel")
     args = parser.parse_args()
     triton.runtime.driver.set_active(Driver(args.capability))
-    module = importlib.import_module(f"benchmarks.kernels.{args.operation}")
+    module = importlib.import_module(f"benchmarks.kernels.cases.{args.operation}")
     seen: set[str] = set()
     cases = [case for case in module.cases(tiny=False) if not case.cuda]
     for case, space, config in configurations(args.operation, cases, args.defaults):

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.kernels import operations
 from benchmarks.kernels.case import Case, Draw, differentiable
 from benchmarks.parts import SKIPPED
-from phi4rv import cuda
+from phi4rv.ops import cuda
 
 ROOT = Path(__file__).parents[2]
 INSIDE = "--inside"
@@ -72,7 +72,7 @@ def inside(names: list[str]) -> int:
     for name in names:
         print(f"begin {name}", flush=True)
         try:
-            for case in importlib.import_module(f"benchmarks.kernels.{name}").cases(tiny=True):
+            for case in importlib.import_module(f"benchmarks.kernels.cases.{name}").cases(tiny=True):
                 exercise(case, device)
             print(f"ok {name}", flush=True)
         except Exception as error:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi4rv import reference
-from phi4rv.quantized import Moment8, mix, random_bits, round_stochastically
+from phi4rv.ops import reference
+from phi4rv.ops.low_precision import Moment8, mix, random_bits, round_stochastically
 from tests.kernels.check import PLACE, PLACES, Place, close
 from triton_kernels import adamw as kernels
 from triton_kernels.adamw import adamw

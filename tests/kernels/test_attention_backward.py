@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from csrc import build
-from phi4rv import cuda, reference
+from phi4rv.ops import cuda, reference
 from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, Place, close, parity
 
 EDGES = [1, 15, 16, 17, 63, 64, 65]

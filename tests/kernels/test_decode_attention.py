@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi4rv import cuda, reference
+from phi4rv.ops import cuda, reference
 from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACE, PLACES, Place, parity
-from triton_kernels import cache
 from triton_kernels import decode_attention as triton
-from triton_kernels.launch import multiprocessors
+from triton_kernels.common import cache
+from triton_kernels.common.launch import multiprocessors
 
 SLACK = 4.0  # a score's own rounding is an error of its weight, however few numbers come out
 FP8 = torch.float8_e4m3fn

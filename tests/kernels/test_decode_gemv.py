@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from csrc import build
-from phi4rv import cuda, reference
-from phi4rv.quantized import FORMATS, QuantizedWeight, dequantize, quantize
+from phi4rv.ops import cuda, reference
+from phi4rv.ops.low_precision import FORMATS, QuantizedWeight, dequantize, quantize
 from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACES, Place, draw, parity
 from triton_kernels import quantized_linear as triton_kernels
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi4rv import reference
+from phi4rv.ops import reference
 from tests.kernels.check import PLACE, PLACES, Place, draw, parity, replayed
 from triton_kernels import gelu as kernels
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from triton_kernels import launch, tuning
+from triton_kernels.common import launch, tuning
 
 CPU = torch.device("cpu")
 

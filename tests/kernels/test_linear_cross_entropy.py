@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi4rv import reference
+from phi4rv.ops import reference
 from tests.kernels.check import PLACE, PLACES, Place, close, draw, parity
 from triton_kernels import linear_cross_entropy as module
 from triton_kernels import linear_cross_entropy_kernels as kernels

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.kernels import operations
+
 ROOT = Path(__file__).parents[2]
-OPERATIONS = sorted(
-    p.stem for p in (ROOT / "benchmarks" / "kernels").glob("*.py") if (ROOT / "triton_kernels" / p.name).exists()
-)
-OPERATIONS.remove("__init__")
+OPERATIONS = [name for name in operations() if (ROOT / "triton_kernels" / f"{name}.py").exists()]
 SHARED = 227 * 1024  # what one block may have on sm_90
 # Products of fewer than 64 rows, which wgmma cannot do: they run as mma (HMMA).
 FEW_ROWS = {"decode_attention.part"}

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi4rv import cuda, flash_attn, reference
+from phi4rv.ops import cuda, flash_attn, reference
 from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACE, PLACES, Place, close, parity
 from triton_kernels import packed_attention as kernels
 from triton_kernels import packed_attention_backward as backward_kernels
+from triton_kernels.common.schedule import case, schedule
+from triton_kernels.common.tuning import Space
 from triton_kernels.packed_attention import packed_attention
-from triton_kernels.schedule import case, schedule
-from triton_kernels.tuning import Space
 
 SPACES = (kernels.FORWARD, backward_kernels.DQ, backward_kernels.DKDV)
 EDGES = [1, 15, 16, 17, 63, 64, 65]

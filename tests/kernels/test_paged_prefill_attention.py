@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi4rv import reference
+from phi4rv.ops import reference
 from tests.kernels.check import PLACE, PLACES, Place, parity
 from tests.kernels.test_decode_attention import SLACK, draw, paged
 from triton_kernels import paged_prefill_attention as kernels
+from triton_kernels.common.schedule import case, schedule
 from triton_kernels.paged_prefill_attention import paged_prefill_attention
-from triton_kernels.schedule import case, schedule
 
 Runs = list[tuple[int, int]]  # new tokens, rows of the cache with them
 FP8 = torch.float8_e4m3fn

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi4rv import reference
+from phi4rv.ops import reference
 from tests.kernels.check import PLACE, PLACES, Place, draw, parity
 from triton_kernels import patch_embed as kernels
 from triton_kernels.patch_embed import patch_embed

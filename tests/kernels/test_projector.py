@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi4rv import cuda, reference
-from phi4rv.quantized import QuantizedWeight, dequantize, quantize
+from phi4rv.ops import cuda, reference
+from phi4rv.ops.low_precision import QuantizedWeight, dequantize, quantize
 from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACE, PLACES, Place, draw, parity, replayed
 from triton_kernels import projector as kernels
 from triton_kernels.projector import project_into, projector, scatter_rows

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi4rv import reference
-from phi4rv.quantized import FORMATS, QuantizedWeight, dequantize, part, quantize
+from phi4rv.ops import reference
+from phi4rv.ops.low_precision import FORMATS, QuantizedWeight, dequantize, part, quantize
 from tests.kernels.check import PLACE, PLACES, Place, parity, replayed
 from triton_kernels import quantized_linear as kernels
 from triton_kernels.quantized_linear import quantized_linear

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi4rv import reference
+from phi4rv.ops import reference
 from tests.kernels.check import PLACE, PLACES, Place, draw, parity, replayed
 from triton_kernels import rms_norm as kernels
 from triton_kernels.rms_norm import rms_norm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phi4rv import reference
+from phi4rv.ops import reference
 from tests.kernels.check import PLACE, PLACES, Place, draw, parity, replayed
 from triton_kernels import swiglu as kernels
 from triton_kernels.swiglu import swiglu

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import tune
 from benchmarks.kernels.case import Case, Draw
 from benchmarks.tune import Trial
-from triton_kernels.tuning import Config, Space
+from triton_kernels.common.tuning import Config, Space
 
 CPU = torch.device("cpu")
 
@@ -158,7 +158,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_real_kernels_are_found() -> None:
     """At the tiny shapes every operation picks from spaces of its own, and all its candidates agree."""
-    from benchmarks.kernels import gelu
+    from benchmarks.kernels.cases import gelu
 
     trials = tune.tune(gelu.cases(tiny=True), "cpu", lambda make: 1.0)
     assert trials.keys() == {(f"gelu.{way}", kind) for way in ("forward", "backward") for kind in ("tanh", "erf")}

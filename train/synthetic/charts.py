@@ -7,7 +7,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from train.synthetic import draw
+from train.synthetic import drawing
 
 LABELS = (("Mon", "Tue", "Wed", "Thu", "Fri"), ("A", "B", "C", "D", "E"), ("Ann", "Bob", "Eva", "Jim", "Zoe"))
 TITLES = ("Sales", "Rain", "Visits", "Points")
@@ -28,7 +28,7 @@ class Bar:
 class Chart:
     """Bars of different colours and different whole values from 1 to `TOP`, left to right."""
 
-    style: draw.Style
+    style: drawing.Style
     title: str
     bars: tuple[Bar, ...]
 
@@ -42,7 +42,7 @@ class Chart:
         larger = max(this, that, key=lambda bar: bar.value).colour
         mark = rng.randint(3, 7)
         above = [bar.colour for bar in self.bars if bar.value > mark]
-        high = draw.listed(above) if above else "none"
+        high = drawing.listed(above) if above else "none"
         ask_value = rng.choice(("What is the value of the {} bar?", "How high is the {} bar?"))
         turns = [
             (
@@ -75,8 +75,8 @@ class Chart:
     def caption(self, detailed: bool) -> str:
         if detailed:
             parts = [f"{bar.label} {bar.value} in {bar.colour}" for bar in self.bars]
-            return f"A bar chart of {self.title}: {draw.listed(parts)}."
-        return f"A bar chart with {draw.listed([draw.article(f'{bar.colour} bar') for bar in self.bars])}."
+            return f"A bar chart of {self.title}: {drawing.listed(parts)}."
+        return f"A bar chart with {drawing.listed([drawing.article(f'{bar.colour} bar') for bar in self.bars])}."
 
     def draw(self) -> Image.Image:
         image = self.style.canvas()
@@ -84,22 +84,22 @@ class Chart:
         width, height = self.style.size
         base = height - MARGIN_BOTTOM
         unit = (base - MARGIN_TOP) / TOP
-        draw.write(pen, (width / 2, 7), self.title, 11, self.style.ink, "mm")
+        drawing.write(pen, (width / 2, 7), self.title, 11, self.style.ink, "mm")
         for value in range(0, TOP + 1, 2):
             y = round(base - value * unit)
-            pen.line((MARGIN_LEFT, y, width - draw.GAP, y), fill=self.style.line)
-            draw.write(pen, (MARGIN_LEFT - 3, y), str(value), 10, self.style.ink, "rm")
-        step = (width - MARGIN_LEFT - draw.GAP) / len(self.bars)
+            pen.line((MARGIN_LEFT, y, width - drawing.GAP, y), fill=self.style.line)
+            drawing.write(pen, (MARGIN_LEFT - 3, y), str(value), 10, self.style.ink, "rm")
+        step = (width - MARGIN_LEFT - drawing.GAP) / len(self.bars)
         for i, bar in enumerate(self.bars):
             middle = MARGIN_LEFT + (i + 0.5) * step
             left, right = round(middle - 0.34 * step), round(middle + 0.34 * step)
-            pen.rectangle((left, round(base - bar.value * unit), right, base), fill=draw.COLOURS[bar.colour])
-            draw.write(pen, (middle, base + 7), bar.label, 10, self.style.ink, "mm")
+            pen.rectangle((left, round(base - bar.value * unit), right, base), fill=drawing.COLOURS[bar.colour])
+            drawing.write(pen, (middle, base + 7), bar.label, 10, self.style.ink, "mm")
         return image
 
 
 def readings(bars: Sequence[Bar]) -> str:
-    return f"The bars reach {draw.listed([f'{bar.colour} {bar.value}' for bar in bars])}."
+    return f"The bars reach {drawing.listed([f'{bar.colour} {bar.value}' for bar in bars])}."
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Shape:
     glyph: str
     side: int
     colour: str
-    box: draw.Box
+    box: drawing.Box
 
     @property
     def name(self) -> str:
@@ -118,13 +118,13 @@ class Shape:
 class Scene:
     """Shapes in groups of one colour and glyph, at most `MOST` to a group."""
 
-    style: draw.Style
+    style: drawing.Style
     shapes: tuple[Shape, ...]
 
     def groups(self) -> dict[str, list[Shape]]:
         """Shapes by colour and glyph ("red star"), in reading order of their first."""
         found: dict[str, list[Shape]] = {}
-        for i in draw.reading_order([shape.box for shape in self.shapes], self.style.size):
+        for i in drawing.reading_order([shape.box for shape in self.shapes], self.style.size):
             found.setdefault(self.shapes[i].name, []).append(self.shapes[i])
         return found
 
@@ -138,10 +138,10 @@ class Scene:
         ]
         if len(named) > MOST:
             return None
-        order = draw.reading_order([shape.box for _, shape in named], self.style.size)
+        order = drawing.reading_order([shape.box for _, shape in named], self.style.size)
         size = self.style.size
-        places = [draw.place(*draw.centre(named[i][1].box, size)) for i in order]
-        thought = f"I see: {draw.listed(places)}. That makes {len(places)}." if places else "I see none."
+        places = [drawing.place(*drawing.centre(named[i][1].box, size)) for i in order]
+        thought = f"I see: {drawing.listed(places)}. That makes {len(places)}." if places else "I see none."
         return f"How many {plural(noun)} are there?", f"<think>{thought}</think>{len(places)}"
 
     def questions(self, rng: Random) -> list[tuple[str, str]]:
@@ -181,18 +181,20 @@ class Scene:
     def caption(self, detailed: bool) -> str:
         if not detailed:
             parts = [counted(len(shapes), name) for name, shapes in self.groups().items()]
-            return f"A scene with {draw.listed(parts)}."
+            return f"A scene with {drawing.listed(parts)}."
         size = self.style.size
         where = []
-        for i in draw.reading_order([shape.box for shape in self.shapes], size):
+        for i in drawing.reading_order([shape.box for shape in self.shapes], size):
             shape = self.shapes[i]
-            where.append(f"{draw.article(shape.name)} {draw.at_place(draw.place(*draw.centre(shape.box, size)))}")
-        return f"A {'dark' if self.style.dark else 'light'} scene with {draw.listed(where)}."
+            where.append(
+                f"{drawing.article(shape.name)} {drawing.at_place(drawing.place(*drawing.centre(shape.box, size)))}"
+            )
+        return f"A {'dark' if self.style.dark else 'light'} scene with {drawing.listed(where)}."
 
     def draw(self) -> Image.Image:
         image = self.style.canvas()
         for shape in self.shapes:
-            draw.stamp(image, shape.glyph, shape.side, shape.colour, shape.box[:2])
+            drawing.stamp(image, shape.glyph, shape.side, shape.colour, shape.box[:2])
         return image
 
 
@@ -204,28 +206,28 @@ def plural(noun: str) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    return draw.article(noun) if number == 1 else f"{NUMBERS[number]} {plural(noun)}"
+    return drawing.article(noun) if number == 1 else f"{NUMBERS[number]} {plural(noun)}"
 
 
 def random_chart(rng: Random, heldout: bool) -> Chart:
     number = rng.randint(3, 5)
-    colours = rng.sample(list(draw.COLOURS), number)
+    colours = rng.sample(list(drawing.COLOURS), number)
     labels = rng.choice(LABELS)[:number]
     values = rng.sample(range(1, TOP + 1), number)
     bars = tuple(Bar(*bar) for bar in zip(colours, labels, values, strict=True))
-    return Chart(draw.random_style(rng, heldout), rng.choice(TITLES), bars)
+    return Chart(drawing.random_style(rng, heldout), rng.choice(TITLES), bars)
 
 
 def random_scene(rng: Random, heldout: bool) -> Scene:
     """Two or three groups from a few colours and glyphs, so that both must be seen."""
-    style = draw.random_style(rng, heldout)
-    colours, glyphs = rng.sample(list(draw.COLOURS), 2), rng.sample(draw.GLYPHS, 2)
+    style = drawing.random_style(rng, heldout)
+    colours, glyphs = rng.sample(list(drawing.COLOURS), 2), rng.sample(drawing.GLYPHS, 2)
     kinds = rng.sample([(colour, glyph) for colour in colours for glyph in glyphs], rng.randint(2, 3))
     shapes: list[Shape] = []
     for colour, glyph in kinds:
         for _ in range(rng.choices(range(1, MOST + 1), (3, 2, 2, 2))[0]):
             side = rng.choice(SIDES)
             taken = [shape.box for shape in shapes]
-            if box := draw.free_spot(rng, style.size, draw.glyph(glyph, side).size, taken):
+            if box := drawing.free_spot(rng, style.size, drawing.glyph(glyph, side).size, taken):
                 shapes.append(Shape(glyph, side, colour, box))
     return Scene(style, tuple(shapes))

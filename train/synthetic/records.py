@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 
 from phi4rv.errors import UserError
-from train.synthetic import draw
+from train.synthetic import drawing
 from train.synthetic.charts import Chart, Scene, random_chart, random_scene
 from train.synthetic.screens import Description, Screen, ask, change, random_screen
 
@@ -38,7 +38,7 @@ TIMES = ("in the morning", "after lunch", "every Monday", "before the meeting", 
 class Record:
     """One conversation: `turns` are (question, answer), with one mark `<image>` for each of `pictures`."""
 
-    pictures: tuple[draw.Picture, ...]
+    pictures: tuple[drawing.Picture, ...]
     turns: list[tuple[str, str]]
 
 
@@ -114,10 +114,10 @@ def which_picture_record(rng: Random, heldout: bool) -> Record:
         wanted = Description(rng.choice(element.nouns), element.colour)
         if [len(screen.fitting(wanted)) for screen in screens] == [int(i == number) for i in range(len(screens))]:
             break
-    screen, ordinal = screens[number], draw.ORDINALS[number]
+    screen, ordinal = screens[number], drawing.ORDINALS[number]
     thought = f"{str(wanted).capitalize()} is {screen.where(element)} of the {ordinal} picture."
     answer = (f"<think>{thought}</think>" if rng.random() < 0.5 else "<nothink>") + f"The {ordinal} picture."
-    thing = draw.article(str(wanted).removeprefix("the "))
+    thing = drawing.article(str(wanted).removeprefix("the "))
     marks = " ".join(["<image>"] * len(screens))
     question = rng.choice(("In which picture is there {}? {}", "{1}\nWhich picture has {0}?")).format(thing, marks)
     return Record(tuple(screens), [(question, answer), ("Where is it?", screen.answer(element))])
@@ -127,7 +127,7 @@ def nth_picture_record(rng: Random, heldout: bool) -> Record:
     """Two or three screens and questions of where something is in one of them."""
     screens = [random_screen(rng, heldout, fewest=2) for _ in range(rng.randint(2, 3))]
     turns = []
-    for screen, ordinal in zip(screens, draw.ORDINALS, strict=False):
+    for screen, ordinal in zip(screens, drawing.ORDINALS, strict=False):
         for element in rng.sample(screen.elements, 2):
             where = f" in the {ordinal} picture"
             turns.append((ask(rng, screen.name_for(rng, element), where), screen.answer(element)))

@@ -6,7 +6,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from train.synthetic import draw
+from train.synthetic import drawing
 
 KINDS = ("button", "field", "window", "icon")
 KIND_WEIGHTS = (36, 26, 10, 28)
@@ -16,7 +16,7 @@ LABELS = (
     *("Next", "Back", "Login", "City", "Home", "Menu"),
 )
 TITLES = ("Inbox", "Notes", "Files", "Music", "Store", "Maps")
-TITLE_BAR = draw.SNAP  # pixels
+TITLE_BAR = drawing.SNAP  # pixels
 HEADER = 13  # pixels of a window's own title
 NEAR = 0.04  # of the picture: a centre this close to another third counts as lying in both
 
@@ -31,7 +31,7 @@ class Element:
 
     kind: str
     colour: str
-    box: draw.Box
+    box: drawing.Box
     label: str
     size: int  # of the label's font or of the glyph
     shape: str
@@ -46,8 +46,8 @@ class Element:
 
     def places(self, size: tuple[int, int]) -> set[str]:
         """Every place that this element could be said to be in."""
-        x, y = draw.centre(self.box, size)
-        return {draw.place(x + dx, y + dy) for dx in (-NEAR, 0, NEAR) for dy in (-NEAR, 0, NEAR)}
+        x, y = drawing.centre(self.box, size)
+        return {drawing.place(x + dx, y + dy) for dx in (-NEAR, 0, NEAR) for dy in (-NEAR, 0, NEAR)}
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ class Description:
     def __str__(self) -> str:
         if self.label:
             return f"'{self.label}'"
-        where = draw.at_place(self.place) if self.place else ""
+        where = drawing.at_place(self.place) if self.place else ""
         return " ".join(part for part in ("the", self.colour, self.noun, where) if part)
 
 
 @dataclass(frozen=True)
 class Screen:
-    style: draw.Style
+    style: drawing.Style
     title: str
     elements: tuple[Element, ...]
 
@@ -106,32 +106,32 @@ class Screen:
         ]
 
     def ask_name(self, rng: Random, element: Element) -> str:
-        return rng.choice(NAMING_QUESTIONS).format(draw.normalised(element.box, self.style.size))
+        return rng.choice(NAMING_QUESTIONS).format(drawing.normalised(element.box, self.style.size))
 
     def answer(self, element: Element) -> str:
-        return "<nothink>" + draw.normalised(element.box, self.style.size)
+        return "<nothink>" + drawing.normalised(element.box, self.style.size)
 
     def in_reading_order(self) -> Iterator[Element]:
         boxes = [element.box for element in self.elements]
-        return (self.elements[i] for i in draw.reading_order(boxes, self.style.size))
+        return (self.elements[i] for i in drawing.reading_order(boxes, self.style.size))
 
     def where(self, element: Element) -> str:
-        return draw.at_place(draw.place(*draw.centre(element.box, self.style.size)))
+        return drawing.at_place(drawing.place(*drawing.centre(element.box, self.style.size)))
 
     def caption(self, detailed: bool) -> str:
         parts = []
         for element in self.in_reading_order():
             label = f" '{element.label}'" if element.label else ""
-            part = draw.article(element.name)
+            part = drawing.article(element.name)
             parts.append(f"{part}{label} {self.where(element)}" if detailed else part)
         look = ("dark " if self.style.dark else "light ") if detailed else ""
-        return f"A {look}screen with {draw.listed(parts)}."
+        return f"A {look}screen with {drawing.listed(parts)}."
 
     def draw(self) -> Image.Image:
         image = self.style.canvas()
         pen = ImageDraw.Draw(image)
         pen.rectangle((0, 0, self.style.size[0] - 1, TITLE_BAR - 1), fill=self.style.line)
-        draw.write(pen, (4, TITLE_BAR / 2), self.title, 10, self.style.ink, "lm")
+        drawing.write(pen, (4, TITLE_BAR / 2), self.title, 10, self.style.ink, "lm")
         for element in self.elements:
             draw_element(image, pen, element, self.style)
         return image
@@ -142,52 +142,52 @@ def ask(rng: Random, description: Description, where: str = "") -> str:
     return rng.choice(QUESTIONS).format(f"{description}{where}")
 
 
-def draw_element(image: Image.Image, pen: ImageDraw.ImageDraw, element: Element, style: draw.Style) -> None:
-    colour, label, size = draw.COLOURS[element.colour], element.label, element.size
+def draw_element(image: Image.Image, pen: ImageDraw.ImageDraw, element: Element, style: drawing.Style) -> None:
+    colour, label, size = drawing.COLOURS[element.colour], element.label, element.size
     x1, y1, x2, y2 = element.box
     whole = (x1, y1, x2 - 1, y2 - 1)  # Pillow's rectangles include their last pixel
     middle = (y1 + y2) / 2
     if element.kind == "button":
         pen.rounded_rectangle(whole, 4, fill=colour)
-        draw.write(pen, ((x1 + x2) / 2, middle), label, size, draw.contrast(colour), "mm")
+        drawing.write(pen, ((x1 + x2) / 2, middle), label, size, drawing.contrast(colour), "mm")
     elif element.kind == "field":
-        pen.rectangle(whole, fill=draw.mixed(style.paper, colour, 0.3), outline=colour, width=2)
-        draw.write(pen, (x1 + 5, middle), label, size, style.ink, "lm")
-        caret = x1 + 7 + draw.text_width(label, size)
+        pen.rectangle(whole, fill=drawing.mixed(style.paper, colour, 0.3), outline=colour, width=2)
+        drawing.write(pen, (x1 + 5, middle), label, size, style.ink, "lm")
+        caret = x1 + 7 + drawing.text_width(label, size)
         pen.line((caret, y1 + 5, caret, y2 - 6), fill=colour)
     elif element.kind == "window":
         pen.rectangle(whole, fill=style.paper, outline=colour)
         pen.rectangle((x1, y1, x2 - 1, y1 + HEADER - 1), fill=colour)
-        draw.write(pen, (x1 + 4, y1 + HEADER / 2), label, size, draw.contrast(colour), "lm")
+        drawing.write(pen, (x1 + 4, y1 + HEADER / 2), label, size, drawing.contrast(colour), "lm")
         for row, y in enumerate(range(y1 + HEADER + 4, y2 - 4, 5)):
             pen.line((x1 + 5, y, x2 - 6 - 7 * (row % 2), y), fill=style.line)
     else:
-        draw.stamp(image, element.shape, size, element.colour, (x1, y1))
+        drawing.stamp(image, element.shape, size, element.colour, (x1, y1))
 
 
 def random_element(rng: Random, area: tuple[int, int], others: list[Element]) -> Element | None:
     """An element that keeps clear of the others, with a label of its own; None if no place was found."""
     kind = rng.choices(KINDS, KIND_WEIGHTS)[0]
-    colour = rng.choice(list(draw.COLOURS))
+    colour = rng.choice(list(drawing.COLOURS))
     label, glyph = "", ""
     if kind == "icon":
         glyph, size = rng.choice(ICONS), 24
-        shape = draw.glyph(glyph, size).size
+        shape = drawing.glyph(glyph, size).size
     else:
         label = rng.choice([label for label in LABELS if all(label != other.label for other in others)])
         size = 10 if kind == "window" else 11
-        width = draw.text_width(label, size)
+        width = drawing.text_width(label, size)
         if kind == "window":
             shape = (max(width + 10, 44), 30)
         else:
-            shape = (draw.rounded_up(width + (6 if kind == "button" else 12), 8), draw.SNAP)
-    box = draw.free_spot(rng, area, shape, [other.box for other in others], TITLE_BAR)
+            shape = (drawing.rounded_up(width + (6 if kind == "button" else 12), 8), drawing.SNAP)
+    box = drawing.free_spot(rng, area, shape, [other.box for other in others], TITLE_BAR)
     return Element(kind, colour, box, label, size, glyph) if box else None
 
 
 def random_screen(rng: Random, heldout: bool, fewest: int = 1, most: int = 5) -> Screen:
     """A screen of ``fewest`` to ``most`` elements, no two of one colour and kind."""
-    style, title = draw.random_style(rng, heldout), rng.choice(TITLES)
+    style, title = drawing.random_style(rng, heldout), rng.choice(TITLES)
     while True:
         elements: list[Element] = []
         for _ in range(rng.randint(fewest, most)):
@@ -213,17 +213,17 @@ def change(rng: Random, before: Screen) -> tuple[Screen, str] | None:
         if new is None:
             return None
         after = replace(before, elements=(*before.elements, new))
-        said = f"{draw.article(new.name).capitalize()} was added {after.where(new)}."
+        said = f"{drawing.article(new.name).capitalize()} was added {after.where(new)}."
         return (after, said) if singled_out(after, new) else None
     if kind == "removed":
         return replace(before, elements=tuple(others)), f"The {element.name} is gone."
     if kind == "recoloured":
-        new = replace(element, colour=rng.choice([name for name in draw.COLOURS if name != element.colour]))
+        new = replace(element, colour=rng.choice([name for name in drawing.COLOURS if name != element.colour]))
         said = f"The {element.name} became {new.colour}."
     else:
         x1, y1, x2, y2 = element.box
         boxes = [other.box for other in others]
-        box = draw.free_spot(rng, before.style.size, (x2 - x1, y2 - y1), boxes, TITLE_BAR)
+        box = drawing.free_spot(rng, before.style.size, (x2 - x1, y2 - y1), boxes, TITLE_BAR)
         if box is None:
             return None
         new = replace(element, box=box)

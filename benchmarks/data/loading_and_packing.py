@@ -1,0 +1,298 @@
+"""What loading costs on one core, and what padding would have cost: ``python -m benchmarks.data [--json FILE]``.
+
+- **padding**: the share of tokens and patches that would be padding, on the samples of ``mixture.py``: in
+  micro-batches padded to their longest sample, as a plain collator makes them, and with every image padded to 3600
+  patches, as the published code does. Ours is 0. ``operations`` is what a step so padded multiplies, with the
+  output layer on every token, over what ours does.
+- **packing**: milliseconds for each sample to fill sequences of 8192 and to share a step out, how full the sequences
+  are, and how much longer than the mean the busiest of 2, 8 and 64 ranks works.
+- **loading**: pictures a second and core, from JPEG files and JSON lines to the batch that the model takes: ours
+  beside a plain PyTorch DataLoader with transformers' image processor and tokenizer, each in its own process
+  (0 workers, by the processor's time, which neighbours do not lengthen) and in one worker (by the clock). The peer
+  pads to 3600 patches and to the longest sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.data.mixture import Lengths, mixture
+from benchmarks.images import MAX_PATCHES, MIN_PATCHES, picture
+from benchmarks.kernels.timing import spread
+from benchmarks.parts import ROOT
+from benchmarks.report.result_files import write
+from benchmarks.report.rows import Row
+from phi4rv.batch import NO_LABEL
+from phi4rv.config import Config
+from phi4rv.processing.processor import Processor
+from train import recipe
+from train.data.corpus import Corpus
+from train.data.flops import operations
+from train.data.loader import prefetch
+from train.data.packing import fill_sequences, imbalance, share
+from train.data.stream import run_steps
+
+CHECKPOINT = ROOT / "tests" / "data" / "tiny-checkpoint"
+SIZES = [(1280, 720), (1024, 680), (640, 480), (300, 200)]
+TOGETHER = 4  # samples of a padded micro-batch; of this mixture a sequence of 8192 holds 3.7
+PICTURES, ROUNDS = 24, 5
+WORLDS = (2, 8, 64)
+
+
+def padding(samples: list[Lengths]) -> dict[str, Any]:
+    """Shares of padding, and the operations of a padded step over those of a packed one."""
+    config = Config()
+    groups = [samples[i : i + TOGETHER] for i in range(0, len(samples), TOGETHER)]
+    patches = [n for s in samples for n in s.patches]
+    labelled = sum(s.labelled for s in samples)
+    ours = operations(config, [s.length for s in samples], patches, labelled)
+    longest = [max(s.length for s in group) for group in groups for _ in group]
+    padded = operations(config, longest, [MAX_PATCHES for _ in patches], sum(longest))
+    return {
+        "benchmark": "data",
+        "case": "padding",
+        "samples": len(samples),
+        "tokens": 1 - sum(s.length for s in samples) / sum(longest),
+        "patches": 1 - sum(patches) / (MAX_PATCHES * len(patches)),
+        "operations": padded.total / ours.total,
+        "ours": 0.0,
+    }
+
+
+def packing(steps: int = 2) -> dict[str, Any]:
+    """Time to pack and share out full steps of the report's stage 2."""
+    stage, config = recipe.stage(2, False, {}), Config()
+    rows = fill_sequences(mixture(), lambda s: s.length, stage.sequence_length)
+    drawn = _seconds(lambda: list(islice(mixture(), 2000))) / 2000  # making up the lengths is no part of it
+    samples, seconds, full, worst = 0, 0.0, 0, dict.fromkeys(WORLDS, 0.0)
+    sequences = 704  # near 1920 samples of the report's mean length, and a multiple of 64
+    for _ in range(steps):
+        begun = time.perf_counter()
+        step = list(islice(rows, sequences))
+        costs = [
+            operations(config, [s.length for s in r], [n for s in r for n in s.patches], sum(s.labelled for s in r))
+            for r in step
+        ]
+        totals = [cost.total for cost in costs]
+        shares = {world: share(totals, world) for world in WORLDS}
+        seconds += time.perf_counter() - begun
+        samples += sum(map(len, step))
+        full += sum(s.length for r in step for s in r)
+        worst = {world: max(worst[world], imbalance(totals, shares[world])) for world in WORLDS}
+    return {
+        "benchmark": "data",
+        "case": "packing",
+        "samples": samples,
+        "ms_per_sample": 1e3 * (seconds / samples - drawn),
+        "filling": full / (steps * sequences * stage.sequence_length),
+        **{f"imbalance_{world}": worst[world] for world in WORLDS},
+    }
+
+
+def make_data(folder: Path) -> Path:
+    """JPEG pictures of four sizes, each with a question and an answer of 60 words."""
+    path = folder / "data.jsonl"
+    with path.open("w") as lines:
+        for i in range(PICTURES):
+            name = f"{i}.jpg"
+            picture(*SIZES[i % len(SIZES)]).save(folder / name, quality=90)
+            turns = [("human", f"<image>\nWhat is in picture {i}?"), ("gpt", "<nothink>" + "A thing of note. " * 15)]
+            said = [{"from": who, "value": text} for who, text in turns]
+            lines.write(json.dumps({"image": name, "conversations": [said]}) + "\n")
+    return path
+
+
+def ours(path: Path, processor: Processor, workers: int) -> Iterator[int]:
+    """The number of pictures of each row."""
+    stage = recipe.stage(2, False, {"sequence_length": 8192, "global_batch": PICTURES, "max_steps": 10**6})
+    corpus = Corpus([path], processor, stage, workers=workers)
+    try:
+        for ready in prefetch(run_steps(corpus, 0)(), corpus, 0, 1):
+            for batch in ready.batches:
+                yield len(batch.grids)
+    finally:
+        corpus.close()
+
+
+class Plain(Dataset):
+    """What one would write with transformers: a sample is tensors, its picture padded to 3600 patches."""
+
+    def __init__(self, path: Path):
+        from transformers import PreTrainedTokenizerFast
+        from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+        self.records = [json.loads(line) for line in path.read_text().splitlines()]
+        self.folder = path.parent
+        self.images = Siglip2ImageProcessorPil()
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(CHECKPOINT / "tokenizer.json"))
+        self.tokenizer.chat_template = (CHECKPOINT / "chat_template.jinja").read_text()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        record = self.records[index]
+        roles = {"human": "user", "gpt": "assistant"}
+        messages = [{"role": roles[t["from"]], "content": t["value"]} for t in record["conversations"][0]]
+        text = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = torch.tensor(text["input_ids"]), torch.tensor(text["assistant_masks"]).bool()
+        with Image.open(self.folder / record["image"]) as image:
+            pixels = self.images.preprocess(image.convert("RGB"), max_num_patches=MAX_PATCHES, return_tensors="pt")
+        return {"input_ids": ids, "labels": ids.where(mask, NO_LABEL), "pixels": pixels["pixel_values"][0]}
+
+
+def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad([s["input_ids"] for s in samples], batch_first=True),
+        "labels": pad([s["labels"] for s in samples], batch_first=True, padding_value=NO_LABEL),
+        "pixels": torch.stack([s["pixels"] for s in samples]),
+    }
+
+
+def plain(path: Path, workers: int) -> Iterator[int]:
+    loader = DataLoader(
+        Plain(path),
+        batch_size=TOGETHER,
+        shuffle=True,
+        num_workers=workers,
+        collate_fn=collate,
+        persistent_workers=workers > 0,
+        multiprocessing_context="spawn" if workers else None,
+    )
+    while True:
+        for batch in loader:
+            yield len(batch["pixels"])
+
+
+def _rates(counts: Iterator[int], clock: Callable[[], float]) -> list[float]:
+    """Pictures a second, of each of ROUNDS, after one that starts the workers and fills what is read ahead."""
+    rates = []
+    for _ in range(1 + ROUNDS):
+        begun, total = clock(), 0
+        while total < PICTURES:
+            total += next(counts)
+        rates.append(total / (clock() - begun))
+    counts.close()  # type: ignore[attr-defined]
+    return rates[1:]
+
+
+def loading(workers: int) -> dict[str, Any]:
+    """Pictures a second of both sides, one after the other: either reads ahead while nobody asks."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_data(Path(folder))
+        config = dataclasses.replace(
+            Config.from_folder(CHECKPOINT), min_num_patches=MIN_PATCHES, max_num_patches=MAX_PATCHES
+        )
+        processor = Processor.from_folder(CHECKPOINT, config)
+        clock = time.perf_counter if workers else time.process_time
+        rates = {"ours": _rates(ours(path, processor, workers), clock), "peer": _rates(plain(path, workers), clock)}
+    found = {side: statistics.median(taken) for side, taken in rates.items()}
+    return {
+        "benchmark": "data",
+        "case": "loading",
+        "workers": workers,
+        "ours_images_per_second": found["ours"],
+        "peer_images_per_second": found["peer"],
+        "ratio": found["ours"] / found["peer"],
+        "spread": spread(rates["ours"]),
+    }
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
+
+
+def run() -> list[dict[str, Any]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        samples = list(islice(mixture(), 20_000))
+        return [padding(samples), packing(), loading(0), loading(1)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def rows(records: list[dict[str, Any]]) -> list[Row]:
+    """Shares in percent. What is counted has no noise."""
+    found = []
+    for r in records:
+        if r["case"] == "padding":
+            padded, exact = (f"to the longest of {TOGETHER}", f"to {MAX_PATCHES} patches"), {"noise": 0.0}
+            found += [
+                Row("data", "padded tokens", 0.0, "%", peer=padded[0], theirs=100 * r["tokens"], **exact),
+                Row("data", "padded patches", 0.0, "%", peer=padded[1], theirs=100 * r["patches"], **exact),
+                Row("data", "operations of a step, over those needed", 1.0, "x", peer="padded", theirs=r["operations"],
+                    first=True, **exact),
+            ]  # fmt: skip
+        elif r["case"] == "packing":
+            found += [
+                Row("data", "packing a sample", r["ms_per_sample"], "ms", first=True),
+                Row("data", "filling of sequences", 100 * r["filling"], "%", least=False, noise=0.0, first=True),
+                *(
+                    Row("data", f"busiest of {n} ranks, above the mean", 100 * r[f"imbalance_{n}"], "%", noise=0.0)
+                    for n in WORLDS
+                ),
+            ]
+        else:
+            workers = f"{r['workers'] or 'no'} worker{'s' * (r['workers'] != 1)}"
+            found.append(
+                Row(
+                    "data", f"loading, {workers}", r["ours_images_per_second"], "pictures/s", least=False,
+                    peer="DataLoader, transformers", theirs=r["peer_images_per_second"], noise=r.get("spread"),
+                    first=True,
+                )
+            )  # fmt: skip
+    return found
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    lines = []
+    for record in records:
+        if record["case"] == "padding":
+            lines += [
+                f"padding, {record['samples']} samples: ours 0; to the longest of {TOGETHER} {record['tokens']:.1%} of "
+                f"the tokens; to {MAX_PATCHES} patches {record['patches']:.1%} of the patches",
+                f"operations of the padded step: {record['operations']:.2f} times ours",
+            ]
+        elif record["case"] == "packing":
+            shares = ", ".join(f"{record[f'imbalance_{world}']:.2%} ({world})" for world in WORLDS)
+            lines += [
+                f"packing: {record['ms_per_sample']:.3f} ms a sample, sequences {record['filling']:.2%} full",
+                f"busiest rank over the mean (ranks): {shares}",
+            ]
+        else:
+            lines.append(
+                f"loading, {record['workers']} workers: {record['ours_images_per_second']:.1f} pictures a second, "
+                f"DataLoader with transformers {record['peer_images_per_second']:.1f}: {record['ratio']:.1f} times"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description="Loading and packing, timed.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
+    args = parser.parse_args()
+    records = run()
+    if args.json:
+        write(args.json, {"data": records})
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Inference, measured, and the report's protocol."""

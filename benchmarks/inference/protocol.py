@@ -1,0 +1,147 @@
+"""The protocol of the report's Figure 2: accuracy against the time and the tokens that answers take.
+
+``python -m benchmarks.inference --protocol [QUESTIONS.jsonl] --checkpoint DIR [--samples 100] [--modes auto think
+nothink] [--max-new-tokens 4096] [--chart figure2.png] [--json FILE]``
+
+The report took 100 samples of each of four benchmarks (ChartQA, MathVista, MMMU, ScreenSpot), asked one after another,
+batch one, greedily, with at most 4096 new tokens, and averaged accuracy, wall-clock time and number of tokens over the
+four. Here the questions are those of a JSON Lines file in the format of training records with a ``kind`` beside
+(``chart``, ``mathematics``, ``multi-discipline``, ``screen``, or any other name), or made up by the embedded generator;
+and every engine that is installed (vLLM only where ``--engines`` names it) answers all of them in every mode. Time is
+from prompt and encoded picture to the whole answer. A right answer that is a box is met by a box whose centre lies in
+it, any other by the same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from benchmarks.inference.figure2 import draw
+from benchmarks.inference.protocol_engines import ENGINES, Setting, ask_all, installed
+from benchmarks.inference.questions import Asked, check, make_questions, read_questions, sample
+from benchmarks.parts import apart, here
+from benchmarks.report.result_files import write
+from infer.quantization.weight_loader import load
+from phi4rv.config import DTYPES
+from phi4rv.errors import UserError
+from phi4rv.processing.chat_template import MODES
+
+Record = dict[str, Any]
+LONGEST = 7 * 86400.0  # seconds of one engine
+MEAN = "mean of kinds"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("the report's protocol").add_argument
+    add("--protocol", nargs="?", const="", metavar="JSONL", help="ask its questions; without a file, made-up ones")
+    add("--checkpoint", type=Path, metavar="DIR", help="who answers: a folder in the published layout")
+    add("--samples", type=int, default=100, metavar="N", help="of each kind")
+    add("--modes", nargs="+", default=list(MODES), choices=MODES, metavar="MODE", help=f"of {', '.join(MODES)}")
+    add("--max-new-tokens", type=int, default=4096, metavar="N")
+    add(
+        "--engines",
+        nargs="+",
+        default=[name for name in installed() if name != "vLLM"],
+        choices=list(ENGINES),
+        metavar="NAME",
+        help="default: what is here but for vLLM, which runs the code that lies in the checkpoint's folder",
+    )
+    add("--weights", metavar="FORMATS", help="of the engine, as in int4,head=fp8; the checkpoint's unless given")
+    add("--dtype", choices=DTYPES, help="the checkpoint's unless given")
+    add("--kernels", metavar="KIND", help="the engine's")
+    add("--seed", type=int, default=0, help="of the samples drawn")
+    add("--chart", type=Path, metavar="PNG", help="draw accuracy against time and tokens")
+    add("--answers", type=Path, metavar="JSONL", help="add each answer as it comes")
+
+
+def command(args: argparse.Namespace) -> None:
+    """UserError for a wrong argument, file or checkpoint, before anything is asked."""
+    if args.checkpoint is None:
+        raise UserError("--checkpoint: missing; name the folder of the model that is to answer")
+    for name in ("samples", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} must be 1 or more")
+    if args.chart and args.chart.suffix.lower() != ".png":
+        raise UserError(f"--chart: {args.chart} must end in .png")
+    missing = [name for name in args.engines if name not in installed()]
+    if missing:
+        raise UserError(f"--engines: {', '.join(missing)} is not installed")
+    _, processor = load(args.checkpoint, "meta", kernels="torch", weights=args.weights)
+    with questions(args) as asked:
+        check(asked, processor)
+        result = run(setting_of(args), asked, args.engines, args.answers)
+    if args.json:
+        write(args.json, {"protocol": result})
+    print(table(result))
+    if args.chart and result["rows"]:
+        draw(args.chart, result)
+        print(f"written: {args.chart}")
+    if "phi4rv" in result["failed"]:
+        raise UserError(f"phi4rv did not answer: {result['failed']['phi4rv']}")
+
+
+def setting_of(args: argparse.Namespace) -> Setting:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    modes = tuple(dict.fromkeys(args.modes))
+    return Setting(args.checkpoint, modes, args.max_new_tokens, device, dtype, args.kernels, args.weights)
+
+
+@contextlib.contextmanager
+def questions(args: argparse.Namespace) -> Iterator[list[Asked]]:
+    """The samples that are asked; made-up ones lie in a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(args.protocol) if args.protocol else make_questions(Path(folder), args.samples, args.seed)
+        yield sample(read_questions(path), args.samples, args.seed)
+
+
+def run(setting: Setting, asked: Sequence[Asked], engines: Sequence[str], answers: Path | None = None) -> Record:
+    """Every engine, on a GPU in a process of its own: what each kind of question took, and why an engine failed."""
+    call = apart if setting.device == "cuda" else here
+    results: list[Record] = []
+    failed = {}
+    for name in engines:
+        found, reason = call(ask_all, (name, setting, asked, answers), LONGEST)
+        if reason:
+            failed[name] = reason
+        else:
+            results += found
+    about = {"device": setting.device, "max_new_tokens": setting.new, "weights": setting.weights}
+    return {**about, "rows": summary(results), "failed": failed}
+
+
+def summary(results: Sequence[Record]) -> list[Record]:
+    """Of each engine and mode the means over each kind's questions, and then the means of these."""
+    rows = []
+    for engine, mode in dict.fromkeys((r["engine"], r["mode"]) for r in results):
+        own = [r for r in results if (r["engine"], r["mode"]) == (engine, mode)]
+        kinds = []
+        for kind in dict.fromkeys(r["kind"] for r in own):
+            same = [r for r in own if r["kind"] == kind]
+            values = {key: mean(r[source] for r in same) for key, source in MEANS.items()}
+            kinds.append({"engine": engine, "mode": mode, "kind": kind, "questions": len(same), **values})
+        means = {key: mean(row[key] for row in kinds) for key in MEANS}
+        rows += [*kinds, {"engine": engine, "mode": mode, "kind": MEAN, "questions": len(own), **means}]
+    return rows
+
+
+MEANS = {"accuracy": "right", "seconds": "seconds", "tokens": "tokens"}
+
+
+def table(result: Record) -> str:
+    width = max([len(row["kind"]) for row in result["rows"]], default=4)
+    lines = [f"{'':12} {'':8} {'':{width}} questions  accuracy   seconds    tokens"]
+    for row in result["rows"]:
+        lines.append(
+            f"{row['engine']:12} {row['mode']:8} {row['kind']:{width}} {row['questions']:9} {row['accuracy']:9.3f} "
+            f"{row['seconds']:9.3f} {row['tokens']:9.1f}"
+        )
+    return "\n".join([*lines, *(f"{name}: {reason}" for name, reason in result["failed"].items())])

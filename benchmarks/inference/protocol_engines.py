@@ -1,0 +1,121 @@
+"""Who answers the questions of ``benchmarks/inference/protocol.py``: this engine, transformers' classes and vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import phi4rv
+from benchmarks.inference.questions import Asked
+from benchmarks.inference.vllm_peer import VLLM
+from benchmarks.models import Transformers
+from infer.engine.config import Limits
+from infer.engine.engine import Engine, stop_tokens
+from infer.requests.request import Options
+from phi4rv.processing.answers import Answer, parse_answer
+from phi4rv.processing.images import open_image
+from phi4rv.processing.processor import Processor, Prompt
+
+# A prompt and a limit of new tokens to the answer and how many tokens it has.
+Ask = Callable[[Prompt, int], tuple[Answer, int]]
+WARM = 8  # tokens of an answer that is not timed
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is asked, and of which weights. weights: the engine's format, ``Engine``'s argument."""
+
+    checkpoint: Path
+    modes: tuple[str, ...]
+    new: int
+    device: str
+    dtype: torch.dtype | None = None
+    kernels: str | None = None
+    weights: str | None = None
+
+
+def ours(setting: Setting) -> Ask:
+    """Each question stands alone: nothing is remembered of those before it."""
+    limits = Limits(max_running=1, image_cache_bytes=0, prefix_cache=False)
+    engine = Engine(
+        setting.checkpoint, setting.device, setting.dtype, setting.kernels, weights=setting.weights, limits=limits
+    )  # fmt: skip
+
+    def ask(prompt: Prompt, new: int) -> tuple[Answer, int]:
+        generation = engine.generate([prompt], Options(max_new_tokens=new))[0]
+        return generation.answer(engine.processor), len(generation.token_ids)
+
+    return ask
+
+
+def transformers(setting: Setting) -> Ask:
+    model, processor = phi4rv.load(setting.checkpoint, setting.device, setting.dtype, "torch")
+    peer = Transformers(model.config, model.device, model.decoder.norm.weight.dtype, model)
+    stops = stop_tokens(processor)
+
+    def ask(prompt: Prompt, new: int) -> tuple[Answer, int]:
+        batch = processor([prompt]).to(model.device)
+        ids: list[int] = []
+        room = model.config.context - len(batch.input_ids)
+        peer.generate(peer.embeddings(batch)[None], min(new, room), stops, ids.extend, static=False)
+        return read(processor, ids, stops, prompt)
+
+    return ask
+
+
+def vllm(setting: Setting) -> Ask:
+    """With the code that the checkpoint's folder brings, which vLLM asks for."""
+    processor = phi4rv.load(setting.checkpoint, "meta", kernels="torch")[1]
+    window = processor.config.context
+    peer = VLLM(setting.checkpoint, trust_remote_code=True, max_model_len=window, max_num_seqs=1)
+
+    def ask(prompt: Prompt, new: int) -> tuple[Answer, int]:
+        rendered = processor.template.render(prompt.messages(), prompt.mode).text
+        asked = {"prompt": rendered, "multi_modal_data": {"image": [open_image(image) for image in prompt.images]}}
+        return read(processor, peer.answer([asked], new)[0], stop_tokens(processor), prompt)
+
+    return ask
+
+
+def read(processor: Processor, ids: Sequence[int], stops: set[int], prompt: Prompt) -> tuple[Answer, int]:
+    """The answer of ``ids``, whose end-of-text token does not count."""
+    kept = [i for i in ids if i not in stops]
+    return parse_answer(processor.decode(kept), prompt.mode), len(kept)
+
+
+ENGINES: dict[str, Callable[[Setting], Ask]] = {"phi4rv": ours, "transformers": transformers, "vLLM": vllm}
+
+
+def installed() -> list[str]:
+    """This project's engine, and the peers that are here."""
+    return [name for name in ENGINES if name == "phi4rv" or importlib.util.find_spec(name.lower()) is not None]
+
+
+@torch.no_grad()
+def ask_all(name: str, setting: Setting, asked: Sequence[Asked], answers: Path | None) -> list[dict[str, Any]]:
+    """Every question in every mode, one after another; seconds from prompt and encoded picture to the whole answer.
+
+    ``answers``: a JSON Lines file that each of them is added to as it comes, with its text.
+    """
+    ask, results = ENGINES[name](setting), []
+    ask(asked[0].prompt(setting.modes[0]), WARM)
+    todo = [(a, mode) for mode in setting.modes for a in asked]
+    for a, mode in tqdm(todo, desc=name, unit="answer", file=sys.stderr, dynamic_ncols=True):
+        begun = time.perf_counter()
+        answer, tokens = ask(a.prompt(mode), setting.new)
+        seconds = time.perf_counter() - begun
+        result = {"engine": name, "mode": mode, "kind": a.kind, "where": a.where, "seconds": seconds}
+        results.append({**result, "tokens": tokens, "right": a.right(answer)})
+        if answers:
+            with answers.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**results[-1], "text": answer.text, "thinking": answer.thinking}) + "\n")
+    return results

@@ -1,0 +1,1 @@
+"""Results: rows, files, charts and tables."""

@@ -1,0 +1,1 @@
+"""Checkpoint folders: the published Hugging Face layout, in and out."""

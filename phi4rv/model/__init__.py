@@ -1,0 +1,1 @@
+"""The model: vision tower, projector and decoder on packed rows."""

@@ -1,0 +1,1 @@
+"""From pictures, conversations and records to packed inputs, and from generated text to answers."""

@@ -1,0 +1,1 @@
+"""Saves of a run, and resuming from them."""

@@ -1,0 +1,1 @@
+"""From data files to the packed rows of each step."""

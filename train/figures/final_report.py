@@ -1,0 +1,45 @@
+"""What a run leaves behind when its last step is done: the loss curve, and the scores on held-out questions."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from infer.heldout import Question, Scores, answers, score, shuffled
+from phi4rv.model.phi4rv import Phi4RV
+from phi4rv.processing.processor import Processor
+from train.figures.curves import Run, draw
+from train.figures.metrics import METRICS, Progress, read_metrics
+from train.figures.prediction_sheet import prediction_sheet
+
+
+def finish(model: Phi4RV, processor: Processor, output: Path, questions: list[Question], progress: Progress) -> None:
+    """Loss curve and, where there is held-out data, its scores."""
+    steps = [entry for entry in read_metrics(output / METRICS) if "loss" in entry]
+    if steps:  # somebody may have taken metrics.jsonl away
+        draw(output / "loss.png", [Run(str(output), steps)], ["loss"])
+    if questions:
+        scores = measure(model, processor, questions, output)
+        progress.write(scores)
+        print(report(scores))
+    print(f"written: {', '.join(str(p) for p in sorted(output.iterdir()) if not p.name.startswith('.'))}")
+
+
+def measure(model: Phi4RV, processor: Processor, questions: list[Question], output: Path) -> dict[str, Scores]:
+    """Scores on the held-out questions with their own pictures and with others', and the sheet of predictions."""
+    given = answers(model, processor, questions)
+    # Charts and screens come in no order; whoever looks at the sheet should see both.
+    order = random.Random(0).sample(range(len(questions)), len(questions))
+    prediction_sheet(output / "predictions.png", [questions[i] for i in order], [given[i] for i in order])
+    mixed = shuffled(questions)
+    return {"heldout": score(questions, given), "shuffled": score(mixed, answers(model, processor, mixed))}
+
+
+def report(scores: dict[str, Scores]) -> str:
+    rows = [f"{'':22}{'own picture':>14}{'shuffled':>12}"]
+    own, other = scores["heldout"], scores["shuffled"]
+    for name in ("point_in_box", "iou", "exact_match"):
+        count = own["texts" if name == "exact_match" else "boxes"]
+        if count:
+            rows.append(f"{name:14}({count:4d}){'':2}{own[name]:>14.3f}{other[name]:>12.3f}")
+    return "\n".join(rows)

@@ -1,0 +1,1 @@
+"""AdamW, with or without a backward pass around it."""
