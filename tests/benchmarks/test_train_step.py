@@ -162,10 +162,10 @@ def test_a_compiled_peer_learns_the_same() -> None:
 
 def test_what_does_not_learn_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     last = 11.2
-    sides = {"torch": record(90, 0.3), "transformers": record(60, 0.2)}
-    wrong = result(triton=record(200, 0.9, last), **sides, **{"triton, fp8": record(250, 0.6, last)})
+    others = {"torch": record(90, 0.3), "transformers": record(60, 0.2)}
+    wrong = result(triton=record(200, 0.9, last), **others, **{"triton, fp8": record(250, 0.6, last)})
     unsure = result(triton=record(200, 0.9), transformers=record(60, 0.2))  # nothing to hold its losses to
-    for found in (wrong, unsure, {**result(triton=record(200, 0.9), **sides), "device": "cpu"}):
+    for found in (wrong, unsure, {**result(triton=record(200, 0.9), **others), "device": "cpu"}):
         assert set(verdicts(train_step.goals(found)).values()) == {"not measured"}
     monkeypatch.setattr(sides.Ours, "step", lambda self, rows: float("nan"))
     with pytest.raises(ValueError, match=r"^the losses of text are \[nan, nan\]"):
