@@ -1,8 +1,8 @@
 """All committed results as text, charts and a table of the newest: ``python -m benchmarks.report``.
 
 From ``benchmarks/results/<device>/*.json`` it writes ``benchmarks/RESULTS.md``, charts beside the results, and what
-stands between MARKS in ``docs/measurements.md``. Nothing in them depends on when or where it is called. A file that cannot be read
-is named in one line, there and as an error.
+stands between MARKS in ``docs/measurements.md``. Nothing in them depends on when or where it is called. A file that
+cannot be read is named in one line, there and as an error.
 """
 
 from __future__ import annotations

@@ -38,13 +38,7 @@ def prepare(page: Page, folder: Path, checkpoint: Path) -> None:
 
 @EVERY
 def test_what_is_named_exists(page: Page) -> None:
-    pages.check_marks(page)
-    pages.check_prose(page)
-    for block in page.blocks:
-        if block.language == "bash":
-            pages.check_commands(block)
-        if block.language == "python":
-            pages.check_python(block)
+    pages.check(page)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.mark == "run" for b in p.blocks)], ids=lambda p: p.name)
@@ -79,6 +73,7 @@ BROKEN = {
     "keyword": ("```python\nimport phi4rv\nphi4rv.load('a', wings=2)\n```", "wings"),
     "link": ("[there](nowhere.md)", "nowhere.md"),
     "anchor": ("[there](#nowhere)", "#nowhere"),
+    "picture": ('<img src="nowhere.png">', "nowhere.png"),
     "path": ("See `train/fly.py`.", "train/fly.py"),
     "name": ("See `phi4rv.fly`.", "phi4rv.fly"),
     "spoken option": ("Give `--wings 2`.", "--wings"),
@@ -90,13 +85,10 @@ BROKEN = {
 def test_what_does_not_exist_is_found(text: str, tmp_path: Path) -> None:
     content, word = BROKEN[text]
     page = tmp_path / "page.md"
-    page.write_text(f"# Page\n\n{content.replace('```bash', '<!-- not run: no -->' + chr(10) + '```bash')}\n")
-    with pytest.raises(Wrong, match=word) as error:
-        found = read(page)
-        pages.check_prose(found)
-        for block in found.blocks:
-            pages.check_python(block) if block.language == "python" else pages.check_commands(block)
-    assert str(error.value).startswith("page.md:")
+    mark = "<!-- not run: nothing of it works -->\n" if content.startswith("```") else ""
+    page.write_text(f"# Page\n\n{mark}{content}\n")
+    with pytest.raises(Wrong, match=rf"page\.md:[34]: .*{word}"):
+        pages.check(read(page))
 
 
 @pytest.mark.parametrize("mark", ["", "<!-- not run -->\n", "<!-- runs -->\n", "<!-- file -->\n"])
@@ -104,7 +96,7 @@ def test_a_block_says_whether_it_is_run(mark: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"{mark}```bash\nmake test\n```\n")
     with pytest.raises(Wrong):
-        pages.check_marks(read(page))
+        pages.check(read(page))
 
 
 def test_what_fails_when_it_is_run_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
