@@ -42,7 +42,7 @@ from train.synthetic import texts, write_dataset
 from train.synthetic.tiny_model import tiny_model
 from train.trainer import take_step, trainable
 
-SAVE_EVERY = 200  # steps, as README's example
+SAVE_EVERY = 200  # steps, as the example of docs/many-gpus.md
 GOAL = 0.02
 ROUNDS, LATER = 7, 2
 RECORDS = 64

@@ -1,8 +1,8 @@
-"""All committed results as text, charts and README's table: ``python -m benchmarks.report``.
+"""All committed results as text, charts and a table of the newest: ``python -m benchmarks.report``.
 
 From ``benchmarks/results/<device>/*.json`` it writes ``benchmarks/RESULTS.md``, charts beside the results, and what
-stands between MARKS in README.md. Nothing in them depends on when or where it is called. A file that cannot be read
-is named in one line, there and as an error.
+stands between MARKS in ``docs/measurements.md``. Nothing in them depends on when or where it is called. A file that
+cannot be read is named in one line, there and as an error.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from benchmarks.run import MODULES, rows
 from phi4rv.command_line import Parser, exit_status
 from phi4rv.errors import UserError
 
+PAGE = "docs/measurements.md"
 MARKS = "<!-- measured: by python -m benchmarks.report -->", "<!-- end of measured -->"
 # Relative; of a figure whose record has no spread, and the least that any figure is taken to have.
 NOISE, LEAST_NOISE = 0.10, 0.02
@@ -189,7 +190,7 @@ def results_text(devices: dict[str, list[Result]], broken: Sequence[str]) -> str
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def readme_table(devices: dict[str, list[Result]]) -> str:
+def first_table(devices: dict[str, list[Result]]) -> str:
     """What stands between the marks: of each device the rows that are ``first``."""
     parts = []
     for results in devices.values():
@@ -198,12 +199,12 @@ def readme_table(devices: dict[str, list[Result]]) -> str:
     return "\n\n".join(parts)
 
 
-def with_table(readme: str, table: str) -> str:
-    """README with the table between its marks."""
-    before, begin, rest = readme.partition(MARKS[0])
+def with_table(page: str, table: str) -> str:
+    """The page's text with the table between its marks."""
+    before, begin, rest = page.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not begin or not end:
-        raise UserError(f"README.md: the marks {MARKS[0]} and {MARKS[1]} must stand in it, in this order")
+        raise UserError(f"{PAGE}: the marks {MARKS[0]} and {MARKS[1]} must stand in it, in this order")
     return f"{before}{begin}\n\n{table}\n\n{end}{after}"
 
 
@@ -232,9 +233,9 @@ def command(argv: Sequence[str] | None) -> None:
     parser.parse_args(argv)
     devices, broken = read_all(FOLDER)
     (FOLDER.parent / "RESULTS.md").write_text(results_text(devices, broken))
-    readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), readme_table(devices)))
-    for file in ("benchmarks/RESULTS.md", "README.md", *(f.relative_to(ROOT) for f in draw_all(devices, FOLDER))):
+    page = ROOT / PAGE
+    page.write_text(with_table(page.read_text(), first_table(devices)))
+    for file in ("benchmarks/RESULTS.md", PAGE, *(f.relative_to(ROOT) for f in draw_all(devices, FOLDER))):
         print(f"written: {file}")
     if broken:
         raise UserError("; ".join(broken))

@@ -15,7 +15,7 @@ class Row:
     ours, theirs: the figure and that of the best ``peer``, in ``unit``; None where there is none, for ``reason``.
     least: the smaller the better. share: of ``ceiling``, a rate measured in the same run. goal: as text; verdict:
     met, missed, not measured, or None without a goal. noise: width of the middle half of the repetitions over their
-    median. tiny: at shapes that only show that everything runs. first: one of the few that README shows.
+    median. tiny: at shapes that only show that everything runs. first: one of the few that docs/measurements.md shows.
     """
 
     benchmark: str

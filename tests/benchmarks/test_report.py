@@ -16,7 +16,7 @@ from benchmarks.kernels.report import rows as kernel_rows
 from benchmarks.report import results
 from benchmarks.report.peers import PEERS, described
 from benchmarks.report.result_files import FOLDER
-from benchmarks.report.results import MARKS, Point, Result, latest, read_all, slower
+from benchmarks.report.results import MARKS, PAGE, Point, Result, latest, read_all, slower
 from benchmarks.report.rows import Row, table
 from phi4rv.errors import UserError
 
@@ -28,8 +28,8 @@ def test_the_report_is_up_to_date() -> None:
     devices, broken = read_all(FOLDER)
     assert not broken
     assert (ROOT / "benchmarks" / "RESULTS.md").read_text() == results.results_text(devices, broken)
-    readme = (ROOT / "README.md").read_text()
-    assert readme == results.with_table(readme, results.readme_table(devices))
+    page = (ROOT / PAGE).read_text()
+    assert page == results.with_table(page, results.first_table(devices))
     for line in (ROOT / "benchmarks" / "RESULTS.md").read_text().splitlines():
         if line.startswith("!["):
             assert (ROOT / "benchmarks" / line.partition("(")[2].removesuffix(")")).is_file(), line
@@ -163,18 +163,18 @@ def test_a_goal_that_names_a_peer_shows_that_one() -> None:
     assert "cublas products: 3 ms" in printed and "1.50x" in printed and printed.count("kernels") == 1
 
 
-def test_readme_holds_the_newest_rows_alone() -> None:
+def test_the_page_holds_the_newest_rows_alone() -> None:
     measured = [
         Result(f"{n}", {"device": "GPU", "date": "2026-01-01", "commit": f"{n}", "torch": ""},
                [Row("images", "a", float(n), "ms", first=True), Row("images", "b", 7.5, "ms")])
         for n in (1, 2)
     ]  # fmt: skip
     before = f"intro\n\n{MARKS[0]}\n\nold 123\n\n{MARKS[1]}\nrest\n"
-    after = results.with_table(before, results.readme_table({"gpu": measured}))
+    after = results.with_table(before, results.first_table({"gpu": measured}))
     assert after.startswith(f"intro\n\n{MARKS[0]}\n\nGPU:") and after.endswith(f"{MARKS[1]}\nrest\n")
     assert "images: a | 2 ms" in after and "1 ms" not in after and "7.5" not in after and "old" not in after
-    assert results.with_table(after, results.readme_table({"gpu": measured})) == after
-    with pytest.raises(UserError, match=r"README.md: the marks"):
+    assert results.with_table(after, results.first_table({"gpu": measured})) == after
+    with pytest.raises(UserError, match=f"{PAGE}: the marks"):
         results.with_table("no marks", "table")
 
 

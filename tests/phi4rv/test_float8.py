@@ -118,7 +118,7 @@ def test_recomputation_changes_no_bit(inputs: list[Any], tmp_path: Path) -> None
 
 
 def test_the_embedded_model_learns_as_in_bfloat16(tmp_path: Path) -> None:
-    """24 steps from random weights, the loss falls to a quarter; README has longer runs."""
+    """24 steps from random weights, the loss falls to a quarter; docs/fine-tune.md has longer runs."""
     chosen = stage(2, True, {})
     write_dataset(tmp_path, 2, "train", 64, seed=0)
     found = []
