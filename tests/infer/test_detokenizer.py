@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from infer.requests.detokenizer import Delta, TextStream
+from infer.requests.detokenizer import Delta, Detokenizer
 from phi4rv.errors import UserError
 from phi4rv.processing.answers import parse_answer
 from phi4rv.processing.processor import Processor
@@ -56,7 +56,7 @@ TOKENS = st.lists(
 def stream(ids: Sequence[int], mode: str, stop: tuple[str, ...] = (), cuts: Sequence[int] = ()) -> list[Delta]:
     """One push for the tokens between two cuts; at every place, if none are given."""
     places = sorted({0, *(cuts or range(len(ids))), len(ids)})
-    text = TextStream(PROCESSOR, mode, stop)
+    text = Detokenizer(PROCESSOR, mode, stop)
     deltas = []
     for begin, end in pairwise(places):
         deltas.append(text.push(ids[begin:end]))
@@ -139,6 +139,6 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
     tokenizer["decoder"] = {"type": "Fuse"}
     files = PROCESSOR.files | {"tokenizer.json": json.dumps(tokenizer).encode()}
     with pytest.raises(UserError, match=r"^tokenizer.json: its decoder must be ByteLevel"):
-        TextStream(Processor(files, small_config()), "auto")
+        Detokenizer(Processor(files, small_config()), "auto")
     with pytest.raises(UserError, match="unknown mode"):
-        TextStream(PROCESSOR, "slow")
+        Detokenizer(PROCESSOR, "slow")
