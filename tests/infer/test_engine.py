@@ -16,8 +16,8 @@ from infer.engine.config import EngineConfig
 from infer.engine.engine import Engine
 from infer.engine.kv_cache import ACTIVATION_BYTES, GPU_MEMORY_UTILIZATION, PagedKVCache, cache_capacity
 from infer.requests.image_cache import ImageCache
-from infer.requests.request import IMAGE_PLACEHOLDER
 from infer.requests.outputs import Generation, StreamEvent
+from infer.requests.request import IMAGE_PLACEHOLDER
 from infer.requests.sampling_params import SamplingParams
 from phi4rv.batch import pack
 from phi4rv.errors import UserError

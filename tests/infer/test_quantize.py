@@ -17,16 +17,17 @@ from infer.heldout import Question, generate
 from infer.quantization import calibration
 from infer.quantization.calibration import (
     LayerInputs,
-    quantize_calibrated,
+    collect_inputs,
+    compute_logits,
     layer_error,
     logits_error,
-    compute_logits,
-    collect_inputs,
+    quantize_calibrated,
     scale_errors,
 )
 from infer.quantize import compare, prompts_of, questions_of
 from infer.quantize import main as quantize_command
-from infer.requests.outputs import Generation, SamplingParams
+from infer.requests.outputs import Generation
+from infer.requests.sampling_params import SamplingParams
 from phi4rv import Prompt, pack
 from phi4rv.ops.low_precision import FORMATS, dequantize, quantize
 from phi4rv.processing.answers import parse_answer

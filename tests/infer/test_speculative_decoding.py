@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from infer.engine.prompt_lookup import RETRY_INTERVAL, DynamicSpeculation, propose_draft
+from infer.engine.speculative_decoding import RETRY_INTERVAL, DynamicSpeculation, propose_draft
 
 
 def by_hand(tokens: list[int], count: int) -> list[int] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 from PIL import Image
 
-from infer import Engine, EngineConfig, SamplingParams, SamplingParams
+from infer import Engine, EngineConfig, SamplingParams
 from infer.server.routes import ServerLimits
 from phi4rv import Prompt
 from tests import small

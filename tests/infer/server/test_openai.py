@@ -10,7 +10,7 @@ import openai
 import pytest
 
 import phi4rv
-from infer import Engine, EngineConfig, SamplingParams, SamplingParams
+from infer import Engine, EngineConfig, SamplingParams
 from infer.server.routes import ServerLimits
 from phi4rv import Message, Prompt
 from tests import small

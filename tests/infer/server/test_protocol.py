@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from infer.requests.request import MAX_SEED, StreamEvent, Generation, TokenLogprob
-from infer.server.errors import ApiError, of_user_error
+from infer.requests.outputs import Generation, StreamEvent, TokenLogprob
+from infer.requests.sampling_params import MAX_SEED
+from infer.server.errors import ApiError, from_user_error
 from infer.server.protocol import MAX_MESSAGES, WORD_JOINER, ChatCompletionRequest, ChatRequestParser
 from infer.server.responses import ChatCompletion
 from phi4rv import Message, Processor, Prompt, UserError
@@ -43,12 +44,12 @@ def refused(parser: ChatRequestParser, **fields: Any) -> ApiError:
     with pytest.raises((ApiError, UserError)) as caught:
         parser.parse(body)
     error = caught.value
-    return of_user_error(error) if isinstance(error, UserError) else error
+    return from_user_error(error) if isinstance(error, UserError) else error
 
 
 def test_every_option_arrives(parser: ChatRequestParser) -> None:
     chat = ask(
-        reader,
+        parser,
         model="tiny",
         max_completion_tokens=7,
         max_tokens=9,
