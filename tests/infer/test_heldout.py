@@ -109,14 +109,14 @@ def test_question_of_a_record() -> None:
         Message("user", "And here <image>?"),
         Message("assistant", "<nothink>No."),
     ]
-    made = Question.of(Record([Path("a.png"), Path("b.png")], turns, "d.jsonl:1"))
+    made = Question.from_record(Record([Path("a.png"), Path("b.png")], turns, "d.jsonl:1"))
     assert made.prompt == Prompt("<image> Where?", [Path("a.png")], "think")
     assert made.reference == Answer("Left.", "[0.1, 0.2, 0.3, 0.4]", [(0.1, 0.2, 0.3, 0.4)], [])
-    direct = Question.of(Record([], turns[2:], "d.jsonl:1"))
+    direct = Question.from_record(Record([], turns[2:], "d.jsonl:1"))
     assert direct.prompt.mode == "nothink"
     assert direct.reference.text == "No."
     system = Message("system", "Be brief.")
-    led = Question.of(Record([Path("a.png")], [system, *turns[:2]], "d.jsonl:1"))
+    led = Question.from_record(Record([Path("a.png")], [system, *turns[:2]], "d.jsonl:1"))
     assert led.prompt.messages() == [system, turns[0]]
     assert led.reference == made.reference
 
