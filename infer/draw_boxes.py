@@ -1,4 +1,4 @@
-"""An answer's boxes drawn on a picture."""
+"""An answer's boxes drawn on an image."""
 
 from __future__ import annotations
 

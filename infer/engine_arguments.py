@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from infer.engine.config import CACHE_DTYPES, Limits
+from infer.engine.config import CACHE_DTYPES, EngineConfig
 from infer.quantization.weight_loader import load
 from phi4rv.adapters.peft import merge_adapter
 from phi4rv.command_line import usable_device
@@ -38,8 +38,8 @@ def load_model(args: argparse.Namespace) -> tuple[Phi4RV, Processor]:
 
 
 def engine_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``Limits``, which every command with an engine has."""
-    default = Limits()
+    """The options of ``EngineConfig``, which every command with an engine has."""
+    default = EngineConfig()
     add = parser.add_argument
     add("--max-running", type=int, default=default.max_running, metavar="N", help="requests that decode at once")
     add("--cache-tokens", type=int, metavar="N", help="tokens that the paged cache holds; by memory unless given")
@@ -50,6 +50,6 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def limits_of(args: argparse.Namespace) -> Limits:
+def engine_config_of(args: argparse.Namespace) -> EngineConfig:
     names = ("max_running", "cache_tokens", "cache_dtype", "chunk_tokens", "speculate")
-    return Limits(**{name: getattr(args, name) for name in names})
+    return EngineConfig(**{name: getattr(args, name) for name in names})

@@ -1,6 +1,6 @@
-"""Held-out questions, asked with their own picture and with another's, and what the answers score.
+"""Evaluation on held-out questions, with their own images and with those of other questions.
 
-What a model scores with the pictures shuffled is what it guesses without looking.
+The score with shuffled images is what the model reaches by guessing, without looking.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infer.engine.config import Limits
+from infer.engine.config import EngineConfig
 from infer.engine.engine import Engine
-from infer.requests.request import Generation, Options
+from infer.requests.outputs import Generation
+from infer.requests.sampling_params import SamplingParams
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.processing.answers import Answer, Box, parse_answer
 from phi4rv.processing.chat_template import IMAGE_MARK, THINK
@@ -19,35 +20,35 @@ from phi4rv.processing.image_files import ImageFiles
 from phi4rv.processing.processor import Processor, Prompt
 from phi4rv.processing.records import Record
 
-OPTIONS = Options(max_new_tokens=64)
-TOGETHER = 50  # questions
-FILES = ImageFiles()
+SAMPLING_PARAMS = SamplingParams(max_new_tokens=64)
+MAX_RUNNING = 50  # questions at once
+IMAGE_FILES = ImageFiles()
 Scores = dict[str, float | int | None]
 
 
 @dataclass(frozen=True)
 class Question:
-    """The first question of a record, in the mode of its right answer, and that answer."""
+    """The first question of a record, in the mode of its reference answer, and that answer."""
 
     prompt: Prompt
-    right: Answer
+    reference: Answer
 
     @staticmethod
-    def of(record: Record) -> Question:
-        number = next(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
-        *before, asked = record.turns[:number]
-        said = record.turns[number].content
-        images = [FILES.source(path) for path in record.images[: asked.content.count(IMAGE_MARK)]]
-        mode = "think" if said.lstrip().startswith(THINK) else "nothink"
-        text = [*before, asked] if before else asked.content
-        return Question(Prompt(text, images, mode), parse_answer(said))
+    def from_record(record: Record) -> Question:
+        first_answer = next(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
+        *history, user = record.turns[:first_answer]
+        answer = record.turns[first_answer].content
+        images = [IMAGE_FILES.source(path) for path in record.images[: user.content.count(IMAGE_MARK)]]
+        mode = "think" if answer.lstrip().startswith(THINK) else "nothink"
+        text = [*history, user] if history else user.content
+        return Question(Prompt(text, images, mode), parse_answer(answer))
 
     def with_images(self, images: Sequence[Any]) -> Question:
-        return Question(Prompt(self.prompt.text, images, self.prompt.mode), self.right)
+        return Question(Prompt(self.prompt.text, images, self.prompt.mode), self.reference)
 
 
-def shuffled(questions: Sequence[Question]) -> list[Question]:
-    """Each question with the pictures of the next one that shows as many."""
+def shuffle_images(questions: Sequence[Question]) -> list[Question]:
+    """Each question with the images of the next one that has as many."""
     out = []
     for i, question in enumerate(questions):
         later = [*questions[i + 1 :], *questions[:i]]
@@ -57,32 +58,36 @@ def shuffled(questions: Sequence[Question]) -> list[Question]:
     return out
 
 
-def generations(
-    model: Phi4RV, processor: Processor, prompts: Sequence[Prompt], options: Options = OPTIONS
+def generate(
+    model: Phi4RV,
+    processor: Processor,
+    prompts: Sequence[Prompt],
+    sampling_params: SamplingParams = SAMPLING_PARAMS,
 ) -> list[Generation]:
-    """Greedy answers, TOGETHER at a time at most, in a cache of two windows: training may hold most of the memory."""
-    limits = Limits(max_running=TOGETHER, cache_tokens=2 * model.config.context)
-    return Engine((model, processor), limits=limits).generate(prompts, options)
+    """Answers, in a KV cache of two context windows: training may hold most of the memory."""
+    config = EngineConfig(max_running=MAX_RUNNING, cache_tokens=2 * model.config.context)
+    return Engine((model, processor), config=config).generate(prompts, sampling_params)
 
 
 def answers(model: Phi4RV, processor: Processor, questions: Sequence[Question]) -> list[Answer]:
-    return [g.answer(processor) for g in generations(model, processor, [q.prompt for q in questions])]
+    return [g.answer(processor) for g in generate(model, processor, [q.prompt for q in questions])]
 
 
 def score(questions: Sequence[Question], given: Sequence[Answer]) -> Scores:
     """Means over the questions: ``point_in_box`` and ``iou`` where the answer is a box, ``exact_match`` elsewhere.
 
-    point_in_box (ScreenSpot): the centre of the answer's first box lies in the right one. Text is compared
-    without case and without the white space around it. No box, or no text, scores 0. None where nothing was asked.
+    point_in_box (ScreenSpot): the centre of the answer's first box lies in the reference's. Text is compared
+    without case and without the white space around it. No box, or no text, scores 0. None without such questions.
     """
-    boxes = [(q.right.boxes[0], a.boxes[:1]) for q, a in zip(questions, given, strict=True) if q.right.boxes]
-    texts = [(q.right.text, a.text) for q, a in zip(questions, given, strict=True) if not q.right.boxes]
+    pairs = list(zip(questions, given, strict=True))
+    boxes = [(q.reference.boxes[0], a.boxes[:1]) for q, a in pairs if q.reference.boxes]
+    texts = [(q.reference.text, a.text) for q, a in pairs if not q.reference.boxes]
     return {
         "boxes": len(boxes),
-        "point_in_box": _mean([bool(found) and centre_in(found[0], right) for right, found in boxes]),
-        "iou": _mean([iou(found[0], right) if found else 0.0 for right, found in boxes]),
+        "point_in_box": _mean([bool(found) and centre_in(found[0], reference) for reference, found in boxes]),
+        "iou": _mean([iou(found[0], reference) if found else 0.0 for reference, found in boxes]),
         "texts": len(texts),
-        "exact_match": _mean([right.strip().lower() == said.strip().lower() for right, said in texts]),
+        "exact_match": _mean([reference.strip().lower() == text.strip().lower() for reference, text in texts]),
     }
 
 

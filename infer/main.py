@@ -12,8 +12,9 @@ from typing import Any
 import phi4rv
 from infer.draw_boxes import draw_answer
 from infer.engine.engine import Engine
-from infer.engine_arguments import engine_options, limits_of, load_model, model_options
-from infer.requests.request import Event, Generation, Options, Sampling
+from infer.engine_arguments import engine_config_of, engine_options, load_model, model_options
+from infer.requests.outputs import Generation, StreamEvent
+from infer.requests.sampling_params import SamplingParams
 from phi4rv.command_line import Parser, exit_status
 from phi4rv.errors import UserError
 from phi4rv.processing.answers import THINK_END, find_boxes, find_points, pixel_box
@@ -46,18 +47,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def options_of(args: argparse.Namespace) -> Options:
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    schema = Path(args.json_schema).read_text(encoding="utf-8") if args.json_schema else None
-    return Options(
-        max_new_tokens=args.max_new_tokens,
-        sampling=Sampling(**{name: getattr(args, name) for name in names}),
-        stop=tuple(args.stop),
-        logprobs=args.logprobs,
-        max_thinking_tokens=args.max_thinking_tokens,
-        json_schema=schema,
-        regex=args.regex,
+def sampling_params_of(args: argparse.Namespace) -> SamplingParams:
+    names = (
+        *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
+        *("max_new_tokens", "logprobs", "max_thinking_tokens", "regex"),
     )
+    schema = Path(args.json_schema).read_text(encoding="utf-8") if args.json_schema else None
+    return SamplingParams(**{name: getattr(args, name) for name in names}, stop=tuple(args.stop), json_schema=schema)
 
 
 def split_images(texts: Sequence[str], images: Sequence[Any]) -> list[list[Any]]:
@@ -121,7 +117,7 @@ class Printer:
     def __init__(self) -> None:
         self.thinking = False
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: StreamEvent) -> None:
         if event.thinking:
             self._print(event.thinking if self.thinking else f"{THINK}\n{event.thinking}")
             self.thinking = True
@@ -151,26 +147,27 @@ def write_drawing(path: Path, generations: Sequence[Generation]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    options, limits = options_of(args), limits_of(args)
+    sampling_params, engine_config = sampling_params_of(args), engine_config_of(args)
     if args.draw and not args.image:
         raise UserError("--draw: there is no picture to draw on; give one with --image")
     prompts = prompts_of(args)
     model, processor = load_model(args)
-    engine = Engine((model, processor), limits=limits)
+    engine = Engine((model, processor), config=engine_config)
     if len(prompts) == 1 and not args.json:
         printer = Printer()
-        for event in engine.stream(prompts[0], options):
+        for event in engine.stream(prompts[0], sampling_params):
             printer(event)
             generation = event.generation
         assert generation is not None
         generations = [generation]
     else:
-        generations = engine.generate(prompts, options, progress=len(prompts) > 1 and sys.stderr.isatty())
+        progress = len(prompts) > 1 and sys.stderr.isatty()
+        generations = engine.generate(prompts, sampling_params, progress)
         for generation in generations:
             if args.json:
                 print(json.dumps(as_json(generation, processor), ensure_ascii=False))
             else:
-                Printer()(Event(0, (), generation.thinking or "", generation.text, generation=generation))
+                Printer()(StreamEvent(0, (), generation.thinking or "", generation.text, generation=generation))
     if args.draw:
         write_drawing(Path(args.draw), generations)
 

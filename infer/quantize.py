@@ -20,10 +20,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from infer.heldout import OPTIONS, Question, generations, score
-from infer.quantization.calibration import Inputs, LayerError, calibrated, layer_error, logits_error, logits_of, observe
+from infer.heldout import SAMPLING_PARAMS, Question, generate, score
+from infer.quantization.calibration import (
+    LayerError,
+    LayerInputs,
+    collect_inputs,
+    compute_logits,
+    layer_error,
+    logits_error,
+    quantize_calibrated,
+)
 from infer.quantization.weight_loader import save
-from infer.requests.request import Generation, Options
+from infer.requests.outputs import Generation
+from infer.requests.sampling_params import SamplingParams
 from phi4rv.checkpoint.huggingface import load, published_name
 from phi4rv.command_line import Parser, exit_status, usable_device
 from phi4rv.config import DTYPES
@@ -62,7 +71,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--max-new-tokens",
         type=int,
-        default=OPTIONS.max_new_tokens,
+        default=SAMPLING_PARAMS.max_new_tokens,
         metavar="N",
         help="of an answer to a held-out question",
     )
@@ -74,14 +83,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def quantise(
-    model: Phi4RV, formats: dict[str, str], inputs: dict[str, Inputs], choose_scales: bool
+    model: Phi4RV, formats: dict[str, str], inputs: dict[str, LayerInputs], choose_scales: bool
 ) -> list[LayerError]:
     """Quantises the model's layers in place; the error of each. ``choose_scales``: by ``inputs``."""
     errors = []
 
     def rounded(name: str, weight: Tensor, format: str) -> QuantizedWeight:
         seen = inputs[name]
-        q = calibrated(weight, format, seen.products) if choose_scales else quantize_rows(weight, format)
+        q = quantize_calibrated(weight, format, seen.gram) if choose_scales else quantize_rows(weight, format)
         path = published_name(name + ".weight").removesuffix(".weight")
         errors.append(layer_error(path, weight, q, torch.cat(seen.rows)))
         return q
@@ -92,7 +101,7 @@ def quantise(
 
 def questions_of(path: Path, count: int) -> list[Question]:
     """The first ``count`` of a file of records."""
-    return [Question.of(record) for record in islice(read_records(path), count)]
+    return [Question.from_record(record) for record in islice(read_records(path), count)]
 
 
 def prompts_of(path: Path | None, count: int) -> list[Prompt]:
@@ -170,7 +179,7 @@ def summary(report: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     formats = parse_formats(args.weights)
-    options = Options(args.max_new_tokens)
+    sampling_params = SamplingParams(max_new_tokens=args.max_new_tokens)
     if args.samples < 1:
         raise UserError(f"--samples: {args.samples} must be 1 or more")
     if args.output.exists():
@@ -182,11 +191,11 @@ def run(args: argparse.Namespace) -> None:
     device = usable_device(args.device) if args.device else None
     model, processor = load(args.checkpoint, device, DTYPES[args.dtype] if args.dtype else None, args.kernels)
     size = held_bytes(model)
-    answered = generations(model, processor, prompts, options)
-    inputs = observe(model, processor, answered, formats)
+    answered = generate(model, processor, prompts, sampling_params)
+    inputs = collect_inputs(model, processor, answered, formats)
     asked = [question.prompt for question in questions]
-    before = generations(model, processor, asked, options) if asked else answered
-    logits = logits_of(model, processor, before)
+    before = generate(model, processor, asked, sampling_params) if asked else answered
+    logits = compute_logits(model, processor, before)
     layers = quantise(model, formats, inputs, args.calibration is not None)
     report: dict[str, Any] = {
         "checkpoint": str(args.checkpoint),
@@ -195,11 +204,11 @@ def run(args: argparse.Namespace) -> None:
         "prompts": len(prompts),
         "bytes_before": size,
         "bytes_after": held_bytes(model),
-        "logits": logits_error(logits_of(model, processor, before), logits),
+        "logits": logits_error(compute_logits(model, processor, before), logits),
         "layers": [asdict(layer) for layer in layers],
     }
     if asked:
-        after = generations(model, processor, asked, options)
+        after = generate(model, processor, asked, sampling_params)
         report["heldout"] = compare(processor, questions, before, after)
     save(model, processor, args.output)
     if args.report:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infer.engine.engine import Engine
-from infer.engine_arguments import engine_options, limits_of, load_model, model_options
+from infer.engine_arguments import engine_config_of, engine_options, load_model, model_options
 from phi4rv.command_line import Parser, exit_status
 from phi4rv.errors import UserError
 
@@ -98,7 +98,7 @@ async def serve(app: App, listener: socket.socket, grace: float) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    runner = web.ServerRunner(Server(app.handle, app.seconds), shutdown_timeout=1.0)
+    runner = web.ServerRunner(Server(app.handle, app.timeouts), shutdown_timeout=1.0)
     await runner.setup()
     site = web.SockSite(runner, listener, backlog=BACKLOG)
     await site.start()
@@ -109,7 +109,7 @@ async def serve(app: App, listener: socket.socket, grace: float) -> None:
     await site.stop()
     await app.drain(grace)
     await runner.cleanup()
-    await app.background.close()
+    await app.async_engine.close()
 
 
 def allow_many_connections() -> None:
@@ -124,19 +124,19 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"infer.serve needs {' and '.join(missing)}: pip install 'phi4rv[serve]'")
     from infer.server.routes import App, ServerLimits
 
-    engine_limits = limits_of(args)
+    engine_config = engine_config_of(args)
     key = api_key(args)
     listener = bound_socket(args.host, args.port)
-    engine = Engine(load_model(args), limits=engine_limits)
+    engine = Engine(load_model(args), config=engine_config)
     engine.warm_up()
     limits = ServerLimits(
-        body=args.max_body_mb << 20,
-        uploads=args.max_files_mb << 20,
-        pixels=args.max_image_megapixels * 1_000_000,
-        prompt_tokens=args.max_prompt_tokens,
-        new_tokens=args.max_new_tokens,
-        waiting=args.max_queue,
-        request_seconds=args.request_timeout,
+        max_body_bytes=args.max_body_mb << 20,
+        file_store_bytes=args.max_files_mb << 20,
+        max_image_pixels=args.max_image_megapixels * 1_000_000,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_new_tokens=args.max_new_tokens,
+        max_waiting=args.max_queue,
+        request_timeout=args.request_timeout,
     )
     name = args.model_name or Path(args.checkpoint).resolve().name
 

@@ -9,8 +9,9 @@ from collections import deque
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from infer.engine.config import Counters
-from infer.requests.request import Event, Generation, Options
+from infer.engine.config import EngineStats
+from infer.requests.outputs import Generation, StreamEvent
+from infer.requests.sampling_params import SamplingParams
 from phi4rv.errors import WindowError
 from phi4rv.processing.images import open_image
 from phi4rv.processing.processor import Processor, Prompt
@@ -19,11 +20,11 @@ from phi4rv.processing.processor import Processor, Prompt
 @dataclass
 class FakeRequest:
     prompt: Prompt
-    options: Options
+    sampling_params: SamplingParams
     prompt_tokens: int
     image_tokens: int
     words: deque[str]
-    told: Generation
+    generation: Generation
 
 
 class FakeEngine:
@@ -32,62 +33,62 @@ class FakeEngine:
 
     def __init__(self, processor: Processor, max_running: int = 64, seconds: float = 0.0):
         self.processor, self.seconds = processor, seconds
-        self.config = processor.config
-        self.limits = SimpleNamespace(max_running=max_running)
-        self.counters = Counters()
-        self.seen: list[tuple[Prompt, Options]] = []
+        self.model_config = processor.config
+        self.config = SimpleNamespace(max_running=max_running)
+        self.stats = EngineStats()
+        self.seen: list[tuple[Prompt, SamplingParams]] = []
         self.open: dict[int, FakeRequest] = {}
         self.cancelled: list[int] = []
         self.threads: set[int] = set()
-        self._numbers = 0
+        self._last_request_id = 0
 
     @property
-    def busy(self) -> bool:
+    def has_unfinished_requests(self) -> bool:
         return bool(self.open)
 
-    def prepare(self, prompt: Prompt, options: Options = Options()) -> FakeRequest:  # noqa: B008
+    def prepare(self, prompt: Prompt, sampling_params: SamplingParams = SamplingParams()) -> FakeRequest:  # noqa: B008
         for image in prompt.images:
             open_image(image)
         text = prompt.messages()[-1].content
         rendered = self.processor.template.render(prompt.messages(), prompt.mode)
         tokens = len(self.processor.tokenizer.encode(rendered.text, add_special_tokens=False).ids)
-        if tokens > self.config.context:
-            raise WindowError(f"the prompt has {tokens} tokens, the model's window holds {self.config.context}")
-        self.seen.append((prompt, options))
+        if tokens > self.model_config.context:
+            raise WindowError(f"the prompt has {tokens} tokens, the model's window holds {self.model_config.context}")
+        self.seen.append((prompt, sampling_params))
         thinking = "Hm." if prompt.mode == "think" else None
-        words = deque(re.findall(r"\S+\s*", text.split("echo", 1)[-1])[: options.max_new_tokens])
+        words = deque(re.findall(r"\S+\s*", text.split("echo", 1)[-1])[: sampling_params.max_new_tokens])
         generation = Generation(prompt, tokens, len(prompt.images), thinking=thinking, finish_reason="stop")
-        return FakeRequest(prompt, options, tokens, len(prompt.images), words, generation)
+        return FakeRequest(prompt, sampling_params, tokens, len(prompt.images), words, generation)
 
-    def submit(self, request: FakeRequest, options: Options = Options()) -> int:  # noqa: B008
-        self._numbers += 1
-        self.open[self._numbers] = request
-        return self._numbers
+    def submit(self, request: FakeRequest, sampling_params: SamplingParams = SamplingParams()) -> int:  # noqa: B008
+        self._last_request_id += 1
+        self.open[self._last_request_id] = request
+        return self._last_request_id
 
-    def cancel(self, number: int) -> None:
-        del self.open[number]
-        self.cancelled.append(number)
+    def cancel(self, request_id: int) -> None:
+        del self.open[request_id]
+        self.cancelled.append(request_id)
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[StreamEvent]:
         self.threads.add(threading.get_ident())
         time.sleep(self.seconds)
-        return [self._next(number, request) for number, request in list(self.open.items())[: self.limits.max_running]]
+        return [self._next(*item) for item in list(self.open.items())[: self.config.max_running]]
 
-    def _next(self, number: int, request: FakeRequest) -> Event:
+    def _next(self, request_id: int, request: FakeRequest) -> StreamEvent:
         text = request.prompt.messages()[-1].content
         if "break" in text:
             raise RuntimeError("broken on purpose")
-        generation = request.told
+        generation = request.generation
         generation.token_ids.append(1)
-        self.counters.generated_tokens += 1
+        self.stats.generated_tokens += 1
         if "endless" in text:
-            return Event(number, (1,), text="on and on " * (1 if "small" in text else 4000))
+            return StreamEvent(request_id, (1,), text="on and on " * (1 if "small" in text else 4000))
         if generation.thinking and len(generation.token_ids) == 1:
-            return Event(number, (1,), thinking=generation.thinking)
+            return StreamEvent(request_id, (1,), thinking=generation.thinking)
         word = request.words.popleft() if request.words else ""
         generation.text += word
         if request.words:
-            return Event(number, (1,), text=word)
-        del self.open[number]
-        self.counters.finished["stop"] += 1
-        return Event(number, (1,), text=word, generation=generation)
+            return StreamEvent(request_id, (1,), text=word)
+        del self.open[request_id]
+        self.stats.finished["stop"] += 1
+        return StreamEvent(request_id, (1,), text=word, generation=generation)

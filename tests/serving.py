@@ -96,7 +96,7 @@ def serving(engine: Any, model: str = "tiny", **options: Any) -> Iterator[Served
 
     async def main() -> None:
         app = App(engine, model, **options)
-        runner = web.ServerRunner(Server(app.handle, app.seconds), shutdown_timeout=0.2)
+        runner = web.ServerRunner(Server(app.handle, app.timeouts), shutdown_timeout=0.2)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
         await site.start()
@@ -104,7 +104,7 @@ def serving(engine: Any, model: str = "tiny", **options: Any) -> Iterator[Served
         started.set()
         await stop.wait()
         await runner.cleanup()
-        await app.background.close()
+        await app.async_engine.close()
 
     thread = threading.Thread(target=lambda: (asyncio.run(main()), ended.set()))
     thread.start()

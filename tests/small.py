@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from PIL import Image
 
 import phi4rv
-from infer.engine.config import Limits
+from infer.engine.config import EngineConfig
 from infer.engine.engine import Engine
-from infer.requests.request import Generation, Options, Sampling
+from infer.requests.outputs import Generation
+from infer.requests.sampling_params import SamplingParams
 from phi4rv.checkpoint.huggingface import empty_model
 from phi4rv.config import Config, VisionConfig
 from phi4rv.processing.processor import Processor, Prompt
@@ -21,7 +23,7 @@ from train.synthetic.tiny_model import initialise
 ROOT = Path(__file__).parent.parent
 PUBLISHED = Path(__file__).parent / "data" / "tiny-checkpoint"
 # What a clock or the machine decides, and so differs from run to run.
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 TIMES = ("seconds", "tokens_per_second", "images_per_second", "tflops", "mfu", "data_wait", "memory")
 
 
@@ -109,14 +111,14 @@ def generate(
     processor: Processor,
     prompts: Sequence[Prompt],
     count: int,
-    sampling: Sampling = GREEDY,
-    **limits: Any,
+    sampling_params: SamplingParams = GREEDY,
+    **config: Any,
 ) -> list[Generation]:
     """Answers of a new engine, which then holds nothing any more."""
-    engine = Engine((model, processor), limits=Limits(**limits))
-    made = engine.generate(prompts, Options(max_new_tokens=count, sampling=sampling))
+    engine = Engine((model, processor), config=EngineConfig(**config))
+    made = engine.generate(prompts, replace(sampling_params, max_new_tokens=count))
     engine.check()
-    assert engine.counters.pages_used == 0
+    assert engine.stats.pages_used == 0
     return made
 
 

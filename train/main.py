@@ -147,7 +147,7 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
         say(f"no step-N in {output} yet: starting at the beginning")
     check_weights(weights(model), str(step or args.checkpoint or "the model"))
     corpus = open_corpus(args, data, processor, stage, output / CACHE, ranks)
-    questions = [Question.of(record) for record in read_records(heldout)] if heldout and ranks.first else []
+    questions = [Question.from_record(record) for record in read_records(heldout)] if heldout and ranks.first else []
     before = read_json(step / checkpointer.STATE) if step else {}
     position = before.get("position")
     if position and not ranks.first:

@@ -19,9 +19,9 @@ from benchmarks.inference.place import Place, patches_of, question
 from benchmarks.inference.rows import Record, Shapes
 from benchmarks.inference.sides import Ours, Theirs, answer
 from benchmarks.kernels import timing
-from infer.engine.config import Limits
+from infer.engine.config import EngineConfig
 from infer.engine.engine import Engine
-from infer.requests.request import Options
+from infer.requests.sampling_params import SamplingParams
 from phi4rv.config import Config
 from phi4rv.processing.processor import Prompt
 
@@ -71,8 +71,8 @@ def tower(side: Ours | Theirs) -> Record:
 def second_question(side: Ours) -> Record:
     """Seconds to the first token of a second question about a picture that the engine remembers."""
     s, place = side.place.shapes, side.place
-    limits = Limits(max_running=1, cache_tokens=place.config.context, speculate=0)
-    engine = Engine((side.engine.model, place.processor), limits=limits)
+    config = EngineConfig(max_running=1, cache_tokens=place.config.context, speculate=0)
+    engine = Engine((side.engine.model, place.processor), config=config)
 
     def both(seed: int) -> tuple[float, float]:
         one, other = (question(place, s.text, seed + n, image=True) for n in range(2))
@@ -81,7 +81,7 @@ def second_question(side: Ours) -> Record:
 
     place.warm(lambda: both(10))
     first, second = zip(*(both(20 + 2 * n) for n in range(place.rounds)), strict=True)
-    cached = engine.counters.cached_prompt_tokens
+    cached = engine.stats.cached_prompt_tokens
     medians = {"seconds": statistics.median(second), "first_seconds": statistics.median(first)}
     return {**medians, "spread": timing.spread(second), "cached_tokens": cached}
 
@@ -93,7 +93,7 @@ def at_once(side: Ours) -> Record:
 
     def rate(asked: Sequence[Prompt]) -> float:
         begun = time.perf_counter()
-        made = side.engine.generate(asked, Options(max_new_tokens=s.answer))
+        made = side.engine.generate(asked, SamplingParams(max_new_tokens=s.answer))
         seconds = time.perf_counter() - begun
         if [len(g.token_ids) for g in made] != [s.answer] * len(asked):
             raise RuntimeError(f"answers have {[len(g.token_ids) for g in made]} tokens and should have {s.answer}")

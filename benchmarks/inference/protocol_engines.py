@@ -18,9 +18,10 @@ import phi4rv
 from benchmarks.inference.questions import Asked
 from benchmarks.inference.vllm_peer import VLLM
 from benchmarks.models import Transformers
-from infer.engine.config import Limits
-from infer.engine.engine import Engine, stop_tokens
-from infer.requests.request import Options
+from infer.engine.config import EngineConfig
+from infer.engine.engine import Engine
+from infer.engine.output_processor import stop_token_ids
+from infer.requests.sampling_params import SamplingParams
 from phi4rv.processing.answers import Answer, parse_answer
 from phi4rv.processing.images import open_image
 from phi4rv.processing.processor import Processor, Prompt
@@ -45,13 +46,13 @@ class Setting:
 
 def ours(setting: Setting) -> Ask:
     """Each question stands alone: nothing is remembered of those before it."""
-    limits = Limits(max_running=1, image_cache_bytes=0, prefix_cache=False)
+    config = EngineConfig(max_running=1, image_cache_bytes=0, prefix_cache=False)
     engine = Engine(
-        setting.checkpoint, setting.device, setting.dtype, setting.kernels, weights=setting.weights, limits=limits
+        setting.checkpoint, setting.device, setting.dtype, setting.kernels, weights=setting.weights, config=config
     )  # fmt: skip
 
     def ask(prompt: Prompt, new: int) -> tuple[Answer, int]:
-        generation = engine.generate([prompt], Options(max_new_tokens=new))[0]
+        generation = engine.generate([prompt], SamplingParams(max_new_tokens=new))[0]
         return generation.answer(engine.processor), len(generation.token_ids)
 
     return ask
@@ -60,7 +61,7 @@ def ours(setting: Setting) -> Ask:
 def transformers(setting: Setting) -> Ask:
     model, processor = phi4rv.load(setting.checkpoint, setting.device, setting.dtype, "torch")
     peer = Transformers(model.config, model.device, model.decoder.norm.weight.dtype, model)
-    stops = stop_tokens(processor)
+    stops = stop_token_ids(processor)
 
     def ask(prompt: Prompt, new: int) -> tuple[Answer, int]:
         batch = processor([prompt]).to(model.device)
@@ -81,7 +82,7 @@ def vllm(setting: Setting) -> Ask:
     def ask(prompt: Prompt, new: int) -> tuple[Answer, int]:
         rendered = processor.template.render(prompt.messages(), prompt.mode).text
         asked = {"prompt": rendered, "multi_modal_data": {"image": [open_image(image) for image in prompt.images]}}
-        return read(processor, peer.answer([asked], new)[0], stop_tokens(processor), prompt)
+        return read(processor, peer.answer([asked], new)[0], stop_token_ids(processor), prompt)
 
     return ask
 

@@ -55,7 +55,7 @@ def read_questions(path: Path) -> list[Asked]:
             kind = json.loads(content).get("kind")
             if not isinstance(kind, str) or not kind.strip():
                 raise UserError(f"{line.where}: 'kind' is {kind!r}; name the kind of question: chart or screen, say")
-            found += [Asked(kind.strip(), line.where, Question.of(record)) for record in records]
+            found += [Asked(kind.strip(), line.where, Question.from_record(record)) for record in records]
     return found
 
 

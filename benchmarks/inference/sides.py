@@ -14,9 +14,9 @@ from benchmarks.inference.energy import joules
 from benchmarks.inference.place import Place
 from benchmarks.inference.rows import spec
 from benchmarks.models import Transformers
-from infer.engine.config import Limits
+from infer.engine.config import EngineConfig
 from infer.engine.engine import Engine
-from infer.requests.request import Options
+from infer.requests.sampling_params import SamplingParams
 from phi4rv.processing.processor import Prompt
 from phi4rv.quantization.quantized_linear import quantize_layers, quantize_rows
 
@@ -66,22 +66,22 @@ class Ours:
         self.place = place
         model = place.model(kernels)
         quantize_layers(model, spec(form), lambda name, weight, f: quantize_rows(weight, f))
-        s, page = place.shapes, Limits().page_size
-        limits = Limits(
+        s, page = place.shapes, EngineConfig().page_size
+        config = EngineConfig(
             max_running=s.many,
             cache_tokens=max(place.config.context, s.many * (s.prompt + s.answer + page)),
             image_cache_bytes=0,
             prefix_cache=False,
             speculate=0,
         )
-        self.engine = Engine((model, place.processor), limits=limits)
+        self.engine = Engine((model, place.processor), config=config)
 
     def answer(self, prompt: Prompt, new: int) -> Answered:
         return answer(self.engine, prompt, new)
 
     def top(self, prompt: Prompt) -> list[tuple[int, float]]:
         """The first token and its log-probability."""
-        events = list(self.engine.stream(prompt, Options(max_new_tokens=1, logprobs=0)))
+        events = list(self.engine.stream(prompt, SamplingParams(max_new_tokens=1, logprobs=0)))
         return [(token.token_id, token.logprob) for event in events for token in event.logprobs]
 
     def encoder(self, prompt: Prompt) -> Callable[[], Any]:
@@ -91,10 +91,10 @@ class Ours:
 
 def answer(engine: Engine, prompt: Prompt, new: int) -> Answered:
     """Of a prepared request: from its submission on."""
-    request = engine.prepare(prompt, Options(max_new_tokens=new))
+    request = engine.prepare(prompt, SamplingParams(max_new_tokens=new))
     clock = Clock()
     engine.submit(request)
-    while engine.busy:
+    while engine.has_unfinished_requests:
         for event in engine.step():
             clock.take(event.token_ids)
     return clock.answered(new)

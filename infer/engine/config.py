@@ -1,4 +1,4 @@
-"""What an engine may use, and what it has done."""
+"""An engine's limits and features, and the totals that it counts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ CACHE_DTYPES = (None, "fp8")
 
 
 @dataclass(frozen=True)
-class Limits:
-    """max_running: requests that decode at once. cache_tokens: tokens that the paged cache holds, at least the model's
-    window; None: by memory. chunk_tokens: prompt tokens of a prefill pass while others decode. cache_dtype: None (the
-    model's) or ``fp8``. speculate: tokens drafted by prompt lookup, 0: none. graphs, overlap: CUDA graphs, and reading
-    a step's tokens while the next one runs; None: where there is a GPU and its kernels allow it.
+class EngineConfig:
+    """Limits and features of an engine.
+
+    max_running: requests that decode at once. cache_tokens: tokens that the paged KV cache holds, at least the model's
+    context window; None: by memory. chunk_tokens: prompt tokens of a prefill pass while others decode. cache_dtype:
+    None (the model's) or ``fp8``. speculate: tokens drafted by prompt lookup, 0: none. graphs: CUDA graphs of decode
+    steps; overlap: reading a step's tokens while the next one runs; None: where there is a GPU whose kernels allow it.
     """
 
     max_running: int = 64
@@ -44,8 +46,8 @@ class Limits:
 
 
 @dataclass
-class Counters:
-    """Totals since the start; the last four are what is now."""
+class EngineStats:
+    """Totals since the start; the last four are current values."""
 
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0

@@ -1,4 +1,4 @@
-"""The decoder for a handful of rows: four products a layer, each with what stands around it (``decode_gemv``)."""
+"""The decoder for a few rows: four products a layer, fused with norms, residuals and SwiGLU (``decode_gemv``)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from phi4rv.ops import cuda
 from phi4rv.ops.low_precision import QuantizedWeight
 from phi4rv.ops.reference import rope_table
 
-ROWS = 8  # that decode_gemv takes at most
+MAX_ROWS = 8  # of decode_gemv
 
 Weight = Tensor | QuantizedWeight | cuda.RepackedWeight
 
 
 class FusedDecoder:
-    """``Decoder`` and its ``logits`` for at most ROWS rows, on the same weights."""
+    """``Decoder`` and its ``logits`` for at most MAX_ROWS rows, on the same weights."""
 
     def __init__(self, decoder: Decoder):
         self.decoder, self.ops = decoder, decoder.ops
@@ -33,7 +33,7 @@ class FusedDecoder:
         self.head = self._weight(decoder.lm_head)
 
     def _weight(self, layer: Any) -> Weight:
-        """As the chosen ``decode_gemv`` takes it; csrc/'s reads quantised weights in an order of its own."""
+        """In the layout of the chosen ``decode_gemv``; csrc/'s has its own for quantised weights."""
         weight = getattr(layer, "quantized", None)
         if weight is None:
             unquantised: Tensor = layer.weight.detach()
@@ -41,7 +41,7 @@ class FusedDecoder:
         return cuda.repack(weight) if self.ops.chosen["decode_gemv"] == "cuda" else weight
 
     def __call__(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Embeddings (T, C) at positions (T,) -> logits (T, V) float32, T at most ROWS."""
+        """Embeddings (T, C) at positions (T,) -> logits (T, V) float32, T at most MAX_ROWS."""
         config, gemv, eps = self.decoder.config, self.ops.decode_gemv, self.decoder.config.rms_norm_eps
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         cos, sin = rope_table(positions, config.head_dim, config.rope_theta)
@@ -56,8 +56,8 @@ class FusedDecoder:
         return logits.float()
 
 
-def fits(decoder: Decoder) -> bool:
-    """Whether the chosen ``decode_gemv`` takes these layers: csrc/'s wants 16 bits and certain widths."""
+def is_supported(decoder: Decoder) -> bool:
+    """Whether the chosen ``decode_gemv`` supports these layers: csrc/'s needs 16-bit activations and certain widths."""
     if decoder.ops.chosen["decode_gemv"] != "cuda":
         return True
     config = decoder.config

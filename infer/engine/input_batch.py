@@ -1,7 +1,7 @@
-"""What the device knows of the running requests: a row of each table is one request's slot.
+"""The state of the running requests on the device: each has a row, ``req_index``, in every buffer.
 
-A step reads and writes these tables alone, so that it needs nothing from the host but which slots it is for, and a
-CUDA graph of it can be replayed whatever requests hold them. The last slot is nobody's: it fills a batch up.
+A step reads and writes these buffers alone, so that all it needs from the host is which rows it is for, and its CUDA
+graph can be replayed whatever requests have them. The last row belongs to no request: it pads batches.
 """
 
 from __future__ import annotations
@@ -9,122 +9,148 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infer.engine.sampler import mask, penalise, pick
-from infer.requests.request import Options
-from infer.requests.structured_output import ThinkTokens
+from infer.engine.sampler import apply_repetition_penalty, apply_token_mask, sample
+from infer.requests.sampling_params import SamplingParams
+from infer.requests.structured_output import ThinkingTokens
 from phi4rv.config import Config
 
-NEVER = 2**40  # a number of tokens that no answer has
+UNLIMITED = 2**40  # more tokens than any answer has
 
 
-class Slots:
-    def __init__(self, config: Config, count: int, pages: int, beyond: int, think: ThinkTokens, device: torch.device):
-        """``count`` slots of at most ``pages`` pages; a step may write ``beyond`` tokens past the window."""
-        self.count, self.think, self.device = count, think, device
-        rows = count + 1
+class InputBatch:
+    def __init__(
+        self,
+        config: Config,
+        max_running: int,
+        max_pages: int,
+        num_lookahead_tokens: int,
+        thinking_tokens: ThinkingTokens,
+        device: torch.device,
+    ):
+        """max_pages: of one request. num_lookahead_tokens: how far a step may write past the context window."""
+        self.max_running, self.thinking_tokens, self.device = max_running, thinking_tokens, device
+        rows = max_running + 1
 
-        def table(*shape: int, dtype: torch.dtype = torch.int64, fill: float = 0) -> Tensor:
+        def buffer(*shape: int, dtype: torch.dtype = torch.int64, fill: float = 0) -> Tensor:
             return torch.full((rows, *shape), fill, dtype=dtype, device=device)
 
-        # Tokens, prompt and answer; -1 under images. lengths: how many of them the cache holds.
-        self.tokens = table(config.context + beyond + 1, dtype=torch.int32)
-        self.lengths = table()
-        self.prompt_lengths = table()
-        self.page_table = table(pages, dtype=torch.int32)
-        self.temperature, self.top_p, self.min_p, self.penalty = (table(dtype=torch.float32) for _ in range(4))
-        self.top_k, self.seed = table(), table()
-        self.seen = table(config.vocab_size, dtype=torch.bool)
-        self.allowed = table(config.vocab_size, dtype=torch.bool, fill=True)
-        # thinking: inside a thought; force_at: the number of the answer's token at which the thought must be over.
-        self.thinking = table(dtype=torch.bool)
-        self.force_at = table(fill=NEVER)
+        # Prompt and answer, -1 under images. num_computed_tokens: how many of them the KV cache holds.
+        self.token_ids = buffer(config.context + num_lookahead_tokens + 1, dtype=torch.int32)
+        self.num_computed_tokens = buffer()
+        self.num_prompt_tokens = buffer()
+        self.page_table = buffer(max_pages, dtype=torch.int32)
+        self.temperature, self.top_p, self.min_p = (buffer(dtype=torch.float32) for _ in range(3))
+        self.repetition_penalty = buffer(dtype=torch.float32)
+        self.top_k, self.seed = buffer(), buffer()
+        self.seen_tokens = buffer(config.vocab_size, dtype=torch.bool)
+        self.allowed_tokens = buffer(config.vocab_size, dtype=torch.bool, fill=True)
+        # is_thinking: inside a thought. thinking_limit: the index of the answer's token at which it must be over.
+        self.is_thinking = buffer(dtype=torch.bool)
+        self.thinking_limit = buffer(fill=UNLIMITED)
 
-    def fill(self, slot: int, known: Tensor, prompt_length: int, mode: str, options: Options, pages: list[int]) -> None:
-        """Gives a slot to a request of ``known`` (T,) int64 tokens on the host: its prompt and what it has answered."""
-        sampling = options.sampling
-        for table, value in (
-            (self.prompt_lengths, prompt_length),
-            (self.temperature, sampling.temperature),
-            (self.top_k, sampling.top_k),
-            (self.top_p, sampling.top_p),
-            (self.min_p, sampling.min_p),
-            (self.penalty, sampling.repetition_penalty),
-            (self.seed, sampling.seed),
+    def add_request(
+        self,
+        req_index: int,
+        token_ids: Tensor,
+        num_prompt_tokens: int,
+        mode: str,
+        params: SamplingParams,
+        pages: list[int],
+    ) -> None:
+        """Assigns a row to a request of ``token_ids`` (T,) int64 on the host: its prompt and its answer so far."""
+        for buffer, value in (
+            (self.num_prompt_tokens, num_prompt_tokens),
+            (self.temperature, params.temperature),
+            (self.top_k, params.top_k),
+            (self.top_p, params.top_p),
+            (self.min_p, params.min_p),
+            (self.repetition_penalty, params.repetition_penalty),
+            (self.seed, params.seed),
         ):
-            table[slot] = value
-        self.lengths[slot] = 0
-        self.tokens[slot, : len(known)] = self._moved(known.to(torch.int32))
-        self.seen[slot] = False
-        if sampling.repetition_penalty != 1:
-            self.seen[slot].index_fill_(0, self._moved(known[known >= 0]), True)
-        self.allowed[slot] = True
-        self.thinking[slot] = self.think.inside(mode, known[prompt_length:].tolist())
-        budget = options.max_thinking_tokens
-        self.force_at[slot] = NEVER if budget is None else budget + (mode != "think")  # its own tag is not counted
-        self.set_pages(slot, 0, pages)
+            buffer[req_index] = value
+        self.num_computed_tokens[req_index] = 0
+        self.token_ids[req_index, : len(token_ids)] = self._to_device(token_ids.to(torch.int32))
+        self.seen_tokens[req_index] = False
+        if params.repetition_penalty != 1:
+            self.seen_tokens[req_index].index_fill_(0, self._to_device(token_ids[token_ids >= 0]), True)
+        self.allowed_tokens[req_index] = True
+        self.is_thinking[req_index] = self.thinking_tokens.is_thinking(mode, token_ids[num_prompt_tokens:].tolist())
+        budget = params.max_thinking_tokens
+        # The tag that the model writes itself is not counted.
+        self.thinking_limit[req_index] = UNLIMITED if budget is None else budget + (mode != "think")
+        self.set_pages(req_index, 0, pages)
 
-    def set_pages(self, slot: int, begin: int, pages: list[int]) -> None:
-        """Entries ``begin`` onward of a slot's page table."""
-        self.page_table[slot, begin : begin + len(pages)] = self._moved(torch.tensor(pages, dtype=torch.int32))
+    def set_pages(self, req_index: int, begin: int, pages: list[int]) -> None:
+        """Entries ``begin`` onward of a request's page table."""
+        self.page_table[req_index, begin : begin + len(pages)] = self._to_device(torch.tensor(pages, dtype=torch.int32))
 
-    def clear(self, slot: int) -> None:
-        """Nothing of the slot is read any more; what a step under way still writes for it goes to the scratch page."""
-        self.page_table[slot] = 0
-        self.lengths[slot] = 0
+    def remove_request(self, req_index: int) -> None:
+        """Frees the row; what a step in flight still writes for it goes to the null page."""
+        self.page_table[req_index] = 0
+        self.num_computed_tokens[req_index] = 0
 
-    def _moved(self, x: Tensor) -> Tensor:
+    def _to_device(self, x: Tensor) -> Tensor:
         if self.device.type != "cuda":
             return x
         return x.pin_memory().to(self.device, non_blocking=True)
 
-    def choose(
-        self, slots: Tensor, logits: Tensor, drafts: Tensor, begin: Tensor, plain: bool
+    def sample(
+        self, req_indices: Tensor, logits: Tensor, drafts: Tensor, begin: Tensor, all_greedy: bool
     ) -> tuple[Tensor, Tensor]:
-        """The next tokens of each slot, and how many of them count; the tables then hold those.
+        """The next tokens of each request, and how many of them are accepted; the buffers are updated with those.
 
         logits (B, M, V) float32 of the last token and M - 1 drafts behind it, drafts (B, M): these tokens; begin (B,):
-        the number of the first new token in its document. Returns (B, M) int64, and (B,) int64 in 1..M: a draft counts
-        where it is what the model chose, and so does the token that is chosen behind it. plain: all are greedy, with no
-        penalty and no mask. Where a thought is over its budget, its end is chosen.
+        the position of the first new token. Returns (B, M) int64, and (B,) int64 in 1..M: a draft is accepted where the
+        model samples the same, and so is the token that is sampled behind it. all_greedy: no request has a temperature,
+        a penalty or a token mask. Where a thought is over its budget, its end is forced.
         """
-        number = begin - self.prompt_lengths[slots]
-        thinking, force_at = self.thinking[slots], self.force_at[slots]
-        seen = None if plain else self.seen[slots]
-        chosen, states = [], []
+        index = begin - self.num_prompt_tokens[req_indices]
+        is_thinking, thinking_limit = self.is_thinking[req_indices], self.thinking_limit[req_indices]
+        seen = None if all_greedy else self.seen_tokens[req_indices]
+        sampled, thinking_after = [], []
         for m in range(logits.shape[1]):
             if m and seen is not None:
                 seen = seen.scatter(1, drafts[:, m : m + 1].long(), True)
-            token = self._pick(slots, logits[:, m], seen, number + m)
-            token = torch.where(thinking & (number + m >= force_at), self.think.end, token)
-            opens = (number + m == 0) & (token == self.think.start)
-            thinking = (thinking & (token != self.think.end)) | opens
-            chosen.append(token)
-            states.append(thinking)
-        tokens = torch.stack(chosen, 1)
-        right = (tokens[:, :-1] == drafts[:, 1:]).long().cumprod(1).sum(1)
-        counted = right + 1
-        self._keep(slots, tokens, counted, begin, torch.stack(states, 1), plain)
-        return tokens, counted
+            token = self._sample_one(req_indices, logits[:, m], seen, index + m)
+            token = torch.where(is_thinking & (index + m >= thinking_limit), self.thinking_tokens.end, token)
+            opens = (index + m == 0) & (token == self.thinking_tokens.start)
+            is_thinking = (is_thinking & (token != self.thinking_tokens.end)) | opens
+            sampled.append(token)
+            thinking_after.append(is_thinking)
+        token_ids = torch.stack(sampled, 1)
+        num_correct = (token_ids[:, :-1] == drafts[:, 1:]).long().cumprod(1).sum(1)
+        num_accepted = num_correct + 1
+        self._append(req_indices, token_ids, num_accepted, begin, torch.stack(thinking_after, 1), all_greedy)
+        return token_ids, num_accepted
 
-    def _pick(self, slots: Tensor, logits: Tensor, seen: Tensor | None, number: Tensor) -> Tensor:
+    def _sample_one(self, req_indices: Tensor, logits: Tensor, seen: Tensor | None, index: Tensor) -> Tensor:
         if seen is None:
             return logits.argmax(-1)
-        logits = mask(penalise(logits, seen, self.penalty[slots]), self.allowed[slots])
+        logits = apply_repetition_penalty(logits, seen, self.repetition_penalty[req_indices])
+        logits = apply_token_mask(logits, self.allowed_tokens[req_indices])
         temperature, top_k, top_p, min_p, seed = (
-            table[slots] for table in (self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
+            buffer[req_indices] for buffer in (self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
         )
-        return pick(logits, temperature, top_k, top_p, min_p, seed, number)
+        return sample(logits, temperature, top_k, top_p, min_p, seed, index)
 
-    def _keep(
-        self, slots: Tensor, tokens: Tensor, counted: Tensor, begin: Tensor, thinking: Tensor, plain: bool
+    def _append(
+        self,
+        req_indices: Tensor,
+        token_ids: Tensor,
+        num_accepted: Tensor,
+        begin: Tensor,
+        is_thinking: Tensor,
+        all_greedy: bool,
     ) -> None:
-        width = tokens.shape[1]
-        places = (begin[:, None] + torch.arange(width, device=tokens.device)).clamp(max=self.tokens.shape[1] - 1)
-        self.tokens[slots[:, None], places] = tokens.to(torch.int32)
-        self.lengths[slots] = begin + counted - 1
-        self.lengths[-1].zero_()  # the slot that fills batches up
-        self.thinking[slots] = thinking.gather(1, counted[:, None] - 1).squeeze(1)
-        if not plain:
-            taken = torch.arange(width, device=tokens.device) < counted[:, None]
+        width = token_ids.shape[1]
+        offsets = torch.arange(width, device=token_ids.device)
+        positions = (begin[:, None] + offsets).clamp(max=self.token_ids.shape[1] - 1)
+        self.token_ids[req_indices[:, None], positions] = token_ids.to(torch.int32)
+        self.num_computed_tokens[req_indices] = begin + num_accepted - 1
+        self.num_computed_tokens[-1].zero_()  # the row that pads batches
+        self.is_thinking[req_indices] = is_thinking.gather(1, num_accepted[:, None] - 1).squeeze(1)
+        if not all_greedy:
+            accepted = offsets < num_accepted[:, None]
             for m in range(width):
-                self.seen[slots, tokens[:, m]] = self.seen[slots, tokens[:, m]] | taken[:, m]
+                seen = self.seen_tokens[req_indices, token_ids[:, m]]
+                self.seen_tokens[req_indices, token_ids[:, m]] = seen | accepted[:, m]

@@ -1,4 +1,4 @@
-"""The next token of each request from its row of logits, on the device and without asking the host.
+"""Sampling: the next token of each request from its row of logits, on the device, without synchronising the host.
 
 Nothing here has a shape that depends on values, so all of it can be captured in a CUDA graph.
 """
@@ -10,21 +10,21 @@ from torch import Tensor
 
 from phi4rv.ops.low_precision import WORD, mix
 
-GOLDEN = 0x9E3779B9
+GOLDEN_RATIO = 0x9E3779B9
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     """Logits (N, V) of tokens in ``seen`` (N, V) bool made less likely by ``penalty`` (N,) (Keskar et al. 2019)."""
     penalty = penalty[:, None]
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def mask(logits: Tensor, allowed: Tensor) -> Tensor:
-    """Logits (N, V), -inf where ``allowed`` (N, V) bool is not."""
+def apply_token_mask(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Logits (N, V), -inf where ``allowed`` (N, V) bool is False."""
     return logits.masked_fill(~allowed, -torch.inf)
 
 
-def pick(
+def sample(
     logits: Tensor,
     temperature: Tensor,
     top_k: Tensor,
@@ -52,28 +52,30 @@ def pick(
     # The first has nothing before it and stays. top_p 1 keeps what is rounded away against it.
     kept &= (probabilities.cumsum(1) - probabilities < top_p) | (top_p >= 1)
     kept &= below >= min_p.double().log()
-    score = below + _gumbel(seed, step, order).masked_fill_(temperature == 0, 0.0)
+    score = below + _gumbel_noise(seed, step, order).masked_fill_(temperature == 0, 0.0)
     return order.gather(1, score.masked_fill_(~kept, -infinity).argmax(1, keepdim=True)).squeeze(1)
 
 
-def logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities under logits (N, V) of ``tokens`` (N,), and ids and log-probabilities (N, top) of the best."""
+def gather_logprobs(logits: Tensor, token_ids: Tensor, num_logprobs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities under logits (N, V) of ``token_ids`` (N,), and ids and log-probabilities (N, num_logprobs) of
+    the most probable.
+    """
     total = logits.logsumexp(1, keepdim=True)
-    values, ids = logits.topk(top, dim=1)
-    return (logits.gather(1, tokens[:, None]) - total).squeeze(1), ids, values - total
+    values, ids = logits.topk(num_logprobs, dim=1)
+    return (logits.gather(1, token_ids[:, None]) - total).squeeze(1), ids, values - total
 
 
-def _gumbel(seed: Tensor, step: Tensor, tokens: Tensor) -> Tensor:
-    """Gumbel noise of tokens (N, K), float64: a hash of (seed, step, token), seed and step (N,) in [0, 2^63).
+def _gumbel_noise(seed: Tensor, step: Tensor, token_ids: Tensor) -> Tensor:
+    """Gumbel noise of token_ids (N, K), float64: a hash of (seed, step, token), seed and step (N,) in [0, 2^63).
 
     The largest of logits + noise is a draw from their softmax (Gumbel 1954; Maddison et al. 2014).
     """
-    # Three keys a row. Each of the two words that a token gets hangs on one that the other does not see.
-    keys = mix(GOLDEN * torch.arange(1, 4, device=seed.device) & WORD)
+    # Three keys a row. Each of a token's two random words depends on a key that the other does not use.
+    keys = mix(GOLDEN_RATIO * torch.arange(1, 4, device=seed.device) & WORD)
     for word in (seed & WORD, seed >> 32, step & WORD):
         keys = mix(keys ^ word[:, None])
     shared, first, second = keys.unbind(1)
-    hashed = mix(shared[:, None] ^ tokens)
+    hashed = mix(shared[:, None] ^ token_ids)
     high, low = mix(hashed ^ first[:, None]), mix(hashed ^ second[:, None])
     # 52 bits, and half of the last, which keeps 0 and 1 out: 32 would draw nothing rarer than 2^-32.
     uniform = ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52

@@ -1,8 +1,8 @@
-"""Who runs: requests wait in order, get a slot and pages, and give both up. Host only.
+"""The scheduler: requests wait in order, get a place in the batch and pages, and give both up. Host only.
 
-A request is admitted when the pages of all its known tokens are there, those of a known prefix being shared. Decoding
-takes pages as it goes; where none is left, the request that came last goes back to the head of the queue and its
-tokens are computed again later (recomputation, as in vLLM).
+A request is admitted when the pages of all its tokens are available, those of a cached prefix being shared. Decoding
+allocates further pages as it goes; where none is left, the request that was admitted last goes back to the head of the
+queue and its tokens are computed again later (preemption by recomputation, as in vLLM).
 """
 
 from __future__ import annotations
@@ -15,136 +15,144 @@ import torch
 from torch import Tensor
 
 from infer.engine.page_pool import PagePool
-from infer.requests.detokenizer import TextStream
-from infer.requests.prepare import Request
-from infer.requests.request import TokenLogprob
-from infer.requests.structured_output import Guide
+from infer.requests.detokenizer import Detokenizer
+from infer.requests.outputs import TokenLogprob
+from infer.requests.request import Request
+from infer.requests.structured_output import StructuredOutput
 
 
 @dataclass(eq=False)
-class Running:
-    """A request under way. ``answer``: the tokens that the host knows. Of its ``target`` tokens known when it was
-    admitted, ``done`` are in the cache or will be by what has been launched; in_flight: tokens that launched steps may
-    bring at most, of ``steps`` steps.
+class RequestState:
+    """A request in the engine.
+
+    output_token_ids: those that the host has read. Of the num_prefill_tokens that were known at its admission,
+    num_computed_tokens are in the KV cache, or will be once the passes in flight are done. num_tokens_in_flight: tokens
+    that launched steps may add at most, by num_steps_in_flight steps. num_cached_pages: pages, from the first on, that
+    the prefix cache knows. req_index: its row in the InputBatch, -1 while it waits.
     """
 
-    number: int
+    request_id: int
     request: Request
-    room: int
-    stream: TextStream
-    guide: Guide | None = None
-    answer: list[int] = field(default_factory=list)
+    max_new_tokens: int
+    detokenizer: Detokenizer
+    structured_output: StructuredOutput | None = None
+    output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    slot: int = -1
+    req_index: int = -1
     pages: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
-    published: int = 0
-    target: int = 0
-    done: int = 0
-    in_flight: int = 0
-    steps: int = 0
+    page_hashes: list[bytes] = field(default_factory=list)
+    num_cached_pages: int = 0
+    num_prefill_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_tokens_in_flight: int = 0
+    num_steps_in_flight: int = 0
     cached_tokens: int = 0
-    features: dict[bytes, Tensor] = field(default_factory=dict)
+    image_features: dict[bytes, Tensor] = field(default_factory=dict)
     finished: bool = False
     error: str | None = None
-    submitted: float = field(default_factory=time.perf_counter)
-    admitted: float | None = None
-    first_token: float | None = None
+    arrival_time: float = field(default_factory=time.perf_counter)
+    scheduled_time: float | None = None
+    first_token_time: float | None = None
 
-    def known(self) -> Tensor:
+    def token_ids(self) -> Tensor:
         """(T,) int64: prompt and answer."""
-        return torch.cat([self.request.ids, torch.tensor(self.answer, dtype=torch.int64)])
+        return torch.cat([self.request.token_ids, torch.tensor(self.output_token_ids, dtype=torch.int64)])
 
     @property
-    def length(self) -> int:
-        return len(self.request.ids) + len(self.answer)
+    def num_tokens(self) -> int:
+        return len(self.request.token_ids) + len(self.output_token_ids)
 
     @property
     def prefilled(self) -> bool:
-        return self.done >= self.target
+        return self.num_computed_tokens >= self.num_prefill_tokens
 
     @property
-    def rows(self) -> int:
-        """Rows of the cache that are filled, once it is prefilled, and all that is in flight has come."""
-        return self.length - 1 + self.in_flight
+    def kv_length(self) -> int:
+        """Once it is prefilled: tokens in the KV cache when all steps in flight are done, at most."""
+        return self.num_tokens - 1 + self.num_tokens_in_flight
 
 
 class Scheduler:
-    def __init__(self, pool: PagePool, slots: int):
+    def __init__(self, pool: PagePool, max_running: int):
         self.pool = pool
-        self.waiting: deque[Running] = deque()
-        self.running: list[Running] = []  # in the order of their admission
-        self._free_slots = list(range(slots))[::-1]
+        self.waiting: deque[RequestState] = deque()
+        self.running: list[RequestState] = []  # in the order of their admission
+        self._free_indices = list(range(max_running))[::-1]
 
-    def admit(self) -> list[Running]:
-        """Moves waiting requests to slots, in order, as long as there are slots and pages."""
+    def admit(self) -> list[RequestState]:
+        """Moves waiting requests to the batch, in order, as long as there are places and pages."""
         admitted = []
-        while self.waiting and self._free_slots:
-            entry = self.waiting[0]
-            known = entry.known()
-            pages = self.pool.match(self._keys(entry, known, (len(known) - 1) // self.pool.size))
-            more = -(-len(known) // self.pool.size) - len(pages)
-            spare = len(self.running)  # each may soon need one
-            taken = self.pool.take(more) if more + spare <= self.pool.available or not self.running else None
-            if taken is None:
-                self.pool.release(pages)
+        while self.waiting and self._free_indices:
+            state = self.waiting[0]
+            token_ids = state.token_ids()
+            size, count = self.pool.page_size, len(token_ids)
+            cached = self.pool.match_prefix(self._page_hashes(state, token_ids, (count - 1) // size))
+            missing = -(-count // size) - len(cached)
+            reserve = len(self.running)  # each may soon need one
+            may_allocate = missing + reserve <= self.pool.num_available or not self.running
+            new = self.pool.allocate(missing) if may_allocate else None
+            if new is None:
+                self.pool.free(cached)
                 break
             self.waiting.popleft()
-            self.running.append(entry)
-            entry.slot, entry.pages, entry.published = self._free_slots.pop(), [*pages, *taken], len(pages)
-            entry.target, entry.done = len(known), len(pages) * self.pool.size
-            admitted.append(entry)
+            self.running.append(state)
+            state.req_index, state.pages = self._free_indices.pop(), [*cached, *new]
+            state.num_cached_pages = len(cached)
+            state.num_prefill_tokens, state.num_computed_tokens = count, len(cached) * size
+            admitted.append(state)
         return admitted
 
-    def grow(self, entry: Running, rows: int) -> list[int] | None:
-        """The pages that the request lacks for ``rows`` rows of the cache, now its own; None if there are too few."""
-        taken = self.pool.take(max(0, -(-rows // self.pool.size) - len(entry.pages)))
-        if taken is not None:
-            entry.pages += taken
-        return taken
+    def allocate_pages(self, state: RequestState, num_tokens: int) -> list[int] | None:
+        """Allocates the pages that the request lacks for ``num_tokens`` tokens; None if too few are left."""
+        new = self.pool.allocate(max(0, -(-num_tokens // self.pool.page_size) - len(state.pages)))
+        if new is not None:
+            state.pages += new
+        return new
 
-    def publish(self, entry: Running, rows: int) -> None:
-        """Makes the pages known that ``rows`` rows fill."""
-        full = rows // self.pool.size
-        if self.pool.prefix_cache and full > entry.published:
-            keys = self._keys(entry, entry.known(), full)
-            for index in range(entry.published, full):
-                self.pool.publish(entry.pages[index], keys[index])
-            entry.published = full
+    def cache_pages(self, state: RequestState, num_tokens: int) -> None:
+        """Adds the pages that the request's first ``num_tokens`` tokens fill to the prefix cache."""
+        full = num_tokens // self.pool.page_size
+        if self.pool.prefix_cache and full > state.num_cached_pages:
+            hashes = self._page_hashes(state, state.token_ids(), full)
+            for index in range(state.num_cached_pages, full):
+                self.pool.cache(state.pages[index], hashes[index])
+            state.num_cached_pages = full
 
-    def preempt(self) -> Running:
+    def preempt(self) -> RequestState:
         """Sends the request that was admitted last back to the head of the queue."""
-        entry = self.running[-1]
-        self._leave(entry)
-        self.waiting.appendleft(entry)
-        return entry
+        state = self.running[-1]
+        self._release(state)
+        self.waiting.appendleft(state)
+        return state
 
-    def remove(self, entry: Running) -> None:
-        """The request is over; what it held is free."""
-        if entry in self.waiting:
-            self.waiting.remove(entry)
+    def remove(self, state: RequestState) -> None:
+        """Drops a finished request and frees what it held."""
+        if state in self.waiting:
+            self.waiting.remove(state)
         else:
-            self._leave(entry)
+            self._release(state)
 
-    def _leave(self, entry: Running) -> None:
-        self.running.remove(entry)
-        self.pool.release(entry.pages)
-        self._free_slots.append(entry.slot)
-        entry.slot, entry.pages, entry.target, entry.done, entry.published = -1, [], 0, 0, 0
-        entry.features.clear()
+    def _release(self, state: RequestState) -> None:
+        self.running.remove(state)
+        self.pool.free(state.pages)
+        self._free_indices.append(state.req_index)
+        state.req_index, state.pages, state.num_cached_pages = -1, [], 0
+        state.num_prefill_tokens, state.num_computed_tokens = 0, 0
+        state.image_features.clear()
 
-    def _keys(self, entry: Running, known: Tensor, pages: int) -> list[bytes]:
+    def _page_hashes(self, state: RequestState, token_ids: Tensor, count: int) -> list[bytes]:
+        """The hashes of the request's first ``count`` pages; [] without a prefix cache."""
         if not self.pool.prefix_cache:
             return []
-        size = self.pool.size
-        for page in range(len(entry.keys), pages):
-            before = entry.keys[-1] if entry.keys else b""
-            entry.keys.append(entry.request.page_key(before, known, page * size, (page + 1) * size))
-        return entry.keys[:pages]
+        size = self.pool.page_size
+        for page in range(len(state.page_hashes), count):
+            parent = state.page_hashes[-1] if state.page_hashes else b""
+            state.page_hashes.append(state.request.page_hash(parent, token_ids, page * size, (page + 1) * size))
+        return state.page_hashes[:count]
 
     def check(self) -> None:
-        """AssertionError unless slots and pages add up."""
-        slots = [entry.slot for entry in self.running]
-        assert len(set(slots)) == len(slots) and not set(slots) & set(self._free_slots), "a slot is held twice"
-        assert not any(entry.pages or entry.slot >= 0 for entry in self.waiting), "a waiting request holds something"
-        self.pool.check([entry.pages for entry in self.running])
+        """AssertionError unless batch indices and pages add up."""
+        used = [state.req_index for state in self.running]
+        assert len(set(used)) == len(used) and not set(used) & set(self._free_indices), "an index is used twice"
+        assert not any(s.pages or s.req_index >= 0 for s in self.waiting), "a waiting request holds something"
+        self.pool.check([state.pages for state in self.running])

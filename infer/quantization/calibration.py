@@ -1,5 +1,5 @@
-"""Scales of quantised weights that suit what a layer reads, found on prompts and the model's own answers to them, and
-how far off they leave its output.
+"""Calibration: scales of quantised weights that fit a layer's inputs, collected on prompts and the model's own answers
+to them, and the error that is left.
 """
 
 from __future__ import annotations
@@ -12,67 +12,67 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infer.requests.request import Generation
+from infer.requests.outputs import Generation
 from phi4rv.batch import pack
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.ops.low_precision import GROUP, QuantizedWeight, dequantize, part, quantize
 from phi4rv.processing.processor import Processor
 from phi4rv.quantization.quantized_linear import ROWS, chosen_layers, quantize_rows
 
-# Factors of a scale that are tried: AWQ's range (Lin et al. 2023, whose search clips by the same criterion).
-FACTORS = tuple(1 - 0.05 * i for i in range(11))
+# Factors of a scale that are searched: AWQ's range (Lin et al. 2023, whose clipping search has the same criterion).
+SCALE_FACTORS = tuple(1 - 0.05 * i for i in range(11))
 KEPT_ROWS = 64  # of a layer's inputs, to measure its output on
 LOGIT_ROWS = 32  # of a prompt and its answer, the last ones, whose logits are compared
 
 
-class Inputs:
-    """What a layer read: the summed products of its columns in each group of GROUP, (G, GROUP, GROUP) float32, and some
-    of its rows (M, K).
+class LayerInputs:
+    """A layer's inputs: their Gram matrix in each group of GROUP columns, (G, GROUP, GROUP) float32, and some of their
+    rows (M, K).
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
-        self.products = torch.zeros(-(-columns // GROUP), GROUP, GROUP, device=device)
+        self.gram = torch.zeros(-(-columns // GROUP), GROUP, GROUP, device=device)
         self.rows: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
-        """More rows (T, K)."""
-        groups = in_groups(x.float()).transpose(0, 1)
-        self.products += groups.mT @ groups
+        """Adds rows (T, K)."""
+        groups = split_groups(x.float()).transpose(0, 1)
+        self.gram += groups.mT @ groups
         kept = sum(map(len, self.rows))
         step = -(-len(x) // 8)  # few of each prompt
         self.rows.append(x[::step][: KEPT_ROWS - kept].clone())
 
 
-def in_groups(x: Tensor) -> Tensor:
-    """(R, K) -> (R, G, GROUP), the last group filled up with zeros."""
+def split_groups(x: Tensor) -> Tensor:
+    """(R, K) -> (R, G, GROUP), the last group padded with zeros."""
     return F.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
 
 
-def observe(
-    model: Phi4RV, processor: Processor, answered: Sequence[Generation], formats: Mapping[str, str]
-) -> dict[str, Inputs]:
-    """Our path -> what the layer read, of those that ``formats`` names, while the model ran the prompts and answers."""
-    seen: dict[str, Inputs] = {}
+def collect_inputs(
+    model: Phi4RV, processor: Processor, generations: Sequence[Generation], formats: Mapping[str, str]
+) -> dict[str, LayerInputs]:
+    """Our path -> the inputs of each layer that ``formats`` names, on the prompts and answers."""
+    inputs: dict[str, LayerInputs] = {}
 
-    def look(name: str, layer: nn.Module, given: tuple[Tensor]) -> None:
+    def collect(name: str, layer: nn.Module, given: tuple[Tensor]) -> None:
         (x,) = given
-        seen.setdefault(name, Inputs(x.shape[-1], x.device)).add(x)
+        inputs.setdefault(name, LayerInputs(x.shape[-1], x.device)).add(x)
 
     layers = {name: model.get_submodule(name) for name in chosen_layers(model, formats)}
-    hooks = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(partial(collect, name)) for name, layer in layers.items()]
     try:
-        logits_of(model, processor, answered)
+        compute_logits(model, processor, generations)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return inputs
 
 
 @torch.no_grad()
-def logits_of(model: Phi4RV, processor: Processor, answered: Sequence[Generation]) -> Tensor:
-    """(R, V) float32 on the CPU: of the last LOGIT_ROWS tokens of each prompt with its answer behind it."""
+def compute_logits(model: Phi4RV, processor: Processor, generations: Sequence[Generation]) -> Tensor:
+    """(R, V) float32 on the CPU: of the last LOGIT_ROWS tokens of each prompt and its answer."""
     found = []
-    for generation in answered:
+    for generation in generations:
         sample = processor.encode(generation.prompt)
         ids = torch.cat([sample.input_ids, torch.tensor(generation.token_ids, dtype=torch.int64)])
         hidden = model.hidden(pack([replace(sample, input_ids=ids)]).to(model.device))
@@ -80,28 +80,28 @@ def logits_of(model: Phi4RV, processor: Processor, answered: Sequence[Generation
     return torch.cat(found)
 
 
-def calibrated(weight: Tensor, format: str, products: Tensor) -> QuantizedWeight:
-    """``quantize`` with the one of FACTORS for each scale that leaves the least ``scale_errors``.
+def quantize_calibrated(weight: Tensor, format: str, gram: Tensor) -> QuantizedWeight:
+    """``quantize`` with the one of SCALE_FACTORS for each scale that leaves the least ``scale_errors``.
 
-    weight (N, K); products: ``Inputs.products`` of the layer.
+    weight (N, K); gram: ``LayerInputs.gram`` of the layer.
     """
-    shrinks = []
+    factors = []
     for block in weight.split(ROWS):
-        errors = torch.stack([scale_errors(block, _shrunk(block, format, f), products) for f in FACTORS])
-        shrinks.append(errors.new_tensor(FACTORS)[errors.argmin(0)])
-    return quantize_rows(weight, format, torch.cat(shrinks))
+        errors = torch.stack([scale_errors(block, _quantize_scaled(block, format, f), gram) for f in SCALE_FACTORS])
+        factors.append(errors.new_tensor(SCALE_FACTORS)[errors.argmin(0)])
+    return quantize_rows(weight, format, torch.cat(factors))
 
 
-def scale_errors(weight: Tensor, quantized: QuantizedWeight, products: Tensor) -> Tensor:
-    """The squared error of the output, summed over the inputs, that the weights of each scale make: (N,) or, in int4,
-    (N, G), float32. What the errors of two groups have in common is left out.
+def scale_errors(weight: Tensor, quantized: QuantizedWeight, gram: Tensor) -> Tensor:
+    """The squared error of the output, summed over the inputs, due to the weights of each scale: (N,) or, in int4,
+    (N, G), float32. Correlations between groups are left out.
     """
-    off = in_groups(weight.float() - dequantize(quantized, torch.float32)).transpose(0, 1)
-    errors = ((off @ products) * off).sum(2).T
+    error = split_groups(weight.float() - dequantize(quantized, torch.float32)).transpose(0, 1)
+    errors = ((error @ gram) * error).sum(2).T
     return errors.sum(1) if quantized.scales.ndim == 1 else errors
 
 
-def _shrunk(weight: Tensor, format: str, factor: float) -> QuantizedWeight:
+def _quantize_scaled(weight: Tensor, format: str, factor: float) -> QuantizedWeight:
     groups = -(-weight.shape[1] // GROUP)
     shape = (len(weight), groups) if format.startswith("int4") else (len(weight),)
     return quantize(weight, format, torch.full(shape, factor, device=weight.device))
@@ -109,7 +109,7 @@ def _shrunk(weight: Tensor, format: str, factor: float) -> QuantizedWeight:
 
 @dataclass(frozen=True)
 class LayerError:
-    """How far a quantised layer is off, relative by Euclidean norm: its weight, and its output on ``Inputs.rows``."""
+    """Relative errors of a quantised layer, by Euclidean norm: of its weight, and of its output on some inputs."""
 
     layer: str
     format: str

@@ -40,8 +40,8 @@ from phi4rv.quantization.quantized_linear import (
     spec_of,
 )
 
-KEY = "quantization_config"  # of config.json, where transformers looks for it too
-KIND = {"quant_method": "phi4rv", "version": 1, "group_size": GROUP}
+CONFIG_KEY = "quantization_config"  # of config.json, where transformers looks for it too
+QUANT_METHOD = {"quant_method": "phi4rv", "version": 1, "group_size": GROUP}
 
 
 def load(
@@ -61,12 +61,12 @@ def load(
     formats = parse_formats(weights) if weights is not None else {}
     folder = Path(path)
     config = folder / "config.json"
-    if config.is_file() and KEY in (raw := read_json(config)):
-        saved = _formats(raw[KEY], config)
+    if config.is_file() and CONFIG_KEY in (raw := read_json(config)):
+        saved = _saved_formats(raw[CONFIG_KEY], config)
         if formats not in ({}, saved):
             raise UserError(f"--weights: {weights}, but {folder} holds {spec_of(saved)}; leave the option out")
-        sizes = Config.from_dict({k: v for k, v in raw.items() if k != KEY}, str(config))
-        return _load_saved(folder, sizes, saved, device, dtype, kernels)
+        sizes = Config.from_dict({k: v for k, v in raw.items() if k != CONFIG_KEY}, str(config))
+        return _load_quantized(folder, sizes, saved, device, dtype, kernels)
     model, processor = outline(folder, device, dtype, kernels)
     if device.type == "meta":
         quantize_layers(model, formats)
@@ -83,14 +83,14 @@ def save(model: Phi4RV, processor: Processor, path: str | Path) -> None:
     formats = formats_of(model)
     if not formats:
         raise ValueError("no layer is quantised: phi4rv.save writes the published layout")
-    tensors = _tensors(model)
+    tensors = _state_dict(model)
     with whole_folder(Path(path)) as folder:
         write_tensors(tensors, folder, lambda name: tensors[name].cpu())
         dtype = model.decoder.norm.weight.dtype
-        write_outline(model, processor, folder, dtype, {KEY: {**KIND, "weights": spec_of(formats)}})
+        write_outline(model, processor, folder, dtype, {CONFIG_KEY: {**QUANT_METHOD, "weights": spec_of(formats)}})
 
 
-def _load_saved(
+def _load_quantized(
     folder: Path,
     config: Config,
     formats: dict[str, str],
@@ -102,11 +102,11 @@ def _load_saved(
     processor = Processor.from_folder(folder, config)
     quantize_layers(model, formats)
     if device.type != "meta":
-        _fill_saved(model, folder, device)
+        _load_quantized_weights(model, folder, device)
     return model, processor
 
 
-def _tensors(model: Phi4RV) -> dict[str, Tensor]:
+def _state_dict(model: Phi4RV) -> dict[str, Tensor]:
     """All that a model holds, by the names of a quantised folder."""
     tensors = {published_name(n): p.detach() for n, p in model.named_parameters()}
     for path, layer in quantized_layers(model).items():
@@ -116,11 +116,11 @@ def _tensors(model: Phi4RV) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _fill_saved(model: Phi4RV, folder: Path, device: torch.device) -> None:
+def _load_quantized_weights(model: Phi4RV, folder: Path, device: torch.device) -> None:
     """Reads the folder's tensors into an outline with the folder's quantised layers."""
     names = {dtype: name for name, dtype in STORED_DTYPES.items()}
     plain = {published_name(n): n for n, _ in model.named_parameters()}
-    held = _tensors(model)
+    held = _state_dict(model)
     expected = {n: (tuple(t.shape), FLOATS if n in plain else (names[t.dtype],)) for n, t in held.items()}
     tensors = tensors_of(folder, expected, device)
     layers = quantized_layers(model)
@@ -133,11 +133,10 @@ def _fill_saved(model: Phi4RV, folder: Path, device: torch.device) -> None:
             layers[path].quantized = QuantizedWeight(**{**vars(known), field: kept(tensor)})
 
 
-def _formats(given: Any, config: Path) -> dict[str, str]:
-    """Part -> format, of the object that ``config`` has under KEY. UserError if ``save`` writes no such object."""
-    kind = {key: given.get(key) for key in KIND} if isinstance(given, dict) else {}
-    if kind != KIND or not isinstance(given.get("weights"), str):
-        raise UserError(
-            f"{config}: {KEY} is {given!r}, only what infer.quantize writes is supported: {KIND} and weights"
-        )
-    return parse_formats(given["weights"], f"{config}: {KEY}.weights")
+def _saved_formats(given: Any, config: Path) -> dict[str, str]:
+    """Part -> format, of the object under CONFIG_KEY in ``config``. UserError if ``save`` writes no such object."""
+    kind = {key: given.get(key) for key in QUANT_METHOD} if isinstance(given, dict) else {}
+    if kind != QUANT_METHOD or not isinstance(given.get("weights"), str):
+        supported = f"only what infer.quantize writes is supported: {QUANT_METHOD} and weights"
+        raise UserError(f"{config}: {CONFIG_KEY} is {given!r}, {supported}")
+    return parse_formats(given["weights"], f"{config}: {CONFIG_KEY}.weights")

@@ -1,1 +1,1 @@
-"""What one request goes through on the host: its prompt, images, constraint and text."""
+"""One request on the host: its prompt, images, sampling parameters, grammar and text."""

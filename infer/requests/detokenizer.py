@@ -1,4 +1,4 @@
-"""Tokens to text while they come: the thought and the answer apart, nothing told that later tokens could take back."""
+"""Incremental detokenization: thought and answer apart, and no text emitted that later tokens could take back."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from phi4rv.processing.chat_template import THINK, check_mode
 from phi4rv.processing.processor import TOKENIZER, Processor
 
 # Byte-level BPE writes the bytes that print as themselves, the others as the characters from 256 on (Radford 2019).
-_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTES = {chr(b): b for b in _PRINTED}
-_BYTES |= {chr(0x100 + n): b for n, b in enumerate(b for b in range(0x100) if b not in _PRINTED)}
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(b): b for b in _PRINTABLE}
+_BYTES |= {chr(0x100 + n): b for n, b in enumerate(b for b in range(0x100) if b not in _PRINTABLE)}
 
 
 @dataclass(frozen=True)
-class Delta:
-    """New text of the thought and of the answer. stopped: a stop string came, and no more text will."""
+class TextDelta:
+    """New text of the thought and of the answer. stopped: a stop string was found; no more text follows."""
 
     thinking: str = ""
     text: str = ""
     stopped: bool = False
 
 
-class TextStream:
-    """``push(ids)`` for tokens as they are made, ``finish()`` behind the last: what they add to thought and answer.
+class Detokenizer:
+    """``push(token_ids)`` for new tokens, ``finish()`` after the last: the text they add to thought and answer.
 
-    All deltas together are ``parse_answer(processor.decode(ids), mode)``, but that the answer ends where the first
-    ``stop`` string to be complete begins; white space in front of that is dropped too. A token costs the same however
-    long the answer is. UserError for a tokenizer whose decoder is not byte-level.
+    All deltas together are ``parse_answer(processor.decode(ids), mode)``, but the answer ends where the first ``stop``
+    string to be complete begins; white space in front of that is dropped too. The cost of a token does not depend on
+    the length of the answer. UserError for a tokenizer whose decoder is not byte-level.
     """
 
     def __init__(self, processor: Processor, mode: str, stop: Sequence[str] = ()):
@@ -41,28 +41,29 @@ class TextStream:
         if not isinstance(processor.tokenizer.decoder, decoders.ByteLevel):
             raise UserError(f"{TOKENIZER}: its decoder must be ByteLevel, to turn tokens into text one by one")
         self._tokenizer, self._stop = processor.tokenizer, tuple(stop)
-        # Waits until a character is whole, and writes broken ones as the tokenizer's own decoder does.
+        # Holds bytes back until a character is whole, and replaces broken ones as the tokenizer's own decoder does.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._thought = _Trimmed() if mode == "think" else None
-        self._answer = _Trimmed()
-        self._stage = "opening"  # then "thought", if there is one, "start" (of the answer), "answer" and "stopped"
-        self._held = ""
+        self._thought = _TrimmedText() if mode == "think" else None
+        self._answer = _TrimmedText()
+        # "opening", then "thought" if there is one, "start" (of the answer), "answer" and, at a stop string, "stopped".
+        self._stage = "opening"
+        self._buffer = ""
 
     @property
     def thinking(self) -> str | None:
         """The thought so far; None where there is none, or none yet."""
-        return None if self._thought is None else "".join(self._thought.told)
+        return None if self._thought is None else "".join(self._thought.emitted)
 
     @property
     def text(self) -> str:
         """The answer so far."""
-        return "".join(self._answer.told)
+        return "".join(self._answer.emitted)
 
-    def push(self, token_ids: Sequence[int]) -> Delta:
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
         return self._read(self._decoder.decode(b"".join(map(self._bytes, token_ids))), last=False)
 
-    def finish(self) -> Delta:
-        """What was held back."""
+    def finish(self) -> TextDelta:
+        """The text that was held back."""
         return self._read(self._decoder.decode(b"", final=True), last=True)
 
     def _bytes(self, token_id: int) -> bytes:
@@ -72,90 +73,91 @@ class TextStream:
         except KeyError:  # an added token, with characters that stand for no byte
             return token.encode()
 
-    def _read(self, new: str, last: bool) -> Delta:
+    def _read(self, new: str, last: bool) -> TextDelta:
         if self._stage == "stopped":
-            return Delta(stopped=True)
-        self._held += new
+            return TextDelta(stopped=True)
+        self._buffer += new
         if self._stage == "opening":
             self._open(last)
         thinking = self._read_thought(last) if self._stage == "thought" else ""
         if self._stage == "start":
-            self._held = strip_direct(self._held)
-            if last or not _may_become(self._held, DIRECT_SPELLINGS):
+            self._buffer = strip_direct(self._buffer)
+            if last or not _is_prefix(self._buffer, DIRECT_SPELLINGS):
                 self._stage = "answer"
         text = self._read_answer(last) if self._stage == "answer" else ""
-        return Delta(thinking, text, self._stage == "stopped")
+        return TextDelta(thinking, text, self._stage == "stopped")
 
     def _open(self, last: bool) -> None:
-        self._held = self._held.lstrip()
-        if not last and _may_become(self._held, (THINK,)):
+        self._buffer = self._buffer.lstrip()
+        if not last and _is_prefix(self._buffer, (THINK,)):
             return
-        if self._held.startswith(THINK):
-            self._held = self._held.removeprefix(THINK)
-            self._thought = self._thought or _Trimmed()
+        if self._buffer.startswith(THINK):
+            self._buffer = self._buffer.removeprefix(THINK)
+            self._thought = self._thought or _TrimmedText()
         self._stage = "start" if self._thought is None else "thought"
 
     def _read_thought(self, last: bool) -> str:
         assert self._thought is not None
-        before, tag, after = self._held.partition(THINK_END)
+        before, tag, after = self._buffer.partition(THINK_END)
         if tag:
-            self._held, self._stage = after, "start"
+            self._buffer, self._stage = after, "start"
             return self._thought.push(before) + self._thought.finish(str.rstrip)
-        told = self._thought.push(self._take(last, (THINK_END,)))
-        return told + self._thought.finish(strip_ends) if last else told
+        text = self._thought.push(self._take_certain(last, (THINK_END,)))
+        return text + self._thought.finish(strip_ends) if last else text
 
     def _read_answer(self, last: bool) -> str:
-        # The first to be complete, so that it is the same one whatever tokens the text comes in.
-        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        # The first to be complete, so that the result does not depend on how the text is cut into tokens.
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._buffer.find(stop)) >= 0]
         if found:
-            self._held, self._stage, last = self._held[: min(found)[1]], "stopped", True
-        told = self._answer.push(self._take(last, self._stop))
-        return told + self._answer.finish(strip_ends) if last else told
+            self._buffer, self._stage, last = self._buffer[: min(found)[1]], "stopped", True
+        text = self._answer.push(self._take_certain(last, self._stop))
+        return text + self._answer.finish(strip_ends) if last else text
 
-    def _take(self, last: bool, patterns: Sequence[str]) -> str:
-        """What is held, up to where one of ``patterns`` may begin; all of it if nothing follows."""
-        cut = len(self._held) if last else _beginning(self._held, patterns)
-        taken, self._held = self._held[:cut], self._held[cut:]
+    def _take_certain(self, last: bool, patterns: Sequence[str]) -> str:
+        """The buffer up to where one of ``patterns`` may begin; all of it after the last token."""
+        cut = len(self._buffer) if last else _partial_match_start(self._buffer, patterns)
+        taken, self._buffer = self._buffer[:cut], self._buffer[cut:]
         return taken
 
 
-class _Trimmed:
-    """Text without white space around it and end tokens behind it; ``told`` as soon as it is certain."""
+class _TrimmedText:
+    """Text without white space around it and end tokens behind it; emitted as soon as it is certain."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
-        self._behind: list[str] = []  # white space and end tokens, dropped if nothing else follows
-        self._held = ""  # may become an end token
+        self.emitted: list[str] = []
+        self._trailing: list[str] = []  # white space and end tokens, dropped if nothing else follows
+        self._buffer = ""  # may become an end token
 
     def push(self, new: str) -> str:
-        text = self._held + new
-        if not self.told and not self._behind:
+        text = self._buffer + new
+        if not self.emitted and not self._trailing:
             text = text.lstrip()
-        cut = _beginning(text, ENDS)
-        whole, self._held = text[:cut], text[cut:]
+        cut = _partial_match_start(text, ENDS)
+        whole, self._buffer = text[:cut], text[cut:]
         kept = strip_ends(whole)
-        told = self._tell("".join([*self._behind, kept])) if kept else ""
+        emitted = self._emit("".join([*self._trailing, kept])) if kept else ""
         if rest := whole[len(kept) :]:
-            self._behind.append(rest)
-        return told
+            self._trailing.append(rest)
+        return emitted
 
     def finish(self, strip: Callable[[str], str]) -> str:
-        """The rest. ``strip`` takes away what is not part of the text; end tokens within an answer are."""
-        rest, self._held = strip("".join([*self._behind, self._held])), ""
-        return self._tell(rest)
+        """The rest. ``strip`` removes what is not part of the text; end tokens within an answer are."""
+        rest, self._buffer = strip("".join([*self._trailing, self._buffer])), ""
+        return self._emit(rest)
 
-    def _tell(self, text: str) -> str:
-        self.told.append(text)
-        self._behind = []
+    def _emit(self, text: str) -> str:
+        self.emitted.append(text)
+        self._trailing = []
         return text
 
 
-def _may_become(text: str, patterns: Sequence[str]) -> bool:
+def _is_prefix(text: str, patterns: Sequence[str]) -> bool:
+    """Whether ``text`` is a proper prefix of one of ``patterns``."""
     return any(pattern.startswith(text) and pattern != text for pattern in patterns)
 
 
-def _beginning(text: str, patterns: Sequence[str]) -> int:
-    """Where the longest end of ``text`` begins that is a beginning of one of ``patterns``, and not all of it."""
+def _partial_match_start(text: str, patterns: Sequence[str]) -> int:
+    """Where the longest suffix of ``text`` begins that is a proper prefix of one of ``patterns``; else its length."""
     start = len(text)
     for pattern in patterns:
         at = text.find(pattern[0], max(0, len(text) - len(pattern) + 1), start)

@@ -1,4 +1,4 @@
-"""What an HTTP client is told of what went wrong."""
+"""Errors as HTTP statuses and OpenAI's JSON objects."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from phi4rv.errors import UserError, WindowError
 
-_KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
-_KINDS |= {500: "server_error", 503: "server_error", 504: "timeout_error"}
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
+_ERROR_TYPES |= {500: "server_error", 503: "server_error", 504: "timeout_error"}
 
 
 class ApiError(Exception):
-    """An answer other than 200: ``status``, a message, and the request's field and a code word where there is one."""
+    """A response other than 200: its status, a message, and the request's field and an error code if there is one."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -21,12 +21,12 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The JSON object of OpenAI's errors."""
-        kind = _KINDS.get(self.status, "invalid_request_error")
+        kind = _ERROR_TYPES.get(self.status, "invalid_request_error")
         code = self.code or HTTPStatus(self.status).phrase.lower().replace(" ", "_")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": code}}
 
 
-def of_user_error(error: UserError) -> ApiError:
+def from_user_error(error: UserError) -> ApiError:
     """400. ``--top-p: …``, as a command line would name it, becomes ``top_p: …``."""
     message = str(error)
     if isinstance(error, WindowError):

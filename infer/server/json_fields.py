@@ -1,4 +1,4 @@
-"""JSON objects from outside, taken apart field by field with errors that name the field."""
+"""Validation of JSON objects from outside, field by field, with errors that name the field."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from infer.server.errors import ApiError
 
-LARGEST_NUMBER = 2**31 - 1
-DEEPEST = 50
-_MISSING: Any = object()
-_NAMES = {
+MAX_NUMBER = 2**31 - 1
+MAX_DEPTH = 50
+_REQUIRED: Any = object()
+_TYPE_NAMES = {
     str: "a string",
     bool: "true or false",
     int: "an integer",
@@ -23,68 +23,68 @@ _NAMES = {
 
 @dataclass
 class Fields:
-    """The fields of a JSON object, taken one by one; null counts as absent. ``place`` is what errors call it."""
+    """The fields of a JSON object, read one by one; null counts as absent. ``path`` is what errors call it."""
 
     values: dict[str, Any]
-    place: str = ""
-    taken: set[str] = field(default_factory=set)
+    path: str = ""
+    known: set[str] = field(default_factory=set)
 
     @staticmethod
-    def of(value: Any, place: str) -> Fields:
+    def from_value(value: Any, path: str) -> Fields:
         if not isinstance(value, dict):
-            raise ApiError(400, f"{place}: must be an object", place)
-        return Fields(value, place)
+            raise ApiError(400, f"{path}: must be an object", path)
+        return Fields(value, path)
 
     def name(self, key: str) -> str:
-        return f"{self.place}.{key}" if self.place else key
+        return f"{self.path}.{key}" if self.path else key
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value, of this kind: an integer is a number too, true and false are neither. ApiError 400 otherwise."""
-        self.taken.add(key)
+        """The value, of this type: an integer is a number too, true and false are neither. ApiError 400 otherwise."""
+        self.known.add(key)
         value = self.values.get(key)
         if value is None:
-            if default is _MISSING:
-                raise ApiError(400, f"{self.name(key)}: missing; give {_NAMES[kind]}", self.name(key))
+            if default is _REQUIRED:
+                raise ApiError(400, f"{self.name(key)}: missing; give {_TYPE_NAMES[kind]}", self.name(key))
             return default
         fits = isinstance(value, (int, float) if kind is float else kind)
         if not fits or (isinstance(value, bool) and kind is not bool):
-            raise ApiError(400, f"{self.name(key)}: must be {_NAMES[kind]}", self.name(key))
+            raise ApiError(400, f"{self.name(key)}: must be {_TYPE_NAMES[kind]}", self.name(key))
         # The engine computes with numbers of 32 bits; a seed is reduced to what it takes.
-        if kind in (int, float) and key != "seed" and not abs(value) <= LARGEST_NUMBER:
+        if kind in (int, float) and key != "seed" and not abs(value) <= MAX_NUMBER:
             raise ApiError(400, f"{self.name(key)}: {str(value)[:20]} is out of range", self.name(key))
         if kind is str:
             check_text(value, self.name(key))
         return value
 
-    def need(self, key: str, kind: type) -> Any:
-        return self.get(key, kind, _MISSING)
+    def require(self, key: str, kind: type) -> Any:
+        return self.get(key, kind, _REQUIRED)
 
-    def skip(self, keys: Iterable[str]) -> None:
-        self.taken.update(keys)
+    def ignore(self, keys: Iterable[str]) -> None:
+        self.known.update(keys)
 
-    def end(self) -> None:
-        """ApiError 400 for a field that nobody has taken and that is not null."""
-        for key in self.values.keys() - self.taken:
+    def reject_unknown(self) -> None:
+        """ApiError 400 for a field that was neither read nor ignored and is not null."""
+        for key in self.values.keys() - self.known:
             if self.values[key] is not None:
                 shown = self.name(key[:100])
                 raise ApiError(400, f"{shown}: not supported; leave it out", shown, "unsupported_parameter")
 
 
-def check_text(text: str, place: str) -> None:
+def check_text(text: str, path: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ApiError(400, f"{place}: holds half of a surrogate pair, which is no character", place) from None
+        raise ApiError(400, f"{path}: holds half of a surrogate pair, which is no character", path) from None
 
 
-def check_depth(value: Any, place: str) -> None:
-    """ApiError 400 for JSON nested so deep that a parser with a stack would give up."""
+def check_depth(value: Any, path: str) -> None:
+    """ApiError 400 for JSON nested so deep that a recursive parser would fail."""
     level = [value]
-    for _ in range(DEEPEST):
-        level = [inner for one in level for inner in _within(one)]
+    for _ in range(MAX_DEPTH):
+        level = [inner for one in level for inner in _children(one)]
     if level:
-        raise ApiError(400, f"{place}: nested more than {DEEPEST} deep", place)
+        raise ApiError(400, f"{path}: nested more than {MAX_DEPTH} deep", path)
 
 
-def _within(value: Any) -> Iterable[Any]:
+def _children(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -1,4 +1,4 @@
-"""What the engine tells, as the objects and chunks of OpenAI's chat completions."""
+"""The engine's outputs as the objects and chunks of OpenAI's chat completions."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from infer.requests.request import Event, Generation, TokenLogprob
+from infer.requests.outputs import Generation, StreamEvent, TokenLogprob
 from phi4rv.processing.answers import THINK_END
 from phi4rv.processing.processor import Processor
 
 
-class Reply:
+class ChatCompletion:
     """One chat completion, of one or several choices."""
 
     def __init__(self, model: str, processor: Processor):
@@ -20,8 +20,8 @@ class Reply:
         self._processor = processor
         self._think_end = processor.tokenizer.token_to_id(THINK_END)
 
-    def whole(self, generations: Sequence[Generation]) -> dict[str, Any]:
-        """The object of an answer that is not streamed."""
+    def response(self, generations: Sequence[Generation]) -> dict[str, Any]:
+        """The object of a completion that is not streamed."""
         choices = [
             {
                 "index": index,
@@ -36,18 +36,18 @@ class Reply:
             }
             for index, generation in enumerate(generations)
         ]
-        return {**self._head("chat.completion"), "choices": choices, "usage": self.usage(generations)}
+        return {**self._envelope("chat.completion"), "choices": choices, "usage": self.usage(generations)}
 
-    def opening(self, choice: int) -> dict[str, Any]:
+    def first_chunk(self, choice: int) -> dict[str, Any]:
         """The first chunk of a choice."""
         return self._chunk(choice, {"role": "assistant", "content": ""})
 
-    def chunks(self, batch: Iterable[tuple[int, Event]]) -> list[dict[str, Any]]:
-        """A chunk for each choice that the events have something of, and its last one where it ends."""
-        by_choice: dict[int, list[Event]] = {}
+    def chunks(self, batch: Iterable[tuple[int, StreamEvent]]) -> list[dict[str, Any]]:
+        """A chunk for each choice that has new content, and its last one where it ends."""
+        by_choice: dict[int, list[StreamEvent]] = {}
         for choice, event in batch:
             by_choice.setdefault(choice, []).append(event)
-        made = []
+        chunks = []
         for choice, events in by_choice.items():
             texts = {
                 "reasoning_content": "".join(event.thinking for event in events),
@@ -56,16 +56,16 @@ class Reply:
             delta = {name: text for name, text in texts.items() if text}
             logprobs = self._logprobs([one for event in events for one in event.logprobs])
             if delta or logprobs:
-                made.append(self._chunk(choice, delta, logprobs))
-            made += [self._chunk(choice, {}, None, e.generation.finish_reason) for e in events if e.generation]
-        return made
+                chunks.append(self._chunk(choice, delta, logprobs))
+            chunks += [self._chunk(choice, {}, None, e.generation.finish_reason) for e in events if e.generation]
+        return chunks
 
-    def closing(self, generations: Sequence[Generation]) -> dict[str, Any]:
+    def usage_chunk(self, generations: Sequence[Generation]) -> dict[str, Any]:
         """The chunk with the usage of all choices."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage(generations)}
+        return {**self._envelope("chat.completion.chunk"), "choices": [], "usage": self.usage(generations)}
 
     def usage(self, generations: Sequence[Generation]) -> dict[str, Any]:
-        """Tokens; the prompt, which all choices share, counts once. Reasoning tokens include ``</think>``."""
+        """Token counts; the prompt, which all choices share, counts once. Reasoning tokens include ``</think>``."""
         first = generations[0]
         completion = sum(len(g.token_ids) for g in generations)
         return {
@@ -82,17 +82,17 @@ class Reply:
         ids = generation.token_ids
         return ids.index(self._think_end) + 1 if self._think_end in ids else len(ids)
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _chunk(
         self, choice: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish: str | None = None
     ) -> dict[str, Any]:
         choices = [{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]
-        return {**self._head("chat.completion.chunk"), "choices": choices}
+        return {**self._envelope("chat.completion.chunk"), "choices": choices}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        """All tokens of the answer, the thought's too, in order; None where none were asked for."""
+        """All tokens of the answer, the thought's too, in order; None where none were requested."""
         if not tokens:
             return None
         content = [
@@ -103,7 +103,7 @@ class Reply:
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._processor.decode([token])
-        # A token may be a part of a character; its bytes are then not to be had from its text.
+        # A token may be part of a character; its bytes then cannot be had from its text.
         whole = "\N{REPLACEMENT CHARACTER}" not in text
         # JSON knows no minus infinity.
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode()) if whole else None}

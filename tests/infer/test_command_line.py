@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageChops
 
 import phi4rv
-from infer.engine.input_batch import Slots
+from infer.engine.input_batch import InputBatch
 from infer.main import main
 from phi4rv.processing.answers import parse_answer
 from phi4rv.processing.processor import Prompt
@@ -42,12 +42,12 @@ def script(monkeypatch: pytest.MonkeyPatch, *texts: str | list[int]) -> list[lis
     for row, ids in zip(rows, wanted, strict=True):
         row[: len(ids)] = torch.tensor(ids)
 
-    def pick(
-        tables: Slots, slots: torch.Tensor, logits: torch.Tensor, seen: object, number: torch.Tensor
+    def sample_one(
+        batch: InputBatch, req_indices: torch.Tensor, logits: torch.Tensor, seen: object, index: torch.Tensor
     ) -> torch.Tensor:
-        return rows[slots, number]  # slots are given out in the prompts' order
+        return rows[req_indices, index]  # indices are assigned in the prompts' order
 
-    monkeypatch.setattr("infer.engine.input_batch.Slots._pick", pick)
+    monkeypatch.setattr("infer.engine.input_batch.InputBatch._sample_one", sample_one)
     return wanted
 
 

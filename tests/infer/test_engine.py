@@ -1,4 +1,4 @@
-"""The engine: every feature gives the tokens of full recomputation, and the books fit after every step."""
+"""The engine: every feature gives the tokens of full recomputation, and its state is consistent after every step."""
 
 import dataclasses
 import itertools
@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 import phi4rv
-from infer.engine.config import Limits
+from infer.engine.config import EngineConfig
 from infer.engine.engine import Engine
-from infer.engine.kv_cache import GPU_SHARE, GPU_WORK, PagedCache, cache_tokens
+from infer.engine.kv_cache import ACTIVATION_BYTES, GPU_MEMORY_UTILIZATION, PagedKVCache, cache_capacity
 from infer.requests.image_cache import ImageCache
-from infer.requests.prepare import UNDER_IMAGE
-from infer.requests.request import Event, Generation, Options, Sampling
+from infer.requests.outputs import Generation, StreamEvent
+from infer.requests.request import IMAGE_PLACEHOLDER
+from infer.requests.sampling_params import SamplingParams
 from phi4rv.batch import pack
 from phi4rv.errors import UserError
 from phi4rv.processing.answers import THINK_END
@@ -75,24 +76,28 @@ def expected(small: Pair, prompts: list[Prompt]) -> list[list[int]]:
     return answers
 
 
-def engine(pair: Pair, **limits: Any) -> Engine:
+def engine(pair: Pair, **config: Any) -> Engine:
     """One that drafts at every step, if at all, and that no token stops: random weights may choose any."""
-    made = Engine(pair, limits=Limits(**limits))
-    made.stops = set()
-    made._payoff.drafts = lambda bucket: True  # type: ignore[method-assign]
+    made = Engine(pair, config=EngineConfig(**config))
+    made.stop_token_ids.clear()
+    made._speculation.should_draft = lambda batch_size: True  # type: ignore[method-assign]
     return made
 
 
-def greedy(count: int = COUNT, **options: Any) -> Options:
-    return Options(max_new_tokens=count, **options)
+def greedy(count: int = COUNT, **params: Any) -> SamplingParams:
+    return SamplingParams(max_new_tokens=count, **params)
+
+
+def warm(count: int = COUNT, **params: Any) -> SamplingParams:
+    return greedy(count, **{**WARM, **params})
 
 
 def ids(generations: Sequence[Generation]) -> list[list[int]]:
     return [g.token_ids for g in generations]
 
 
-def drive(made: Engine) -> Iterator[Event]:
-    while made.busy:
+def drive(made: Engine) -> Iterator[StreamEvent]:
+    while made.has_unfinished_requests:
         yield from made.step()
         made.check()
 
@@ -119,38 +124,38 @@ def test_every_feature_gives_the_tokens_of_full_recomputation(
     small: Pair, prompts: list[Prompt], expected: list[list[int]], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice, for the caches are full the second time; some prompts while others decode already."""
-    monkeypatch.setattr("infer.engine.engine.IDLE_CHUNK", 64)
+    monkeypatch.setattr("infer.engine.engine.IDLE_CHUNK_TOKENS", 64)
     made = engine(small, **FEATURES[name])
     cached = 0
     for _ in range(2):
         answers = made.generate(prompts, greedy())
         assert ids(answers) == expected
         made.check()
-        assert made.counters.pages_used == 0
+        assert made.stats.pages_used == 0
         cached += sum(answer.cached_tokens for answer in answers)
-    assert made.counters.cached_prompt_tokens == cached
+    assert made.stats.cached_prompt_tokens == cached
     if "cache_tokens" in FEATURES[name]:
-        assert made.counters.preemptions > 0
-    assert (made.counters.cached_prompt_tokens > 0) == (name != "no prefix cache")
-    assert (made.counters.accepted_tokens > 0) == (FEATURES[name].get("speculate", 4) > 0)
+        assert made.stats.preemptions > 0
+    assert (made.stats.cached_prompt_tokens > 0) == (name != "no prefix cache")
+    assert (made.stats.accepted_tokens > 0) == (FEATURES[name].get("speculate", 4) > 0)
 
 
-def test_batches_that_are_filled_up_to_a_graphs_size(
+def test_batches_that_are_padded_to_a_graphs_size(
     small: Pair, prompts: list[Prompt], expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slots that fill a batch up change nothing, and nothing of theirs grows."""
+    """The rows that pad a batch change nothing, and nothing of theirs grows."""
     made = engine(small, overlap=True)
-    monkeypatch.setattr(made.steps, "bucket", lambda count: -(-count // 8) * 8)
+    monkeypatch.setattr(made.model_runner, "padded_batch_size", lambda count: -(-count // 8) * 8)
     assert ids(made.generate(prompts, greedy())) == expected
-    assert int(made.slots.lengths[-1]) == 0
-    assert not made.slots.page_table[-1].any()
+    assert int(made.input_batch.num_computed_tokens[-1]) == 0
+    assert not made.input_batch.page_table[-1].any()
 
 
 def test_more_rows_than_the_fused_decoder_takes(small: Pair, prompts: list[Prompt], expected: list[list[int]]) -> None:
     for fused in (True, False):
         made = engine(small, speculate=0)
         if not fused:
-            made.steps.fused = None
+            made.model_runner.fused_decoder = None
         assert ids(made.generate(prompts[:3], greedy())) == expected[:3]
 
 
@@ -160,13 +165,13 @@ def test_thousands_of_joins_leaves_and_cancels(
 ) -> None:
     """In a cache that is too small for all: every answer is the one the prompt gets alone, as far as it goes."""
     rng = random.Random(5)
-    limits = {"max_running": 8, "page_size": 16, "cache_tokens": 320, "chunk_tokens": 50, "overlap": overlap}
-    made = engine(small, **limits)
+    config = {"max_running": 8, "page_size": 16, "cache_tokens": 320, "chunk_tokens": 50, "overlap": overlap}
+    made = engine(small, **config)
     asked: dict[int, tuple[int, int]] = {}
     told: dict[int, list[int]] = {}
     over: dict[int, Generation] = {}
     total = 1000
-    while made.busy or len(asked) < total:
+    while made.has_unfinished_requests or len(asked) < total:
         while len(asked) < total and rng.random() < 0.4:
             which, count = rng.randrange(len(prompts)), rng.choice([1, 1, 2, 2, 5, 5, 9, COUNT])
             asked[made.submit(prompts[which], greedy(count))] = which, count
@@ -174,10 +179,10 @@ def test_thousands_of_joins_leaves_and_cancels(
             made.cancel(rng.choice(list(asked)[-8:] or [0]))
             made.check()
         for event in made.step():
-            assert event.request not in over, "something came after the last event"
-            told.setdefault(event.request, []).extend(event.token_ids)
+            assert event.request_id not in over, "something came after the last event"
+            told.setdefault(event.request_id, []).extend(event.token_ids)
             if event.generation:
-                over[event.request] = event.generation
+                over[event.request_id] = event.generation
         made.check()
     assert set(over) == set(asked), "a request was lost"
     reasons = {g.finish_reason for g in over.values()}
@@ -186,10 +191,10 @@ def test_thousands_of_joins_leaves_and_cancels(
         generation = over[number]
         assert generation.token_ids == told[number] == expected[which][: len(told[number])]
         assert generation.finish_reason == "cancelled" or len(told[number]) == count
-    counters = made.counters
-    assert counters.preemptions > 10
-    assert sum(counters.finished.values()) == total
-    assert (counters.pages_used, counters.running, counters.waiting) == (0, 0, 0)
+    stats = made.stats
+    assert stats.preemptions > 10
+    assert sum(stats.finished.values()) == total
+    assert (stats.pages_used, stats.running, stats.waiting) == (0, 0, 0)
 
 
 def test_a_cancelled_request_frees_its_pages_at_once(small: Pair, prompts: list[Prompt]) -> None:
@@ -197,12 +202,12 @@ def test_a_cancelled_request_frees_its_pages_at_once(small: Pair, prompts: list[
     first, second = made.submit(prompts[4], greedy()), made.submit(prompts[5], greedy())
     for _ in range(3):
         made.step()
-    before = made.counters.pages_used
+    before = made.stats.pages_used
     made.cancel(first)
-    assert made.counters.pages_used < before
+    assert made.stats.pages_used < before
     made.cancel(first)
     made.cancel(10**6)
-    last = {e.request: e.generation.finish_reason for e in drive(made) if e.generation}
+    last = {e.request_id: e.generation.finish_reason for e in drive(made) if e.generation}
     assert last == {first: "cancelled", second: "length"}
 
 
@@ -227,7 +232,7 @@ def test_a_second_question_about_a_picture_runs_no_tower(
     changed.save(copy)
     made.generate([Prompt("Quite another question: <image>?", [copy])], greedy(3))
     assert images == [1, 1]
-    assert (made.counters.image_cache_hits, made.counters.image_cache_misses) == (2, 2)
+    assert (made.stats.image_cache_hits, made.stats.image_cache_misses) == (2, 2)
     [again] = made.generate([Prompt("<image>\n<image> Same?", [path, path])], greedy(3))
     assert again.token_ids == answers[0].token_ids
 
@@ -239,8 +244,8 @@ def test_a_picture_is_the_one_that_was_prepared(small: Pair, tmp_path: Path) -> 
     made = engine(small, prefix_cache=False)
     [before] = made.generate([prompt], greedy(6))
     request = made.prepare(prompt, greedy(6))
-    assert request.pictures[0].patches is None
-    made.images = ImageCache(0)
+    assert request.images[0].patches is None
+    made.image_cache = ImageCache(0)
     image.paste((0, 255, 0), (0, 0, 90, 60))
     made.submit(request)
     [after] = [event.generation for event in drive(made) if event.generation]
@@ -251,11 +256,11 @@ def test_patches_are_dropped_when_the_features_are_known(small: Pair, prompts: l
     """Of every request that asked about the picture before the tower had read it."""
     made = engine(small)
     requests = [made.prepare(prompt, greedy(2)) for prompt in prompts[1:3]]
-    assert all(request.pictures[0].patches is not None for request in requests)
+    assert all(request.images[0].patches is not None for request in requests)
     for request in requests:
         made.submit(request)
         list(drive(made))
-    assert all(request.pictures[0].patches is None for request in requests)
+    assert all(request.images[0].patches is None for request in requests)
 
 
 def test_pages_under_different_pictures_are_not_mixed_up(small: Pair, tmp_path: Path) -> None:
@@ -278,31 +283,27 @@ def test_a_conversation_goes_on_where_it_was(small: Pair) -> None:
     made = engine(small, page_size=16)
     [first] = made.generate([Prompt("Tell me all about foxes.")], greedy(40))
     prompt = made.prepare(first.prompt, greedy(2))
-    known = torch.cat([prompt.ids, torch.tensor(first.token_ids)])
-    made.submit(dataclasses.replace(prompt, ids=torch.cat([known, torch.tensor([5, 6, 7])])))
+    known = torch.cat([prompt.token_ids, torch.tensor(first.token_ids)])
+    made.submit(dataclasses.replace(prompt, token_ids=torch.cat([known, torch.tensor([5, 6, 7])])))
     [second] = [event.generation for event in drive(made) if event.generation]
     assert second.cached_tokens == (len(known) - 1) // 16 * 16 > first.prompt_tokens
 
 
-WARM = Sampling(temperature=1.5, top_p=0.95, min_p=0.001, repetition_penalty=1.2, seed=11)
+WARM: dict[str, Any] = {"temperature": 1.5, "top_p": 0.95, "min_p": 0.001, "repetition_penalty": 1.2, "seed": 11}
 
 
 @pytest.mark.parametrize("name", ["as it is", "chunks of 7", "a full cache, overlapped", "seven drafts", "all at once"])
 def test_sampled_tokens_depend_on_the_seed_alone(small: Pair, prompts: list[Prompt], name: str) -> None:
-    options = greedy(sampling=WARM)
-    alone = [
-        engine(small, speculate=0).generate([p], greedy(sampling=dataclasses.replace(WARM, seed=WARM.seed + n)))
-        for n, p in enumerate(prompts)
-    ]
+    alone = [engine(small, speculate=0).generate([p], warm(seed=WARM["seed"] + n)) for n, p in enumerate(prompts)]
     made = engine(small, **FEATURES[name])
-    assert ids(made.generate(prompts, options)) == [a[0].token_ids for a in alone]
+    assert ids(made.generate(prompts, warm())) == [a[0].token_ids for a in alone]
     assert alone[0][0].token_ids != alone[-1][0].token_ids, "the same prompt with another seed"
 
 
 def test_greedy_requests_beside_sampled_ones(small: Pair, prompts: list[Prompt], expected: list[list[int]]) -> None:
     made = engine(small)
-    numbers = [made.submit(p, greedy(sampling=WARM if n % 2 else Sampling())) for n, p in enumerate(prompts)]
-    over = {event.request: event.generation for event in drive(made) if event.generation}
+    numbers = [made.submit(p, warm() if n % 2 else greedy()) for n, p in enumerate(prompts)]
+    over = {event.request_id: event.generation for event in drive(made) if event.generation}
     for n in range(0, len(prompts), 2):
         assert over[numbers[n]].token_ids == expected[n]
 
@@ -319,19 +320,19 @@ def test_the_repetition_penalty_counts_prompt_and_answer(small: Pair) -> None:
             logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
             tokens.append(int(logits.argmax()))
             sample = dataclasses.replace(sample, input_ids=torch.cat([sample.input_ids, torch.tensor(tokens[-1:])]))
-    options = greedy(sampling=Sampling(repetition_penalty=penalty))
+    params = greedy(repetition_penalty=penalty)
     for speculate in (0, 4):
-        [made] = engine(small, speculate=speculate).generate([prompt], options)
+        [made] = engine(small, speculate=speculate).generate([prompt], params)
         assert made.token_ids == tokens
 
 
 def test_drafts_from_under_an_image(small: Pair, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
     """What followed the latest tokens when they stood there before may be no token; the penalty counts tokens."""
-    options = greedy(5, sampling=WARM)
-    [alone] = engine(small, speculate=0).generate(prompts[1:2], options)
-    guess = lambda history, known, count: history.new_full((len(known), count), UNDER_IMAGE)  # noqa: E731
-    monkeypatch.setattr("infer.engine.model_runner.lookup", guess)
-    assert ids(engine(small).generate(prompts[1:2], options)) == [alone.token_ids]
+    params = warm(5)
+    [alone] = engine(small, speculate=0).generate(prompts[1:2], params)
+    guess = lambda history, num_tokens, count: history.new_full((len(num_tokens), count), IMAGE_PLACEHOLDER)  # noqa: E731
+    monkeypatch.setattr("infer.engine.model_runner.propose_draft", guess)
+    assert ids(engine(small).generate(prompts[1:2], params)) == [alone.token_ids]
 
 
 @pytest.mark.parametrize("speculate", [0, 4])
@@ -358,14 +359,14 @@ def test_a_thought_that_the_model_begins_itself(
     start, end = (small[1].tokenizer.token_to_id(tag) for tag in (THINK, THINK_END))
     for opening, over in ((start, [start, 7, 7, end, 7]), (8, [8, 7, 7, 7, 7])):
         made = engine(small, speculate=0)
-        pick = lambda slots, logits, seen, number, opening=opening: torch.where(number == 0, opening, 7)  # noqa: E731
-        monkeypatch.setattr(made.slots, "_pick", pick)
+        token = lambda indices, logits, seen, index, opening=opening: torch.where(index == 0, opening, 7)  # noqa: E731
+        monkeypatch.setattr(made.input_batch, "_sample_one", token)
         made.submit(Prompt("Hi", mode=mode), greedy(5, max_thinking_tokens=2))
         events = made.step()
-        while made.busy:
+        while made.has_unfinished_requests:
             if preempted and made.scheduler.running:
                 with torch.inference_mode():
-                    made.slots.clear(made.scheduler.running[-1].slot)
+                    made.input_batch.remove_request(made.scheduler.running[-1].req_index)
                 made.scheduler.preempt()
             events += made.step()
         assert events[-1].generation is not None
@@ -377,20 +378,20 @@ def test_log_probabilities_are_the_models_own(small: Pair, prompts: list[Prompt]
     made = engine(small)
     tokens, logits = recomputed(small, prompts[6])
     right = logits.log_softmax(1)
-    for sampling in (Sampling(), Sampling(temperature=3.0, top_k=1)):
+    for params in ({}, {"temperature": 3.0, "top_k": 1}):
         numbers = [made.submit(p, greedy()) for p in prompts[:3]]
-        asked = made.submit(prompts[6], greedy(logprobs=3, sampling=sampling))
+        asked = made.submit(prompts[6], greedy(logprobs=3, **params))
         events = list(drive(made))
-        [generation] = [e.generation for e in events if e.request == asked and e.generation]
+        [generation] = [e.generation for e in events if e.request_id == asked and e.generation]
         assert generation.token_ids == [p.token_id for p in generation.logprobs] == tokens
-        told = [p for e in events if e.request == asked for p in e.logprobs]
+        told = [p for e in events if e.request_id == asked for p in e.logprobs]
         assert told == generation.logprobs
         for n, p in enumerate(told):
             best = right[n].topk(3)
             assert p.logprob == pytest.approx(float(right[n, tokens[n]]), abs=1e-4)
             assert [i for i, _ in p.top] == best.indices.tolist()
             assert [v for _, v in p.top] == pytest.approx(best.values.tolist(), abs=1e-4)
-        assert all(not e.logprobs for e in events if e.request in numbers)
+        assert all(not e.logprobs for e in events if e.request_id in numbers)
 
 
 def test_logprobs_of_none_beside_the_chosen(small: Pair) -> None:
@@ -402,7 +403,7 @@ def test_logprobs_of_none_beside_the_chosen(small: Pair) -> None:
 def test_fp8_keys_and_values(small: Pair, prompts: list[Prompt]) -> None:
     """Half of the memory, and log-probabilities of the best token that stay near: e4m3 keeps 4 bits."""
     exact, short = engine(small), engine(small, cache_dtype="fp8", page_size=16, chunk_tokens=16)
-    assert short.cache.keys.element_size() == 1
+    assert short.kv_cache.keys.element_size() == 1
     far = 0.0
     for prompt in prompts:
         a, b = (e.generate([prompt], greedy(1, logprobs=0))[0].logprobs[0] for e in (exact, short))
@@ -440,9 +441,9 @@ def test_leaving_a_stream_cancels_it(small: Pair) -> None:
     for event in made.stream(Prompt("Hi"), greedy(100)):
         if event.token_ids:
             break
-    assert not made.busy
-    assert made.counters.finished == {"cancelled": 1}
-    assert made.counters.pages_used == 0
+    assert not made.has_unfinished_requests
+    assert made.stats.finished == {"cancelled": 1}
+    assert made.stats.pages_used == 0
 
 
 def test_times_are_in_order(small: Pair, prompts: list[Prompt]) -> None:
@@ -451,7 +452,7 @@ def test_times_are_in_order(small: Pair, prompts: list[Prompt]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "words"),
+    ("config", "words"),
     [
         ({"graphs": True}, "graphs: need a GPU"),
         ({"max_running": 0}, "--max-running: 0 must be 1 or more"),
@@ -462,9 +463,9 @@ def test_times_are_in_order(small: Pair, prompts: list[Prompt]) -> None:
         ({"chunk_tokens": 0}, "--chunk-tokens: 0 must be"),
     ],
 )
-def test_limits_that_cannot_be(small: Pair, limits: dict[str, Any], words: str) -> None:
+def test_a_config_that_cannot_be(small: Pair, config: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        engine(small, **limits)
+        engine(small, **config)
 
 
 @pytest.mark.parametrize("free", [1 << 30, 7 << 30])
@@ -472,13 +473,15 @@ def test_a_gpu_without_room_for_one_window(monkeypatch: pytest.MonkeyPatch, free
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     published = (phi4rv.Config(), torch.bfloat16, torch.device("cuda"))
-    room = max(0, int((free - GPU_WORK) * GPU_SHARE)) // PagedCache.token_bytes(*published[:2])
+    room = max(0, int((free - ACTIVATION_BYTES) * GPU_MEMORY_UTILIZATION)) // PagedKVCache.bytes_per_token(
+        *published[:2]
+    )
     with pytest.raises(UserError, match=f"--cache-tokens: the GPU has room for {room}, the model's window is 16384"):
-        cache_tokens(*published, Limits())
+        cache_capacity(*published, EngineConfig())
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("params", "words"),
     [
         ({"stop": ("",)}, "--stop: an empty string"),
         ({"logprobs": 21}, "--logprobs: 21 must be 0 to 20"),
@@ -487,9 +490,9 @@ def test_a_gpu_without_room_for_one_window(monkeypatch: pytest.MonkeyPatch, free
         ({"json_schema": {}, "regex": "a"}, "--regex: give it or --json-schema"),
     ],
 )
-def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
+def test_params_that_cannot_be(params: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Options(**options)
+        SamplingParams(**params)
 
 
 def test_a_prompt_that_cannot_be_asked_ends_the_call_and_leaves_nothing(small: Pair) -> None:
@@ -497,5 +500,5 @@ def test_a_prompt_that_cannot_be_asked_ends_the_call_and_leaves_nothing(small: P
     with pytest.raises(UserError, match="prompt 3 has"):
         made.generate([Prompt("Hi"), Prompt("Ho"), Prompt("word " * 400)], greedy())
     made.step()
-    assert not made.busy
-    assert made.counters.pages_used == 0
+    assert not made.has_unfinished_requests
+    assert made.stats.pages_used == 0

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from infer.heldout import TOGETHER, Question, answers, centre_in, iou, score, shuffled
+from infer.heldout import MAX_RUNNING, Question, answers, centre_in, iou, score, shuffle_images
 from phi4rv.processing.answers import Answer, Box, parse_answer
 from phi4rv.processing.chat_template import Message
 from phi4rv.processing.processor import Prompt
@@ -94,10 +94,10 @@ def test_shuffled_gives_each_another_picture_of_the_same_count() -> None:
         question("c", "3", "C"),
         question("d", "4", "D"),
     ]
-    mixed = shuffled(asked)
+    mixed = shuffle_images(asked)
     assert [list(q.prompt.images) for q in mixed] == [["C"], ["B1", "B2"], ["D"], ["A"]]
-    assert [(q.prompt.text, q.right.text, q.prompt.mode) for q in mixed] == [
-        (q.prompt.text, q.right.text, q.prompt.mode) for q in asked
+    assert [(q.prompt.text, q.reference.text, q.prompt.mode) for q in mixed] == [
+        (q.prompt.text, q.reference.text, q.prompt.mode) for q in asked
     ]
 
 
@@ -109,24 +109,24 @@ def test_question_of_a_record() -> None:
         Message("user", "And here <image>?"),
         Message("assistant", "<nothink>No."),
     ]
-    made = Question.of(Record([Path("a.png"), Path("b.png")], turns, "d.jsonl:1"))
+    made = Question.from_record(Record([Path("a.png"), Path("b.png")], turns, "d.jsonl:1"))
     assert made.prompt == Prompt("<image> Where?", [Path("a.png")], "think")
-    assert made.right == Answer("Left.", "[0.1, 0.2, 0.3, 0.4]", [(0.1, 0.2, 0.3, 0.4)], [])
-    direct = Question.of(Record([], turns[2:], "d.jsonl:1"))
+    assert made.reference == Answer("Left.", "[0.1, 0.2, 0.3, 0.4]", [(0.1, 0.2, 0.3, 0.4)], [])
+    direct = Question.from_record(Record([], turns[2:], "d.jsonl:1"))
     assert direct.prompt.mode == "nothink"
-    assert direct.right.text == "No."
+    assert direct.reference.text == "No."
     system = Message("system", "Be brief.")
-    led = Question.of(Record([Path("a.png")], [system, *turns[:2]], "d.jsonl:1"))
+    led = Question.from_record(Record([Path("a.png")], [system, *turns[:2]], "d.jsonl:1"))
     assert led.prompt.messages() == [system, turns[0]]
-    assert led.right == made.right
+    assert led.reference == made.reference
 
 
 def test_answers_come_in_order_over_several_prefills(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = small_model()
     asked = [question(f"What is {n} and {n % 3}?", "1") for n in range(7)]
     together = answers(model, processor, asked)
-    assert len(asked) < TOGETHER
-    monkeypatch.setattr("infer.heldout.TOGETHER", 3)
+    assert len(asked) < MAX_RUNNING
+    monkeypatch.setattr("infer.heldout.MAX_RUNNING", 3)
     assert answers(model, processor, asked) == together
     assert len({answer.text for answer in together}) > 1, "the case cannot tell the order"
     assert answers(model, processor, []) == []

@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 
 import phi4rv
-from infer.engine.engine import stop_tokens
-from infer.requests.request import Generation, Sampling
+from infer.engine.output_processor import stop_token_ids
+from infer.requests.outputs import Generation
+from infer.requests.sampling_params import SamplingParams
 from phi4rv.batch import Sample, pack
 from phi4rv.errors import UserError
 from phi4rv.processing.processor import Processor, Prompt
 from tests.small import PUBLISHED, generate, picture, small_model
 
-WARM = Sampling(temperature=1.0, top_p=0.95, seed=11)
+WARM = SamplingParams(temperature=1.0, top_p=0.95, seed=11)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +126,8 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_asked(small, prompts: lis
 def test_sampling_from_one_token_is_greedy(small, prompts: list[Prompt]) -> None:
     model, processor = small
     greedy = ids(generate(model, processor, prompts, 8))
-    assert ids(generate(model, processor, prompts, 8, Sampling(temperature=2.0, top_k=1))) == greedy
-    assert ids(generate(model, processor, prompts, 8, Sampling(temperature=2.0, top_p=1e-9))) == greedy
+    assert ids(generate(model, processor, prompts, 8, SamplingParams(temperature=2.0, top_k=1))) == greedy
+    assert ids(generate(model, processor, prompts, 8, SamplingParams(temperature=2.0, top_p=1e-9))) == greedy
 
 
 @pytest.mark.parametrize(
@@ -135,13 +136,13 @@ def test_sampling_from_one_token_is_greedy(small, prompts: list[Prompt]) -> None
     ids=["several", "one", "none"],
 )
 def test_stop_tokens(small, listed: object, expected: set[int]) -> None:
-    assert stop_tokens(with_stops(small[1], listed)) == expected
+    assert stop_token_ids(with_stops(small[1], listed)) == expected
 
 
 def test_stop_tokens_without_a_generation_config(small) -> None:
     processor = small[1]
     files = {k: v for k, v in processor.files.items() if k != "generation_config.json"}
-    assert stop_tokens(Processor(files, processor.config)) == {1011}
+    assert stop_token_ids(Processor(files, processor.config)) == {1011}
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])

@@ -13,20 +13,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infer.heldout import Question, generations
+from infer.heldout import Question, generate
 from infer.quantization import calibration
 from infer.quantization.calibration import (
-    Inputs,
-    calibrated,
+    LayerInputs,
+    collect_inputs,
+    compute_logits,
     layer_error,
     logits_error,
-    logits_of,
-    observe,
+    quantize_calibrated,
     scale_errors,
 )
 from infer.quantize import compare, prompts_of, questions_of
 from infer.quantize import main as quantize_command
-from infer.requests.request import Generation, Options
+from infer.requests.outputs import Generation
+from infer.requests.sampling_params import SamplingParams
 from phi4rv import Prompt, pack
 from phi4rv.ops.low_precision import FORMATS, dequantize, quantize
 from phi4rv.processing.answers import parse_answer
@@ -64,11 +65,11 @@ def correlated(rows: int, k: int, seed: int) -> Tensor:
     return (torch.randn(rows, k, generator=generator) + common + 0.5) * torch.logspace(-1.5, 0.5, k)[order]
 
 
-def products(x: Tensor) -> Tensor:
-    inputs = Inputs(x.shape[1])
+def gram(x: Tensor) -> Tensor:
+    inputs = LayerInputs(x.shape[1])
     for part in x.split(7):
         inputs.add(part)
-    return inputs.products
+    return inputs.gram
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -81,16 +82,16 @@ def test_errors_of_each_scale(format: str, k: int) -> None:
     parts = [(a.double() @ d.T).square().sum(0) for a, d in zip(x.split(128, 1), off, strict=True)]
     expected = torch.stack(parts, 1)
     expected = expected.sum(1) if q.scales.ndim == 1 else expected
-    torch.testing.assert_close(scale_errors(weight, q, products(x)).double(), expected, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(scale_errors(weight, q, gram(x)).double(), expected, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_calibration_lowers_the_weighted_error(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of no scale is it more than without, and none of the tried factors is better; in 4 bits much less in all."""
     monkeypatch.setattr(calibration, "ROWS", 40)
-    weight, seen = heavy_tailed(96, 300, 2), products(correlated(500, 300, 3))
-    chosen = scale_errors(weight, calibrated(weight, format, seen), seen)
-    for factor in calibration.FACTORS:
+    weight, seen = heavy_tailed(96, 300, 2), gram(correlated(500, 300, 3))
+    chosen = scale_errors(weight, quantize_calibrated(weight, format, seen), seen)
+    for factor in calibration.SCALE_FACTORS:
         other = scale_errors(weight, quantize(weight, format, torch.full(chosen.shape, factor)), seen)
         assert (chosen <= other * (1 + 1e-5)).all(), factor
     plain = scale_errors(weight, quantize(weight, format), seen)
@@ -100,7 +101,7 @@ def test_calibration_lowers_the_weighted_error(format: str, monkeypatch: pytest.
 def test_calibration_lowers_the_error_of_the_output() -> None:
     """On inputs drawn anew."""
     weight = heavy_tailed(64, 256, 4)
-    q = calibrated(weight, "int4", products(correlated(2000, 256, 5)))
+    q = quantize_calibrated(weight, "int4", gram(correlated(2000, 256, 5)))
     fresh = correlated(500, 256, 6)
     errors = [layer_error("x", weight, w, fresh).output_error for w in (q, quantize(weight, "int4"))]
     assert errors[0] < 0.9 * errors[1]
@@ -109,10 +110,10 @@ def test_calibration_lowers_the_error_of_the_output() -> None:
 def test_dead_inputs_and_zero_weights() -> None:
     for format in FORMATS:
         weight = torch.randn(4, 130, generator=torch.Generator().manual_seed(0))
-        q = calibrated(weight, format, products(torch.zeros(3, 130)))
+        q = quantize_calibrated(weight, format, gram(torch.zeros(3, 130)))
         assert same_weight(q, quantize(weight, format)), "nothing to choose by: the scale stays"
         assert not dequantize(
-            calibrated(torch.zeros(4, 130), format, products(torch.ones(3, 130))), torch.float32
+            quantize_calibrated(torch.zeros(4, 130), format, gram(torch.ones(3, 130))), torch.float32
         ).any()
 
 
@@ -120,8 +121,8 @@ def test_inputs_are_those_that_the_layers_read(tiny: Tiny) -> None:
     """All of a layer's, of prompts and answers, added up; few rows of each are kept."""
     model, processor = tiny
     answered = [Generation(case.prompt, 0, 0, [7, 300 + i, 9][:i]) for i, case in enumerate(parity.cases())]
-    found = observe(model, processor, answered, parse_formats("int8,head=int8,tower=int8"))
-    logits = logits_of(model, processor, answered)
+    found = collect_inputs(model, processor, answered, parse_formats("int8,head=int8,tower=int8"))
+    logits = compute_logits(model, processor, answered)
     assert len(found) == 2 * 4 + 2 * 6 + 1
     expected = torch.zeros(2, 128, 128)
     rows = []
@@ -140,7 +141,7 @@ def test_inputs_are_those_that_the_layers_read(tiny: Tiny) -> None:
         logits = logits[len(last) :]
     assert not len(logits)
     first = found["decoder.layers.0.self_attn.qkv_proj"]
-    torch.testing.assert_close(first.products, expected, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(first.gram, expected, rtol=1e-3, atol=1e-2)
     kept, everything = torch.cat(first.rows), torch.cat(rows)
     assert 8 < len(kept) <= calibration.KEPT_ROWS
     assert torch.cdist(kept, everything, compute_mode="donot_use_mm_for_euclid_dist").amin(1).max() < 1e-3
@@ -148,11 +149,11 @@ def test_inputs_are_those_that_the_layers_read(tiny: Tiny) -> None:
 
 
 def test_few_rows_are_kept_of_many() -> None:
-    inputs = Inputs(4)
+    inputs = LayerInputs(4)
     for count in (1, 1000, 7, 9, *[50] * 30):
         inputs.add(torch.ones(count, 4))
-    assert inputs.products.shape == (1, 128, 128) and (inputs.products[0, :4, :4] == 2517).all()
-    assert not inputs.products[0, 4:].any()
+    assert inputs.gram.shape == (1, 128, 128) and (inputs.gram[0, :4, :4] == 2517).all()
+    assert not inputs.gram[0, 4:].any()
     assert [len(rows) for rows in inputs.rows[:4]] == [1, 8, 7, 5] and len(torch.cat(inputs.rows)) == 64
 
 
@@ -236,8 +237,8 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
         plain, _ = load(checkpoint)
         assert len(prompts_of(pictures if more else None, 2)) == report["prompts"] == (2 if more else 4)
         asked = [question.prompt for question in questions_of(heldout, 2)]
-        before = generations(plain, processor, asked, Options(max_new_tokens=4))
-        rows = [logits_of(m, processor, before) for m in (model, plain)]
+        before = generate(plain, processor, asked, SamplingParams(max_new_tokens=4))
+        rows = [compute_logits(m, processor, before) for m in (model, plain)]
         assert report["logits"]["relative"] == pytest.approx(logits_error(*rows)["relative"], rel=1e-3)
     assert same_model(load(tmp_path / "plain")[0], load(checkpoint, MIXED)[0])
     ours, theirs = (quantized_layers(load(tmp_path / name)[0]) for name in reports)

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import phi4rv
-from infer.engine.config import Limits
+from infer.engine.config import EngineConfig
 from infer.engine.engine import Engine
 from infer.quantization import weight_loader
 from infer.quantization.calibration import logits_error
 from infer.quantize import main as quantize_command
-from infer.requests.request import Options
+from infer.requests.sampling_params import SamplingParams
 from phi4rv import Phi4RV, Processor, Prompt, UserError
 from phi4rv.adapters.peft import merge_adapter
 from phi4rv.checkpoint import huggingface as checkpoint_module
@@ -179,8 +179,8 @@ def test_what_is_held_while_reading(checkpoint: Path, monkeypatch: pytest.Monkey
 
 MEASURE = """
 import ctypes, sys, torch
-from infer import weight_loader
-from phi4rv import quantized_linear
+from infer.quantization import weight_loader
+from phi4rv.quantization import quantized_linear
 
 def kilobytes(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
@@ -412,8 +412,8 @@ def test_the_engine_on_either_folder(tmp_path: Path) -> None:
         logits = model(phi4rv.pack([dataclasses.replace(sample, input_ids=ids)])).detach()[-1]
         expected.append(int(logits.argmax()))
     for path, spec in ((plain, "int8,head=int4"), (tmp_path / "saved", None)):
-        [made] = Engine(path, "cpu", weights=spec, limits=Limits(cache_tokens=2048)).generate(
-            [Prompt("What is number 3?")], Options(max_new_tokens=5)
+        [made] = Engine(path, "cpu", weights=spec, config=EngineConfig(cache_tokens=2048)).generate(
+            [Prompt("What is number 3?")], SamplingParams(max_new_tokens=5)
         )
         assert made.token_ids == expected[: len(made.token_ids)] and made.token_ids
 

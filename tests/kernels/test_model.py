@@ -59,7 +59,7 @@ def test_tokens(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [phi4rv.Prompt("<image>\nWhat?", [image], "nothink"), phi4rv.Prompt("Hello", [], "nothink")]
     made, found = ([g.token_ids for g in generate(m, processor, prompts, 3)] for m in (model, twin))
     assert found == made
-    monkeypatch.setattr("infer.engine.engine.IDLE_CHUNK", 24)
+    monkeypatch.setattr("infer.engine.engine.IDLE_CHUNK_TOKENS", 24)
     chunked = generate(twin, processor, prompts, 3, page_size=16, speculate=0)
     assert [g.token_ids for g in chunked] == made
 
@@ -68,7 +68,7 @@ def test_tokens_of_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch, csrc: None)
     """A prompt read in chunks and decoded with drafts, in bfloat16: where a token is another than the definitions', the
     two best logits were within rounding of each other.
     """
-    monkeypatch.setattr("infer.engine.engine.IDLE_CHUNK", 24)
+    monkeypatch.setattr("infer.engine.engine.IDLE_CHUNK_TOKENS", 24)
     kernels = "torch,paged_decode_attention=cuda,decode_gemv=cuda"
     plain, ours = (phi4rv.load(parity.CHECKPOINT, "cpu", torch.bfloat16, kernels=k) for k in ("torch", kernels))
     assert fits(ours[0].decoder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from infer.heldout import Question, Scores, answers, score, shuffled
+from infer.heldout import Question, Scores, answers, score, shuffle_images
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.processing.processor import Processor
 from train.figures.curves import Run, draw
@@ -31,7 +31,7 @@ def measure(model: Phi4RV, processor: Processor, questions: list[Question], outp
     # Charts and screens come in no order; whoever looks at the sheet should see both.
     order = random.Random(0).sample(range(len(questions)), len(questions))
     prediction_sheet(output / "predictions.png", [questions[i] for i in order], [given[i] for i in order])
-    mixed = shuffled(questions)
+    mixed = shuffle_images(questions)
     return {"heldout": score(questions, given), "shuffled": score(mixed, answers(model, processor, mixed))}
 
 

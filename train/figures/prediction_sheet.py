@@ -34,7 +34,7 @@ def _tile(question: Question, answer: Answer) -> Image.Image:
     picture = open_image(question.prompt.images[0])
     scale = (TILE - 10) / max(picture.size)
     picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    right = question.right
+    right = question.reference
     good = right.text.lower() == answer.text.lower()
     if right.boxes:
         good = bool(answer.boxes) and centre_in(answer.boxes[0], right.boxes[0])

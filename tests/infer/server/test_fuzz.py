@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from infer.server.connections import Seconds, encoded
+from infer.server.connections import Timeouts, encode_json
 from infer.server.errors import ApiError
-from infer.server.protocol import Chat, ChatReader
+from infer.server.protocol import ChatCompletionRequest, ChatRequestParser
 from infer.server.routes import ServerLimits
 from phi4rv import Processor
 from tests import small
@@ -124,27 +124,27 @@ def processor() -> Processor:
 
 @pytest.fixture(scope="module")
 def served(processor: Processor) -> Iterator[Served]:
-    seconds = Seconds(headers=0.3, body=0.3, idle=0.3, stall=1.0, linger=0.1)
-    with serving(FakeEngine(processor), limits=ServerLimits(body=1 << 20), seconds=seconds) as served:
+    timeouts = Timeouts(headers=0.3, body=0.3, keepalive=0.3, send=1.0, lingering=0.1)
+    with serving(FakeEngine(processor), limits=ServerLimits(max_body_bytes=1 << 20), timeouts=timeouts) as served:
         yield served
-        until(lambda: not served.app.open)
-        assert served.app.background.active == 0 and served.app.bodies.held == 0
-        assert not served.app.background._mailboxes and not served.app.engine.open
+        until(lambda: not served.app.num_open)
+        assert served.app.async_engine.num_active == 0 and served.app.body_reader.bytes_in_use == 0
+        assert not served.app.async_engine._collectors and not served.app.engine.open
 
 
 @settings(FIXED, max_examples=250)
 @given(st.one_of(spoiled(), JSON))
 def test_any_json_is_read_or_refused(processor: Processor, body: Any) -> None:
     try:
-        chat = ChatReader(processor, "tiny", 50).read(body)
+        chat = ChatRequestParser(processor, "tiny", 50).parse(body)
     except ApiError as error:
         assert error.status in (400, 404)
-        assert json.loads(encoded(error.body()))
+        assert json.loads(encode_json(error.body()))
         return
-    assert isinstance(chat, Chat) and chat.options
+    assert isinstance(chat, ChatCompletionRequest) and chat.sampling_params
     for message in chat.messages:
         message.content.encode()
-    assert sum(m.content.count("<image>") for m in chat.messages) == len(chat.pictures)
+    assert sum(m.content.count("<image>") for m in chat.messages) == len(chat.images)
 
 
 @settings(FIXED, max_examples=100)
@@ -192,5 +192,5 @@ def test_clients_that_go_at_any_moment(served: Served) -> None:
             connection.sendall(request[:end])
             if end == len(request):
                 connection.recv(chance.randrange(1, 2000))
-    until(lambda: not served.app.open and not served.app.engine.open)
+    until(lambda: not served.app.num_open and not served.app.engine.open)
     assert served.ask()[0] == 200

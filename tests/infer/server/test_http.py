@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from infer.server.connections import Seconds
+from infer.server.connections import Timeouts
 from infer.server.routes import ServerLimits
 from phi4rv import Processor
 from tests import small
 from tests.fake_engine import FakeEngine
 from tests.serving import CLOSE, Served, chat_bytes, read_all, serving, until
 
-LIMITS = ServerLimits(body=1 << 20, new_tokens=50)
+LIMITS = ServerLimits(max_body_bytes=1 << 20, max_new_tokens=50)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_routes(served: Served, method: str, path: str, status: int) -> None:
     ],
 )
 def test_bodies_that_are_no_request(processor: Processor, body: bytes, status: int) -> None:
-    limits = ServerLimits(body=(2 << 20) if body.startswith(b"[{") else 1 << 20)
+    limits = ServerLimits(max_body_bytes=(2 << 20) if body.startswith(b"[{") else 1 << 20)
     with serving(FakeEngine(processor), limits=limits) as served:
         got, told = served.call("POST", "/v1/chat/completions", body, Content_Type="application/json")
         assert got == status and told["error"]["message"]
@@ -148,14 +148,16 @@ def test_header_floods_end(served: Served) -> None:
 
 
 def test_slow_headers_slow_bodies_and_idle_connections(processor: Processor) -> None:
-    with serving(FakeEngine(processor), seconds=Seconds(headers=0.2, body=0.2, idle=0.4, linger=0.1)) as served:
+    with serving(
+        FakeEngine(processor), timeouts=Timeouts(headers=0.2, body=0.2, keepalive=0.4, lingering=0.1)
+    ) as served:
         assert served.send(b"GET / HTTP/1.1\r\nA: b\r\n").startswith(b"HTTP/1.1 408 ")
         assert served.send(b"").startswith(b"HTTP/1.1 408 ")
         assert served.send(chat_bytes("echo Hi.")[:-1]).startswith(b"HTTP/1.1 408 ")
         # The second request's headers have no end.
         answer = served.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTTP/1.1\r\nA: b\r\n")
         assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"HTTP/1.1") == 1
-        until(lambda: not served.app.open)
+        until(lambda: not served.app.num_open)
 
 
 def test_pipelined_requests_are_answered_in_order(served: Served) -> None:
@@ -189,7 +191,7 @@ def test_system_messages_that_the_template_drops(served: Served) -> None:
 
 def test_long_prompts(processor: Processor) -> None:
     """The small model's window holds 1024 tokens."""
-    with serving(FakeEngine(processor), limits=ServerLimits(prompt_tokens=100)) as served:
+    with serving(FakeEngine(processor), limits=ServerLimits(max_prompt_tokens=100)) as served:
         longest = max(map(len, processor.tokenizer.get_vocab()))
         for text in ("a " * 10**6, "a" * 1024 * longest):  # known by their lengths, and by their first pieces
             assert code(served.ask(text)) == (400, "context_length_exceeded")

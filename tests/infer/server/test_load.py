@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 from PIL import Image
 
-from infer import Engine, Limits, Options, Sampling
+from infer import Engine, EngineConfig, SamplingParams
 from infer.server.routes import ServerLimits
 from phi4rv import Prompt
 from tests import small
@@ -46,13 +46,13 @@ def body(number: int) -> dict[str, Any]:
 
 def right_answers(engine: Engine) -> list[tuple[str, str]]:
     """By another engine, one after the other."""
-    alone = Engine((engine.model, engine.processor), limits=Limits(max_running=1, cache_tokens=2000))
+    alone = Engine((engine.model, engine.processor), config=EngineConfig(max_running=1, cache_tokens=2000))
     answers = []
     for number in range(CLIENTS):
         text, images = question(number)
         prompt = Prompt("<image>\n" * len(images) + text, images, "think" if number % 2 else "nothink")
-        options = Options(max_new_tokens=TOKENS, sampling=Sampling(temperature=1.0, seed=number))
-        made = alone.generate([prompt], options)[0]
+        params = SamplingParams(temperature=1.0, seed=number, max_new_tokens=TOKENS)
+        made = alone.generate([prompt], params)[0]
         answers.append((made.thinking or "", made.text))
     return answers
 
@@ -89,18 +89,19 @@ async def all_at_once(url: str) -> list[Any]:
 def test_sixty_clients_get_their_own_answers() -> None:
     """With fewer slots, pages and places than clients, and some that leave; twice, the second time from the caches."""
     model, processor = small.small_model(context=1024)
-    engine = Engine((model, processor), limits=Limits(max_running=6, cache_tokens=1500))
+    engine = Engine((model, processor), config=EngineConfig(max_running=6, cache_tokens=1500))
     right = right_answers(engine)
     assert len(set(right)) > CLIENTS // 2
-    with serving(engine, limits=ServerLimits(new_tokens=500, waiting=100)) as served:
+    with serving(engine, limits=ServerLimits(max_new_tokens=500, max_waiting=100)) as served:
         for _ in range(2):
             assert asyncio.run(all_at_once(served.url)) == right
             assert_nothing_is_left(served)
 
 
 def assert_nothing_is_left(served: Served) -> None:
-    until(lambda: not served.app.open and not served.app.engine.busy)
+    until(lambda: not served.app.num_open and not served.app.engine.has_unfinished_requests)
     app = served.app
-    assert (app.background.active, app.bodies.held, app.engine.counters.pages_used) == (0, 0, 0)
-    assert not app.background._mailboxes and not app.background._open and app.background._places._value == 12
+    assert (app.async_engine.num_active, app.body_reader.bytes_in_use, app.engine.stats.pages_used) == (0, 0, 0)
+    assert not app.async_engine._collectors and not app.async_engine._by_request_id
+    assert app.async_engine._permits._value == 12
     app.engine.check()

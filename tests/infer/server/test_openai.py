@@ -10,7 +10,7 @@ import openai
 import pytest
 
 import phi4rv
-from infer import Engine, Limits, Options, Sampling
+from infer import Engine, EngineConfig, SamplingParams
 from infer.server.routes import ServerLimits
 from phi4rv import Message, Prompt
 from tests import small
@@ -22,12 +22,12 @@ QUESTION = "Where is the red button?"
 
 @pytest.fixture(scope="module")
 def engine(tiny: tuple[phi4rv.Phi4RV, phi4rv.Processor]) -> Engine:
-    return Engine(tiny, limits=Limits(cache_tokens=40_000, max_running=8))
+    return Engine(tiny, config=EngineConfig(cache_tokens=40_000, max_running=8))
 
 
 @pytest.fixture(scope="module")
 def served(engine: Engine) -> Iterator[Served]:
-    with serving(engine, limits=ServerLimits(new_tokens=64)) as served:
+    with serving(engine, limits=ServerLimits(max_new_tokens=64)) as served:
         yield served
 
 
@@ -47,14 +47,14 @@ def picture_part(checkpoint: Any, name: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}}
 
 
-def expected(engine: Engine, tiny: Any, prompt: Prompt, options: Options) -> Any:
+def expected(engine: Engine, tiny: Any, prompt: Prompt, params: SamplingParams) -> Any:
     """The answer of another engine on the same weights, asked without a server."""
-    return Engine(tiny, limits=Limits(cache_tokens=40_000, max_running=1)).generate([prompt], options)[0]
+    return Engine(tiny, config=EngineConfig(cache_tokens=40_000, max_running=1)).generate([prompt], params)[0]
 
 
 def test_an_answer_is_the_engines(client: openai.OpenAI, engine: Engine, tiny: Any) -> None:
     for effort, mode in (("none", "nothink"), ("high", "think")):
-        right = expected(engine, tiny, Prompt(QUESTION, mode=mode), Options(max_new_tokens=24))
+        right = expected(engine, tiny, Prompt(QUESTION, mode=mode), SamplingParams(max_new_tokens=24))
         got = ask(client, reasoning_effort=effort)
         message = got.choices[0].message
         assert (message.content, message.reasoning_content) == (right.text, right.thinking)
@@ -94,7 +94,7 @@ def test_images_inline_and_uploaded_in_several_turns(
     got = client.chat.completions.create(model="tiny", messages=messages, max_tokens=24, reasoning_effort="none")
     turns = [Message("user", f"<image>\n{QUESTION}"), Message("assistant", "There.")]
     prompt = Prompt([*turns, Message("user", f"<image>\n{QUESTION}")], files, "nothink")
-    right = expected(engine, tiny, prompt, Options(max_new_tokens=24))
+    right = expected(engine, tiny, prompt, SamplingParams(max_new_tokens=24))
     assert (got.choices[0].message.content, got.usage.prompt_tokens) == (right.text, right.prompt_tokens)
     assert got.usage.prompt_tokens_details.image_tokens == right.image_tokens > 0
     assert client.files.delete(uploaded.id).deleted
@@ -103,9 +103,9 @@ def test_images_inline_and_uploaded_in_several_turns(
 
 
 def test_sampling_and_log_probabilities(client: openai.OpenAI, engine: Engine, tiny: Any) -> None:
-    sampling = Sampling(temperature=0.7, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2, seed=11)
-    options = Options(max_new_tokens=12, sampling=sampling, logprobs=3)
-    right = expected(engine, tiny, Prompt(QUESTION, mode="nothink"), options)
+    drawn = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 11}
+    params = SamplingParams(**drawn, max_new_tokens=12, logprobs=3)
+    right = expected(engine, tiny, Prompt(QUESTION, mode="nothink"), params)
     extra = {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2, "chat_template_kwargs": {"mode": "nothink"}}
     fields: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "seed": 11, "logprobs": True, "top_logprobs": 3}
     got = ask(client, max_tokens=12, extra_body=extra, **fields)
@@ -160,9 +160,9 @@ def test_async_clients_get_their_own_answers(served: Served, engine: Engine) -> 
 
 
 def engine_answers(engine: Engine, questions: list[str]) -> list[str]:
-    alone = Engine((engine.model, engine.processor), limits=Limits(cache_tokens=40_000, max_running=1))
-    options = Options(max_new_tokens=16)
-    return [g.text for g in alone.generate([Prompt(q, mode="nothink") for q in questions], options)]
+    alone = Engine((engine.model, engine.processor), config=EngineConfig(cache_tokens=40_000, max_running=1))
+    params = SamplingParams(max_new_tokens=16)
+    return [g.text for g in alone.generate([Prompt(q, mode="nothink") for q in questions], params)]
 
 
 def test_models_and_errors(client: openai.OpenAI) -> None:
@@ -185,7 +185,7 @@ def test_models_and_errors(client: openai.OpenAI) -> None:
 def test_errors_within_a_stream_are_raised(engine: Engine) -> None:
     fake = FakeEngine(engine.processor, seconds=0.01)
     with (
-        serving(fake, limits=ServerLimits(request_seconds=0.5)) as served,
+        serving(fake, limits=ServerLimits(request_timeout=0.5)) as served,
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client,
     ):
         with pytest.raises(openai.APIError, match=r"longer than 0\.5 s"):
@@ -197,8 +197,8 @@ def test_errors_within_a_stream_are_raised(engine: Engine) -> None:
 def test_leaving_a_stream_frees_the_request(client: openai.OpenAI, served: Served) -> None:
     with ask(client, stream=True, max_tokens=64, reasoning_effort="high") as stream:
         next(iter(stream))
-    until(lambda: not served.app.background.active and not served.app.engine.busy)
-    assert served.app.engine.counters.pages_used == 0
+    until(lambda: not served.app.async_engine.num_active and not served.app.engine.has_unfinished_requests)
+    assert served.app.engine.stats.pages_used == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Answers under way: full queues, clients that go or do not read, an engine that breaks, the end."""
+"""Answers in progress: full queues, clients that go or do not read, an engine that breaks, the end."""
 
 import asyncio
 import logging
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from infer.server.connections import Seconds
+from infer.server.connections import Timeouts
 from infer.server.routes import ServerLimits
 from phi4rv import Processor
 from tests import small
@@ -33,18 +33,18 @@ def code(answer: tuple[int, Any]) -> tuple[int, str]:
 
 def test_a_full_queue_and_a_slow_answer(processor: Processor) -> None:
     engine = FakeEngine(processor, max_running=1, seconds=0.01)
-    with serving(engine, limits=ServerLimits(waiting=1, request_seconds=1)) as served:
+    with serving(engine, limits=ServerLimits(max_waiting=1, request_timeout=1)) as served:
         answers: list[tuple[int, str]] = []
         clients = [threading.Thread(target=lambda: answers.append(code(served.ask("endless small")))) for _ in range(2)]
         for client in clients:
             client.start()
-        until(lambda: served.app.background.active == 2)
+        until(lambda: served.app.async_engine.num_active == 2)
         answer = served.send(chat_bytes("echo Hi.", last=True))
         assert answer.startswith(b"HTTP/1.1 429 ") and b"Retry-After: " in answer
         for client in clients:
             client.join()
         assert answers == [(504, "timeout")] * 2
-        until(lambda: not engine.open and not served.app.background.active)
+        until(lambda: not engine.open and not served.app.async_engine.num_active)
         assert served.ask("echo Hi.")[0] == 200
         stream = served.send(chat_bytes("endless small", last=True, stream=True))
         assert stream.startswith(b"HTTP/1.1 200 ") and b'"code":"timeout"' in stream and b"[DONE]" not in stream
@@ -58,20 +58,20 @@ def test_a_client_that_goes_frees_its_place(served: Served) -> None:
             connection.sendall(chat_bytes("endless small", stream=stream, n=2))
             until(lambda: len(engine.open) == 2)
             assert not stream or connection.recv(10)
-        until(lambda: not engine.open and not served.app.open and not served.app.background.active)
+        until(lambda: not engine.open and not served.app.num_open and not served.app.async_engine.num_active)
 
 
 def test_a_client_that_does_not_read_is_cancelled(processor: Processor, caplog: pytest.LogCaptureFixture) -> None:
     """Too much unread, and too long nothing taken: each ends the answer, and the other client never waits for it."""
-    for most_unread, stall in ((20, 60.0), (10**9, 0.2)):
+    for max_unread, send in ((20, 60.0), (10**9, 0.2)):
         engine = FakeEngine(processor, seconds=0.001)
-        with serving(engine, seconds=Seconds(stall=stall)) as served, served.connect() as connection:
-            served.app.background._most_unread = most_unread
+        with serving(engine, timeouts=Timeouts(send=send)) as served, served.connect() as connection:
+            served.app.async_engine._max_unread = max_unread
             connection.sendall(chat_bytes("endless", stream=True))
             until(lambda engine=engine: engine.open)
             assert served.ask("echo Hi.")[0] == 200
             until(lambda engine=engine: engine.cancelled)
-            if most_unread == 20:
+            if max_unread == 20:
                 assert b'"code":"slow_reader"' in read_all_but_open(connection)
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
@@ -157,10 +157,10 @@ def test_metrics(processor: Processor) -> None:
 
 def test_all_that_is_held_at_once_is_limited(processor: Processor) -> None:
     with serving(FakeEngine(processor)) as served:
-        bodies = served.app.bodies
-        bodies.most = 100_000
+        reader = served.app.body_reader
+        reader.max_total_bytes = 100_000
         with served.connect() as connection:
             connection.sendall(b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\n\r\n" + bytes(80_000))
-            until(lambda: bodies.held == 80_000)
+            until(lambda: reader.bytes_in_use == 80_000)
             assert code(served.call("POST", "/v1/files", bytes(30_000))) == (429, "busy")
-        until(lambda: bodies.held == 0)
+        until(lambda: reader.bytes_in_use == 0)

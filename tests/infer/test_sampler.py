@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from infer.engine.sampler import _gumbel, logprobs, mask, penalise, pick
-from infer.requests.request import Sampling
+from infer.engine.sampler import _gumbel_noise, apply_repetition_penalty, apply_token_mask, gather_logprobs, sample
+from infer.requests.sampling_params import SamplingParams
 from phi4rv.errors import UserError
 
 LOGITS = [1.5, -0.5, 3.0, 2.0, 2.0, -4.0, 0.0, 2.9]
@@ -30,17 +30,17 @@ def expected(logits: list[float], temperature: float, top_k: int, top_p: float, 
     return np.array([weights[i] / total if i in kept else 0.0 for i in range(len(logits))])
 
 
-def rows(logits: Tensor, sampling: Sampling, seed: Tensor, step: Tensor) -> tuple[Tensor, ...]:
-    """The arguments of ``pick`` for rows that share their settings."""
-    settings = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+def rows(logits: Tensor, params: SamplingParams, seed: Tensor, step: Tensor) -> tuple[Tensor, ...]:
+    """The arguments of ``sample`` for rows that share their settings."""
+    settings = (params.temperature, params.top_k, params.top_p, params.min_p)
     return (logits, *(torch.full((len(logits),), x) for x in settings), seed, step)
 
 
-def drawn(logits: list[float], sampling: Sampling, count: int, by_seed: bool = False) -> np.ndarray:
+def drawn(logits: list[float], params: SamplingParams, count: int, by_seed: bool = False) -> np.ndarray:
     """How often each token comes in ``count`` steps of one seed, or first steps of as many seeds."""
     numbers, zeros = torch.arange(count), torch.zeros(count, dtype=torch.int64)
-    seed, step = (numbers + sampling.seed, zeros) if by_seed else (zeros + sampling.seed, numbers)
-    tokens = pick(*rows(torch.tensor(logits).expand(count, -1), sampling, seed, step))
+    seed, step = (numbers + params.seed, zeros) if by_seed else (zeros + params.seed, numbers)
+    tokens = sample(*rows(torch.tensor(logits).expand(count, -1), params, seed, step))
     return np.bincount(tokens.numpy(), minlength=len(logits))
 
 
@@ -52,27 +52,27 @@ def surprise(seen: np.ndarray, wanted: np.ndarray) -> float:
 
 
 SETTINGS = [
-    Sampling(1.0),
-    Sampling(0.3),
-    Sampling(5.0),
-    Sampling(1.0, top_k=3),
-    Sampling(1.0, top_k=4),  # cuts between equals
-    Sampling(1.0, top_k=100),
-    Sampling(1.0, top_p=0.5),
-    Sampling(1.0, top_p=0.95),
-    Sampling(1.0, min_p=0.3),
-    Sampling(2.0, top_k=5, top_p=0.7, min_p=0.75),
-    Sampling(0.8, top_k=1, top_p=0.95),
-    Sampling(1.0, min_p=1.0),
+    SamplingParams(1.0),
+    SamplingParams(0.3),
+    SamplingParams(5.0),
+    SamplingParams(1.0, top_k=3),
+    SamplingParams(1.0, top_k=4),  # cuts between equals
+    SamplingParams(1.0, top_k=100),
+    SamplingParams(1.0, top_p=0.5),
+    SamplingParams(1.0, top_p=0.95),
+    SamplingParams(1.0, min_p=0.3),
+    SamplingParams(2.0, top_k=5, top_p=0.7, min_p=0.75),
+    SamplingParams(0.8, top_k=1, top_p=0.95),
+    SamplingParams(1.0, min_p=1.0),
 ]
 
 
 @pytest.mark.parametrize("by_seed", [False, True])
-@pytest.mark.parametrize("sampling", SETTINGS)
-def test_draws_follow_the_probabilities(sampling: Sampling, by_seed: bool) -> None:
+@pytest.mark.parametrize("params", SETTINGS)
+def test_draws_follow_the_probabilities(params: SamplingParams, by_seed: bool) -> None:
     count = 20000
-    wanted = count * expected(LOGITS, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    seen = drawn(LOGITS, sampling, count, by_seed)
+    wanted = count * expected(LOGITS, params.temperature, params.top_k, params.top_p, params.min_p)
+    seen = drawn(LOGITS, params, count, by_seed)
     assert seen[wanted == 0].sum() == 0, "a token that was cut off"
     common = wanted >= 5
     assert (seen > 0)[common].all()
@@ -82,10 +82,14 @@ def test_draws_follow_the_probabilities(sampling: Sampling, by_seed: bool) -> No
 def test_a_long_row_keeps_the_right_set() -> None:
     """Every kept token of a flat row of 300 is seen in 6000 draws, and no other."""
     logits = (torch.randn(300, generator=torch.Generator().manual_seed(1)) * 0.1).tolist()
-    for sampling in (Sampling(1.0, top_p=0.5), Sampling(1.0, top_k=200, top_p=0.9), Sampling(0.5, min_p=0.7)):
-        wanted = expected(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) > 0
+    for params in (
+        SamplingParams(1.0, top_p=0.5),
+        SamplingParams(1.0, top_k=200, top_p=0.9),
+        SamplingParams(0.5, min_p=0.7),
+    ):
+        wanted = expected(logits, params.temperature, params.top_k, params.top_p, params.min_p) > 0
         assert 60 < wanted.sum() < 260
-        assert ((drawn(logits, sampling, 6000) > 0) == wanted).all()
+        assert ((drawn(logits, params, 6000) > 0) == wanted).all()
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,7 @@ def test_a_long_row_keeps_the_right_set() -> None:
 def test_neighbouring_seeds_steps_and_tokens_are_independent(seeds: Tensor, steps: Tensor) -> None:
     """Pairs of draws of 8 equals fall evenly into the 64 cells."""
     seed, step = (x.flatten() for x in torch.meshgrid(seeds, steps, indexing="ij"))
-    tokens = pick(*rows(torch.zeros(len(seed), 8), Sampling(1.0), seed, step)).view(200, 200)
+    tokens = sample(*rows(torch.zeros(len(seed), 8), SamplingParams(1.0), seed, step)).view(200, 200)
     for first, second in (
         (tokens[1:], tokens[:-1]),
         (tokens[:, 1:], tokens[:, :-1]),
@@ -118,44 +122,44 @@ def test_neighbouring_seeds_steps_and_tokens_are_independent(seeds: Tensor, step
 def test_a_row_depends_on_itself_alone() -> None:
     generator = torch.Generator().manual_seed(2)
     count = 40
-    settings = [SETTINGS[i % len(SETTINGS)] if i % 5 else Sampling() for i in range(count)]
+    settings = [SETTINGS[i % len(SETTINGS)] if i % 5 else SamplingParams() for i in range(count)]
     columns = zip(*((s.temperature, s.top_k, s.top_p, s.min_p) for s in settings), strict=True)
     logits = torch.randn(count, 50, generator=generator)
     seed, step = torch.randint(2**63 - 1, (count,), generator=generator), torch.arange(count)
     arguments = (logits, *map(torch.tensor, columns), seed, step)
-    tokens = pick(*arguments)
+    tokens = sample(*arguments)
     order = torch.randperm(count, generator=generator)
-    assert torch.equal(pick(*(x[order] for x in arguments)), tokens[order])
-    assert torch.equal(torch.cat([pick(*(x[i : i + 1] for x in arguments)) for i in range(count)]), tokens)
+    assert torch.equal(sample(*(x[order] for x in arguments)), tokens[order])
+    assert torch.equal(torch.cat([sample(*(x[i : i + 1] for x in arguments)) for i in range(count)]), tokens)
     wide = torch.full((count, 90), -torch.inf)
     wide[:, :50] = logits
-    assert torch.equal(pick(wide, *arguments[1:]), tokens), "padding of the vocabulary changes nothing"
-    assert torch.equal(pick(logits.T.contiguous().T, *arguments[1:]), tokens)
-    assert not torch.equal(pick(*arguments[:-1], step + 1), tokens)
+    assert torch.equal(sample(wide, *arguments[1:]), tokens), "padding of the vocabulary changes nothing"
+    assert torch.equal(sample(logits.T.contiguous().T, *arguments[1:]), tokens)
+    assert not torch.equal(sample(*arguments[:-1], step + 1), tokens)
 
 
 def test_the_draws_stay_what_they_are() -> None:
     """The same tokens on every device and in every version: a seed that is written down can be used again."""
-    tokens = pick(*rows(torch.zeros(12, 1000), Sampling(1.0), torch.arange(12) * 2**59, torch.arange(12)))
+    tokens = sample(*rows(torch.zeros(12, 1000), SamplingParams(1.0), torch.arange(12) * 2**59, torch.arange(12)))
     assert tokens.tolist() == [725, 717, 3, 250, 533, 256, 819, 622, 215, 199, 333, 324]
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:
     logits = torch.tensor([LOGITS, [5.0] * 8, [-math.inf] * 7 + [-9.0], [1.0, 7.0] * 4])
-    for sampling in (Sampling(), Sampling(top_k=3, top_p=0.2, min_p=0.5, seed=9)):
+    for params in (SamplingParams(), SamplingParams(top_k=3, top_p=0.2, min_p=0.5, seed=9)):
         zeros = torch.zeros(4, dtype=torch.int64)
-        assert pick(*rows(logits, sampling, zeros + sampling.seed, zeros)).tolist() == [2, 0, 7, 1]
+        assert sample(*rows(logits, params, zeros + params.seed, zeros)).tolist() == [2, 0, 7, 1]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
-    assert drawn(LOGITS, Sampling(temperature), 200)[2] == 200
-    assert drawn([1e30, -1e30, 0.0], Sampling(temperature), 20)[0] == 20
-    assert drawn([-3e38, 3e38], Sampling(temperature), 20)[1] == 20
+    assert drawn(LOGITS, SamplingParams(temperature), 200)[2] == 200
+    assert drawn([1e30, -1e30, 0.0], SamplingParams(temperature), 20)[0] == 20
+    assert drawn([-3e38, 3e38], SamplingParams(temperature), 20)[1] == 20
 
 
 def test_a_huge_temperature_is_even() -> None:
-    seen = drawn([-1e4, 0.0, 1e4, -math.inf], Sampling(1e30), 3000)
+    seen = drawn([-1e4, 0.0, 1e4, -math.inf], SamplingParams(1e30), 3000)
     assert seen[3] == 0 and surprise(seen[:3], np.full(3, 1000.0)) < 3
 
 
@@ -163,7 +167,7 @@ def test_the_noise_has_a_long_tail() -> None:
     """Of float32's or of 32 bits' values many would come twice among 2 million, and the largest be too small."""
     count = 2_000_000
     zero = torch.zeros(1, dtype=torch.int64)
-    noise = _gumbel(zero, zero, torch.arange(count)[None])[0]
+    noise = _gumbel_noise(zero, zero, torch.arange(count)[None])[0]
     assert len(noise.unique()) == count and noise.isfinite().all()
     for edge in (-2.0, 0.0, 5.0, 10.0):
         above = count * -math.expm1(-math.exp(-edge))
@@ -171,13 +175,13 @@ def test_the_noise_has_a_long_tail() -> None:
 
 
 def test_top_p_never_cuts_everything() -> None:
-    assert drawn([0.0, 0.0], Sampling(1.0, top_p=1e-12), 50)[0] == 50
+    assert drawn([0.0, 0.0], SamplingParams(1.0, top_p=1e-12), 50)[0] == 50
 
 
 def test_minus_infinity_is_never_drawn() -> None:
     logits = [-math.inf, 0.0, -math.inf, -50.0]
-    assert drawn(logits, Sampling(1e5), 500)[[0, 2]].sum() == 0
-    assert drawn(logits, Sampling(0.0), 5)[1] == 5
+    assert drawn(logits, SamplingParams(1e5), 500)[[0, 2]].sum() == 0
+    assert drawn(logits, SamplingParams(0.0), 5)[1] == 5
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -185,20 +189,20 @@ def test_broken_logits_give_some_token(temperature: float) -> None:
     nan, infinity = math.nan, math.inf
     logits = torch.tensor([[nan] * 4, [nan, 1.0, nan, nan], [-infinity] * 4, [0.0, infinity, 0.0, nan], [0.0] * 4])
     zeros = torch.zeros(5, dtype=torch.int64)
-    tokens = pick(*rows(logits, Sampling(temperature, top_p=0.9), zeros, zeros)).tolist()
+    tokens = sample(*rows(logits, SamplingParams(temperature, top_p=0.9), zeros, zeros)).tolist()
     assert all(0 <= token < 4 for token in tokens)
     assert tokens[1] == tokens[3] == 1
 
 
-def test_penalise() -> None:
+def test_repetition_penalty() -> None:
     logits = torch.tensor([[2.0, -2.0, 0.0, 3.0, -math.inf]] * 2)
     seen = torch.tensor([[True, True, True, False, True], [True] * 5])
-    out = penalise(logits, seen, torch.tensor([2.0, 1.0]))
+    out = apply_repetition_penalty(logits, seen, torch.tensor([2.0, 1.0]))
     assert out.tolist() == [[1.0, -4.0, 0.0, 3.0, -math.inf], logits[1].tolist()]
 
 
-def test_mask() -> None:
-    out = mask(torch.tensor([[1.0, 2.0], [3.0, math.nan]]), torch.tensor([[True, False], [True, False]]))
+def test_token_mask() -> None:
+    out = apply_token_mask(torch.tensor([[1.0, 2.0], [3.0, math.nan]]), torch.tensor([[True, False], [True, False]]))
     assert out.tolist() == [[1.0, -math.inf], [3.0, -math.inf]]
 
 
@@ -211,7 +215,7 @@ def test_logprobs(top: int) -> None:
     wanted = wide - wide.max(1, keepdims=True)
     wanted -= np.log(np.exp(wanted).sum(1, keepdims=True))
     tokens = np.array([3, 0, 19, 7])
-    chosen, ids, best = logprobs(torch.from_numpy(logits), torch.from_numpy(tokens), top)
+    chosen, ids, best = gather_logprobs(torch.from_numpy(logits), torch.from_numpy(tokens), top)
     near = {"rtol": 1e-5, "atol": 2e-3}  # float32 has steps of 1e-3 at 1e4
     np.testing.assert_allclose(chosen, wanted[range(4), tokens], **near)
     order = np.argsort(-wanted, axis=1)[:, :top]
@@ -232,4 +236,4 @@ def test_logprobs(top: int) -> None:
 )
 def test_settings_out_of_range_name_their_option(settings: dict, option: str) -> None:
     with pytest.raises(UserError, match=f"^{option}: "):
-        Sampling(**settings)
+        SamplingParams(**settings)

@@ -1,4 +1,4 @@
-"""Pictures of requests: inline, uploaded and from other servers, good and bad ones."""
+"""Images of requests: inline, uploaded and from other servers, good and bad ones."""
 
 import base64
 import io
@@ -19,7 +19,9 @@ from tests import small
 from tests.fake_engine import FakeEngine
 from tests.serving import Served, serving
 
-LIMITS = ServerLimits(body=1 << 20, uploads=8192, pixels=10_000, new_tokens=50, waiting=4)
+LIMITS = ServerLimits(
+    max_body_bytes=1 << 20, file_store_bytes=8192, max_image_pixels=10_000, max_new_tokens=50, max_waiting=4
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def bomb(width: int, height: int) -> bytes:
         (bomb(0, 5), 400),
     ],
 )
-def test_pictures(served: Served, content: bytes, status: int) -> None:
+def test_images(served: Served, content: bytes, status: int) -> None:
     assert served.ask(image(content))[0] == status
     if status != 200 and len(content) != 400:  # a file's pixels are decoded when it is asked about
         assert send_file(served, content)[0] == status
@@ -131,8 +133,8 @@ def test_uploads_are_asked_about_and_displaced(served: Served) -> None:
     assert served.ask([part])[0] == 404
     assert served.call("DELETE", f"/v1/files/{others[-1]}")[1]["deleted"]
     assert served.call("GET", f"/v1/files/{others[-1]}")[0] == 404
-    held = served.app.uploads
-    assert held.size == sum(one.size for one in held.held.values()) <= 8192
+    store = served.app.files
+    assert store.size == sum(file.size for file in store.files.values()) <= 8192
     assert send_file(served, b"BM" + os.urandom(9000))[0] in (400, 413)
 
 
@@ -181,7 +183,7 @@ def elsewhere() -> Iterator[int]:
 def test_urls_of_listed_hosts(processor: Processor, elsewhere: int) -> None:
     place = f"127.0.0.1:{elsewhere}"
     hosts = (place, f"localhost:{elsewhere}", "other.example")
-    with serving(FakeEngine(processor), hosts=hosts, limits=ServerLimits(body=1 << 20)) as served:
+    with serving(FakeEngine(processor), hosts=hosts, limits=ServerLimits(max_body_bytes=1 << 20)) as served:
         for path, status in (
             (f"http://{place}/a.png", 200),
             (f"http://{place}/to//a.png", 200),

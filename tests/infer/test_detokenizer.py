@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from infer.requests.detokenizer import Delta, TextStream
+from infer.requests.detokenizer import Detokenizer, TextDelta
 from phi4rv.errors import UserError
 from phi4rv.processing.answers import parse_answer
 from phi4rv.processing.processor import Processor
@@ -53,10 +53,10 @@ TOKENS = st.lists(
 ).map(lambda lists: [token for tokens in lists for token in tokens])
 
 
-def stream(ids: Sequence[int], mode: str, stop: tuple[str, ...] = (), cuts: Sequence[int] = ()) -> list[Delta]:
+def stream(ids: Sequence[int], mode: str, stop: tuple[str, ...] = (), cuts: Sequence[int] = ()) -> list[TextDelta]:
     """One push for the tokens between two cuts; at every place, if none are given."""
     places = sorted({0, *(cuts or range(len(ids))), len(ids)})
-    text = TextStream(PROCESSOR, mode, stop)
+    text = Detokenizer(PROCESSOR, mode, stop)
     deltas = []
     for begin, end in pairwise(places):
         deltas.append(text.push(ids[begin:end]))
@@ -67,7 +67,7 @@ def stream(ids: Sequence[int], mode: str, stop: tuple[str, ...] = (), cuts: Sequ
     assert (text.thinking or "", text.text) == (thinking, answer)
     whole = parse_answer(PROCESSOR.decode(ids), mode)
     assert text.thinking == whole.thinking
-    assert text.finish() == Delta(stopped=deltas[-1].stopped), "the second finish has nothing to add"
+    assert text.finish() == TextDelta(stopped=deltas[-1].stopped), "the second finish has nothing to add"
     return deltas
 
 
@@ -116,7 +116,7 @@ def test_the_answer_ends_at_the_first_stop_string(
     assert "".join(d.text for d in deltas) == text
     assert deltas[-1].stopped == stopped
     first = [d.stopped for d in deltas].index(True) if stopped else len(deltas)
-    assert all(d == Delta(stopped=True) for d in deltas[first + 1 :]), "nothing comes after a stop"
+    assert all(d == TextDelta(stopped=True) for d in deltas[first + 1 :]), "nothing comes after a stop"
 
 
 def test_text_comes_as_soon_as_it_is_certain() -> None:
@@ -139,6 +139,6 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
     tokenizer["decoder"] = {"type": "Fuse"}
     files = PROCESSOR.files | {"tokenizer.json": json.dumps(tokenizer).encode()}
     with pytest.raises(UserError, match=r"^tokenizer.json: its decoder must be ByteLevel"):
-        TextStream(Processor(files, small_config()), "auto")
+        Detokenizer(Processor(files, small_config()), "auto")
     with pytest.raises(UserError, match="unknown mode"):
-        TextStream(PROCESSOR, "slow")
+        Detokenizer(PROCESSOR, "slow")

@@ -1,4 +1,4 @@
-"""A decode step asks the host for nothing but its slots, as the meta device shows, which has no values to ask for."""
+"""A decode step needs only its indices from the host, as the meta device shows, which has no values to read."""
 
 import itertools
 from collections import Counter
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from infer.engine.config import Limits
+from infer.engine.config import EngineConfig
 from infer.engine.engine import Engine
-from infer.requests.request import Options
+from infer.requests.sampling_params import SamplingParams
 from phi4rv.processing.processor import Prompt
 from tests.small import small_model
 
 
 class Copies(TorchDispatchMode):
-    """Lists the operations that take from the host to the device, and whether they wait for what is under way."""
+    """Lists the operations that take from the host to the device, and whether they wait for what is in flight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,48 +37,49 @@ class Copies(TorchDispatchMode):
         return out
 
 
-def on_meta(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> Engine:
+def on_meta(monkeypatch: pytest.MonkeyPatch, **config: Any) -> Engine:
     model, processor = small_model(context=320)
-    monkeypatch.setattr(Engine, "_calibrate", lambda engine: None)  # reads values, once
+    monkeypatch.setattr(Engine, "_set_kv_cache_scales", lambda engine: None)  # reads values, once
     model.to("meta").ops.paged_decode_attention = lambda q, *rest: q.clone()  # as kernels do, unlike the definition
-    return Engine((model, processor), limits=Limits(**limits))
+    return Engine((model, processor), config=EngineConfig(**config))
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "fp8"])
-def test_a_step_asks_nothing_of_the_host(monkeypatch: pytest.MonkeyPatch, cache_dtype: str | None) -> None:
+def test_a_step_needs_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch, cache_dtype: str | None) -> None:
     """So a graph can hold all of it."""
-    steps = on_meta(monkeypatch, cache_dtype=cache_dtype).steps
-    for count, width, plain in itertools.product((1, 8), (1, 5), (True, False)):
+    runner = on_meta(monkeypatch, cache_dtype=cache_dtype).model_runner
+    for count, query_len, all_greedy in itertools.product((1, 8), (1, 5), (True, False)):
         with torch.inference_mode(), Copies() as copies:
-            chosen = steps._decode(torch.zeros(count, dtype=torch.int64, device="meta"), width, plain)
-        assert chosen.tokens.shape == (count, width)
+            indices = torch.zeros(count, dtype=torch.int64, device="meta")
+            output = runner._decode(indices, query_len, all_greedy)
+        assert output.token_ids.shape == (count, query_len)
         assert copies.waits == []
 
 
 def test_a_step_is_launched_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With graphs too, whose slots' numbers lie where they lay when it was recorded."""
+    """With graphs too, whose indices lie where they lay at the capture."""
 
-    class Recorded:
+    class Captured:
         enabled = True
 
-        def settled(self, key: Any) -> bool:
+        def warmed_up(self, key: Any) -> bool:
             return key is not None
 
         def run(self, key: Any, step: Callable[[], Any]) -> Any:
             return step()
 
-    steps = on_meta(monkeypatch).steps
-    steps.graphs = Recorded()  # type: ignore[assignment]
+    runner = on_meta(monkeypatch).model_runner
+    runner.cuda_graphs = Captured()  # type: ignore[assignment]
     monkeypatch.setattr(Tensor, "pin_memory", lambda x: x)
-    for slot in range(3):
+    for index in range(3):
         with torch.inference_mode(), Copies() as copies:
-            steps.decode([slot], 5, True)
+            runner.decode([index], 5, True)
         assert copies.waits == [False]
-    assert len(steps._which) == 1
+    assert len(runner._static_indices) == 1
 
 
-def test_recording_graphs_in_the_middle_of_an_answer_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every batch size, width and kind is run as often as a graph needs, by slots that are nobody's."""
+def test_capturing_graphs_in_the_middle_of_an_answer_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch size, query length and kind is run as often as a graph needs, on padding rows."""
 
     class Counted:
         enabled = True
@@ -86,19 +87,19 @@ def test_recording_graphs_in_the_middle_of_an_answer_changes_nothing(monkeypatch
         def __init__(self) -> None:
             self.runs: Counter[Any] = Counter()
 
-        def settled(self, key: Any) -> bool:
+        def warmed_up(self, key: Any) -> bool:
             return self.runs[key] > 1
 
         def run(self, key: Any, step: Callable[[], Any]) -> Any:
             self.runs[key] += 1
             return step()
 
-    engine = Engine(small_model(context=320), limits=Limits(page_size=16, max_running=20))
-    options = Options(max_new_tokens=20)
-    [alone] = engine.generate([Prompt("Hi")], options)
-    engine.steps.graphs = counted = Counted()  # type: ignore[assignment]
+    engine = Engine(small_model(context=320), config=EngineConfig(page_size=16, max_running=20))
+    params = SamplingParams(max_new_tokens=20)
+    [alone] = engine.generate([Prompt("Hi")], params)
+    engine.model_runner.cuda_graphs = counted = Counted()  # type: ignore[assignment]
     monkeypatch.setattr(Tensor, "pin_memory", lambda x: x)
-    for number, event in enumerate(engine.stream(Prompt("Hi"), options)):
+    for number, event in enumerate(engine.stream(Prompt("Hi"), params)):
         if number == 3:
             engine.warm_up()
         made = event.generation

@@ -9,9 +9,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from infer.requests.detokenizer import TextStream
-from infer.requests.grammar import Constraint
-from infer.requests.request import Options
+from infer.requests.detokenizer import Detokenizer
+from infer.requests.grammar import Grammar
+from infer.requests.sampling_params import SamplingParams
 from phi4rv.errors import UserError
 from tests.small import small_model
 
@@ -69,9 +69,9 @@ REGEXES = {
 }
 
 
-def constraint(what: str) -> Constraint:
-    options = Options(json_schema=SCHEMAS[what][0]) if what in SCHEMAS else Options(regex=what)
-    return Constraint(PROCESSOR, options, ENDS)
+def grammar(what: str) -> Grammar:
+    params = SamplingParams(json_schema=SCHEMAS[what][0]) if what in SCHEMAS else SamplingParams(regex=what)
+    return Grammar(PROCESSOR, params, ENDS)
 
 
 def fits(what: str, text: str) -> bool:
@@ -97,21 +97,21 @@ def test_random_walks_end_in_what_fits(what: str) -> None:
     closing = {i for text in '"}],: 0123456789!%end' for i in spelled(text)} | ENDS
     texts = set()
     for _ in range(15):
-        state, ids = constraint(what), []
+        state, ids = grammar(what), []
         while True:
-            allowed = state.allowed()
+            allowed = state.allowed_tokens()
             assert allowed.shape == (1024,)
             tokens = set(allowed.nonzero().flatten().tolist())
             assert tokens and not tokens & (ADDED - ENDS)
-            assert (tokens & ENDS) in (set(), ENDS) and (not state.finished or tokens == ENDS)
+            assert (tokens & ENDS) in (set(), ENDS) and (not state.is_terminated or tokens == ENDS)
             short = sorted(tokens & closing)
             token = choose.choice(short if short and choose.random() < len(ids) / 40 else sorted(tokens))
-            state.accept(token)
+            state.accept_token(token)
             if token in ENDS:
                 break
             ids.append(token)
             assert len(ids) < 2000
-        assert state.finished
+        assert state.is_terminated
         texts.add(PROCESSOR.decode(ids))
         assert fits(what, PROCESSOR.decode(ids)), PROCESSOR.decode(ids)
     assert len(texts) > 1
@@ -121,26 +121,26 @@ def test_random_walks_end_in_what_fits(what: str) -> None:
 def test_what_fits_can_be_written_and_nothing_else(what: str) -> None:
     right, wrong = SCHEMAS[what][1:] if what in SCHEMAS else REGEXES[what]
     for text in (*right, *wrong):
-        state, good = constraint(what), True
+        state, good = grammar(what), True
         for token in spelled(text):
-            if not (good := bool(state.allowed()[token])):
+            if not (good := bool(state.allowed_tokens()[token])):
                 break
-            state.accept(token)
-        good = good and bool(state.allowed()[sorted(ENDS)].all())
+            state.accept_token(token)
+        good = good and bool(state.allowed_tokens()[sorted(ENDS)].all())
         assert good == (text in right) == fits(what, text), text
 
 
 def test_the_mask_of_a_finite_language_is_exact() -> None:
     """Brute force: a token is allowed if some word goes on with its bytes."""
     words = ["yes", "yesterday", "né😀", "n😎", "", "the error"]
-    stream = TextStream(PROCESSOR, "nothink")
+    stream = Detokenizer(PROCESSOR, "nothink")
     alphabet = {i: stream._bytes(i) for i in range(1008)}
     choose = random.Random(0)
     for _ in range(10):
-        state, written = Constraint(PROCESSOR, Options(regex="|".join(words)), ENDS), b""
+        state, written = Grammar(PROCESSOR, SamplingParams(regex="|".join(words)), ENDS), b""
         while True:
             rest = [w.encode()[len(written) :] for w in words if w.encode().startswith(written)]
-            allowed = state.allowed()
+            allowed = state.allowed_tokens()
             wanted = [i for i, b in alphabet.items() if any(r.startswith(b) for r in rest)]
             found = [i for i in alphabet if allowed[i]]
             if len({r[:1] for r in rest}) == 1 and wanted:  # what must follow is written in the tokenizer's own tokens
@@ -152,38 +152,38 @@ def test_the_mask_of_a_finite_language_is_exact() -> None:
                 break
             token = choose.choice(found)
             written += alphabet[token]
-            state.accept(token)
+            state.accept_token(token)
 
 
-def test_finished_is_known_at_the_last_token() -> None:
-    state = constraint("object")
+def test_the_end_is_known_at_the_last_token() -> None:
+    state = grammar("object")
     for token in spelled('{"label": "Save", "box": [0, 0, 1, 1]}'):
-        assert not state.finished
-        state.accept(token)
-    assert state.finished
-    state = constraint("choice")
+        assert not state.is_terminated
+        state.accept_token(token)
+    assert state.is_terminated
+    state = grammar("choice")
     for token in spelled("12"):
-        state.accept(token)
-    assert not state.finished, "more digits can follow"
+        state.accept_token(token)
+    assert not state.is_terminated, "more digits can follow"
 
 
 def test_a_copy_goes_its_own_way() -> None:
-    state = constraint(r"(yes|no), \d{1,3} ?%")
+    state = grammar(r"(yes|no), \d{1,3} ?%")
     twin = state.copy()
-    state.accept(spelled("y")[0])
-    assert twin.allowed()[spelled("n")[0]] and not state.allowed()[spelled("n")[0]]
-    twin.accept(spelled("n")[0])
-    assert state.allowed()[spelled("es")[0]] and not twin.allowed()[spelled("es")[0]]
+    state.accept_token(spelled("y")[0])
+    assert twin.allowed_tokens()[spelled("n")[0]] and not state.allowed_tokens()[spelled("n")[0]]
+    twin.accept_token(spelled("n")[0])
+    assert state.allowed_tokens()[spelled("es")[0]] and not twin.allowed_tokens()[spelled("es")[0]]
 
 
 def test_white_space_has_an_end() -> None:
-    state = constraint("anything")
-    state.accept(spelled("[")[0])
+    state = grammar("anything")
+    state.accept_token(spelled("[")[0])
     newline = spelled("\n")[0]
     for _ in range(40):
-        assert state.allowed()[newline]
-        state.accept(newline)
-    assert not state.allowed()[newline]
+        assert state.allowed_tokens()[newline]
+        state.accept_token(newline)
+    assert not state.allowed_tokens()[newline]
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -191,41 +191,41 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("params", "message"),
     [
-        (Options(regex="[a"), "--regex: unclosed character class"),
-        (Options(regex="(?=a)b"), "--regex: look-around, including"),
-        (Options(json_schema={"type": "car"}), "--json-schema: Invalid type: car"),
-        (Options(json_schema='{"not": {}}'), '--json-schema: Unimplemented keys: ["not"]'),
-        (Options(json_schema='{"$ref": "#/x"}'), "--json-schema: Pointer '/x' does not exist"),
-        (Options(json_schema={"enum": []}), "--json-schema: Unsatisfiable schema"),
-        (Options(json_schema="3"), "--json-schema: 3 must be an object"),
-        (Options(json_schema={"const": float("nan")}), "--json-schema: not JSON (Out of range float"),
-        (Options(json_schema=nested(150)), "--json-schema: recursion limit exceeded"),
-        (Options(json_schema={"const": {1}}), "--json-schema: not JSON (Object of type set"),
+        (SamplingParams(regex="[a"), "--regex: unclosed character class"),
+        (SamplingParams(regex="(?=a)b"), "--regex: look-around, including"),
+        (SamplingParams(json_schema={"type": "car"}), "--json-schema: Invalid type: car"),
+        (SamplingParams(json_schema='{"not": {}}'), '--json-schema: Unimplemented keys: ["not"]'),
+        (SamplingParams(json_schema='{"$ref": "#/x"}'), "--json-schema: Pointer '/x' does not exist"),
+        (SamplingParams(json_schema={"enum": []}), "--json-schema: Unsatisfiable schema"),
+        (SamplingParams(json_schema="3"), "--json-schema: 3 must be an object"),
+        (SamplingParams(json_schema={"const": float("nan")}), "--json-schema: not JSON (Out of range float"),
+        (SamplingParams(json_schema=nested(150)), "--json-schema: recursion limit exceeded"),
+        (SamplingParams(json_schema={"const": {1}}), "--json-schema: not JSON (Object of type set"),
     ],
 )
-def test_what_cannot_be_followed_is_refused(options: Options, message: str) -> None:
+def test_what_cannot_be_followed_is_refused(params: SamplingParams, message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}") as caught:
-        Constraint(PROCESSOR, options, ENDS)
+        Grammar(PROCESSOR, params, ENDS)
     assert "\n" not in str(caught.value)
 
 
 def test_what_would_take_seconds_a_token_is_refused() -> None:
-    state = Constraint(PROCESSOR, Options(regex="(a{1000}){1000}"), ENDS)
+    state = Grammar(PROCESSOR, SamplingParams(regex="(a{1000}){1000}"), ENDS)
     with pytest.raises(UserError, match="--regex: lexer error: too many expressions"):
-        state.accept(int(state.allowed().nonzero()[0]))
+        state.accept_token(int(state.allowed_tokens().nonzero()[0]))
 
 
 def test_a_token_that_is_not_allowed_is_an_error() -> None:
-    state = constraint("choice")
+    state = grammar("choice")
     with pytest.raises(UserError, match=r"--json-schema: .*doesn't satisfy the grammar"):
-        state.accept(spelled("x")[0])
+        state.accept_token(spelled("x")[0])
 
 
-@pytest.mark.parametrize("options", [Options(regex="a"), Options(json_schema={})])
-def test_without_llguidance_the_extra_is_named(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("params", [SamplingParams(regex="a"), SamplingParams(json_schema={})])
+def test_without_llguidance_the_extra_is_named(params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    option = "--regex" if options.regex else "--json-schema"
+    option = "--regex" if params.regex else "--json-schema"
     with pytest.raises(UserError, match=rf"^{option} needs llguidance: pip install 'phi4rv\[constrained\]'$"):
-        Constraint(PROCESSOR, options, ENDS)
+        Grammar(PROCESSOR, params, ENDS)
