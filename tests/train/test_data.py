@@ -37,7 +37,7 @@ def where(info: Any) -> str:
 def order(dataset: PackedDataset, seed: int, epoch: int) -> list[str]:
     stream = StepStream(dataset, seed, {"places": [[epoch, 0, 0]]})
     count = sum(1 for line in dataset.lines[0] if dataset.measure(line))
-    return [where(info) for info in itertools.islice(stream.source(0), count)]
+    return [where(info) for info in itertools.islice(stream.source_samples(0), count)]
 
 
 def layout(dataset: PackedDataset, seed: int, count: int = 99) -> list[list[list[str]]]:

@@ -72,7 +72,7 @@ def _one_gpu(plan: dict[str, Any]) -> str:
 def _step(plan: dict[str, Any]) -> str:
     c = plan["chosen"]
     lines = [f"a global batch with {c['options']}"]
-    lines.append(f"{c['rows_per_gpu']:.2f} rows a GPU, run in {c['micro_batches']} times forward and backward")
+    lines.append(f"{c['rows_per_gpu']:.2f} rows a GPU, run in {c['micro_steps']} times forward and backward")
     if c["sent"]:
         sent = ", ".join(f"{name} {size / GIGA:.1f} GB" for name, size in c["sent"].items())
         lines.append(
