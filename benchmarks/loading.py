@@ -32,8 +32,8 @@ from phi4rv.checkpoint.huggingface import empty_model
 from phi4rv.checkpoint.huggingface import write as write_checkpoint
 from phi4rv.checkpoint.tensor_reader import PIECE
 from phi4rv.config import Config
-from train.synthetic import texts
-from train.synthetic.tiny_model import tiny_model
+from train.synthetic import tokenizer_corpus
+from train.synthetic.tiny_model import build_tiny_model
 
 LAYERS = 8  # 9 GB
 GOAL = 0.8
@@ -44,7 +44,7 @@ COPIES = 256  # of PIECE bytes
 def write_folder(folder: Path, config: Config) -> int:
     """A checkpoint of zeros in bfloat16; its bytes."""
     model = empty_model(config, "cpu", torch.bfloat16, "torch")
-    _, processor = tiny_model(0, texts(), "torch")
+    _, processor = build_tiny_model(0, tokenizer_corpus(), "torch")
     write_checkpoint(model, processor, folder, lambda name, p: torch.zeros(p.shape, dtype=torch.bfloat16))
     return sum(p.nbytes for p in model.parameters())
 

@@ -2,8 +2,8 @@
 
 The embedded default's tiny model on the CPU takes one and the same step again and again, and is saved in turn by
 
-- **ours**: ``Saver``, which copies everything and writes the copies on a thread. Its stall is the time of ``begin``
-  and what the steps take longer than usual until the thread has ended;
+- **ours**: ``AsyncCheckpointer``, which copies everything and writes the copies on a thread. Its stall is the time of
+  ``save`` and what the steps take longer than usual until the thread has ended;
 - **torch.save** of the same tensors in the loop, the plainest way, which does not wait for the disk;
 - **dcp.save** of them in the loop (torch.distributed.checkpoint), which does.
 
@@ -32,15 +32,16 @@ from phi4rv.batch import PackedBatch
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.processing.processor import Processor
 from train import recipe
-from train.checkpoints.checkpointer import Saver, contents
-from train.data.corpus import Corpus
+from train.checkpoints.checkpointer import AsyncCheckpointer, state_dict
 from train.data.loader import prefetch
-from train.data.stream import run_steps
+from train.data.packed_dataset import PackedDataset
+from train.data.stream import global_batches
 from train.distributed.ranks import Ranks
-from train.optimizers.adamw import Optimizer
-from train.synthetic import texts, write_dataset
-from train.synthetic.tiny_model import tiny_model
-from train.trainer import take_step, trainable
+from train.optimizers.adamw import AdamW
+from train.synthetic import tokenizer_corpus, write_dataset
+from train.synthetic.tiny_model import build_tiny_model
+from train.trainable import set_trainable
+from train.trainer import train_step
 
 SAVE_EVERY = 200  # steps, as the example of docs/many-gpus.md
 GOAL = 0.02
@@ -51,13 +52,13 @@ RECORDS = 64
 def first_step(folder: Path, processor: Processor, stage: recipe.Stage) -> list[PackedBatch]:
     """The rows of the first step of the embedded data."""
     write_dataset(folder, 2, "train", RECORDS, seed=0)
-    corpus = Corpus([folder / "stage2-train.jsonl"], processor, stage)
+    dataset = PackedDataset([folder / "stage2-train.jsonl"], processor, stage)
     try:
-        for ready in prefetch(run_steps(corpus, 0)(), corpus, 0, 1):
+        for ready in prefetch(global_batches(dataset, 0)(), dataset, 0, 1):
             return list(ready.batches)
         raise AssertionError("no step in the embedded data")
     finally:
-        corpus.close()
+        dataset.close()
 
 
 class Loop:
@@ -66,36 +67,36 @@ class Loop:
     def __init__(self, folder: Path):
         self.folder = folder
         self.model: Phi4RV
-        self.model, self.processor = tiny_model(0, texts(), "torch")
+        self.model, self.processor = build_tiny_model(0, tokenizer_corpus(), "torch")
         stage = recipe.stage(2, True, {})
-        self.optimizer = Optimizer(trainable(self.model, stage), stage, self.model.ops)
+        self.optimizer = AdamW(set_trainable(self.model, stage), stage, self.model.ops)
         self.rows = first_step(folder / "data", self.processor, stage)
-        self.saver = Saver(folder / "ours", Ranks(), keep=1)
+        self.checkpointer = AsyncCheckpointer(folder / "ours", Ranks(), keep=1)
         (folder / "ours").mkdir()
 
     def step(self) -> None:
-        take_step(self.model, self.optimizer, self.rows, 1e-5, Ranks())
+        train_step(self.model, self.optimizer, self.rows, 1e-5, Ranks())
 
-    def begin(self) -> None:
-        self.saver.begin(self.model, self.processor, self.optimizer, torch.float32, {})
+    def save(self) -> None:
+        self.checkpointer.save(self.model, self.processor, self.optimizer, torch.float32, {})
 
     def torch_save(self) -> None:
-        torch.save(contents(self.model, self.optimizer), self.folder / "torch.pt")
+        torch.save(state_dict(self.model, self.optimizer), self.folder / "torch.pt")
 
     def dcp_save(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of one process, and of a folder that it replaces
-            dcp.save(contents(self.model, self.optimizer), checkpoint_id=self.folder / "dcp", no_dist=True)
+            dcp.save(state_dict(self.model, self.optimizer), checkpoint_id=self.folder / "dcp", no_dist=True)
 
-    def writing(self) -> bool:
-        return self.saver.writing()
+    def is_writing(self) -> bool:
+        return self.checkpointer.is_writing()
 
     def wait(self) -> None:
-        self.saver.wait()
+        self.checkpointer.wait()
 
     def size(self) -> int:
         """Bytes of a save."""
-        return sum(t.numel() * t.element_size() for t in contents(self.model, self.optimizer).values())
+        return sum(t.numel() * t.element_size() for t in state_dict(self.model, self.optimizer).values())
 
 
 def stall(loop: Loop, rounds: int) -> dict[str, Any]:
@@ -104,9 +105,9 @@ def stall(loop: Loop, rounds: int) -> dict[str, Any]:
     peers: dict[str, list[float]] = {"torch_save": [], "dcp_save": []}
     loop.step()
     for _ in range(rounds):
-        begins.append(_seconds(loop.begin))
+        begins.append(_seconds(loop.save))
         slowed.append([])
-        while loop.writing():
+        while loop.is_writing():
             slowed[-1].append(_seconds(loop.step))
         loop.wait()
         usual += [_seconds(loop.step) for _ in range(LATER)]

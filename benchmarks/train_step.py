@@ -43,7 +43,7 @@ from phi4rv.config import Config, VisionConfig
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.ops import cuda
 from phi4rv.ops.registry import Operations
-from train.figures.metrics import peak_memory, speed
+from train.figures.metrics import peak_memory, throughput
 
 Record = dict[str, Any]
 
@@ -119,7 +119,7 @@ def measure(side: str, config: Config, device_name: str, tokens: int, rows: int,
             raise ValueError(f"the losses of {case} are {[loss for _, loss in taken]}")
         times = [t for t, _ in taken][WARM if on_gpu else 1 :]
         seconds = statistics.median(times)
-        rates = speed(counted(config, given), seconds, 1, product / 1e12)
+        rates = throughput(counted(config, given), seconds, 1, product / 1e12)
         found[case] = {**rates, "memory": peak_memory(device), "losses": [loss for _, loss in taken]}
         found[case]["spread"] = timing.spread(times)
     return found

@@ -18,7 +18,7 @@ from phi4rv.checkpoint.huggingface import empty_model
 from phi4rv.config import Config, VisionConfig
 from phi4rv.processing.processor import Processor, Prompt
 from train.figures.metrics import read_metrics
-from train.synthetic.tiny_model import initialise
+from train.synthetic.tiny_model import init_weights
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = Path(__file__).parent / "data" / "tiny-checkpoint"
@@ -55,7 +55,7 @@ def small_model(seed: int = 0, context: int = 1024) -> tuple[phi4rv.Phi4RV, Proc
     files = {name: files[name] for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")}
     files["chat_template.jinja"] = (ROOT / "train" / "synthetic" / "tiny_chat_template.jinja").read_bytes()
     model = empty_model(config, "cpu", torch.float32).to_empty(device="cpu")
-    initialise(model, seed)
+    init_weights(model, seed)
     return model, Processor(files, config)
 
 

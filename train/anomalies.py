@@ -1,4 +1,4 @@
-"""What a run does about numbers that are not finite and about losses that jump."""
+"""Non-finite losses, gradients and weights, and loss spikes: what a run does about them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from phi4rv.errors import UserError
 
 PATIENCE = 10  # steps in a row without a finite loss and gradient
-WINDOW, LEAST = 64, 16  # steps that a loss is compared with, and how many there must be
+WINDOW, MIN_WINDOW = 64, 16  # steps that a loss is compared with: at most, at least
 DEVIATIONS = 8  # median absolute deviations; of normal noise 5.4 standard deviations
 
 
@@ -26,23 +26,23 @@ def check_weights(named: Iterable[tuple[str, Tensor]], source: str) -> None:
             raise UserError(f"{source}: {name} holds {what}; nothing can be trained from it, take another checkpoint")
 
 
-class Streak:
-    """Counts skipped steps in a row and ends the run at PATIENCE of them.
+class SkippedSteps:
+    """Counts consecutive skipped steps and ends the run at PATIENCE of them.
 
-    newest: gives the folder of the last save. Every save is good: a skipped step leaves the weights as they were.
+    latest_save: gives the folder of the last save. Every save is good: a skipped step leaves the weights as they were.
     """
 
-    def __init__(self, newest: Callable[[], Path | None], check: Callable[[], None] = lambda: None):
-        self.newest, self.check, self.length = newest, check, 0
+    def __init__(self, latest_save: Callable[[], Path | None], check: Callable[[], None] = lambda: None):
+        self.latest_save, self.check, self.consecutive = latest_save, check, 0
 
     def add(self, metrics: dict[str, Any]) -> None:
-        """UserError at the last of PATIENCE steps that were skipped; ``check`` may raise a more telling one."""
+        """UserError at the last of PATIENCE skipped steps; ``check`` may raise a more specific one."""
         step, taken = metrics["step"], math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-        self.length = 0 if taken else self.length + 1
-        if self.length < PATIENCE:
+        self.consecutive = 0 if taken else self.consecutive + 1
+        if self.consecutive < PATIENCE:
             return
         self.check()
-        saved = self.newest()
+        saved = self.latest_save()
         good = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved (--save-every)"
         raise UserError(
             f"steps {step - PATIENCE + 1} to {step}: no finite loss and gradient in {PATIENCE} steps in a row, all "
@@ -51,16 +51,16 @@ class Streak:
         )
 
 
-class Spikes:
-    """Finds losses above the median of the last WINDOW by more than DEVIATIONS median absolute deviations."""
+class LossSpikes:
+    """Detects losses above the median of the last WINDOW by more than DEVIATIONS median absolute deviations."""
 
     def __init__(self, losses: Iterable[float] = ()):
         self.recent: deque[float] = deque(losses, maxlen=WINDOW)
 
     def add(self, loss: float) -> float | None:
-        """The limit that ``loss`` is above, or None; ``loss`` then joins the window."""
+        """The limit that ``loss`` exceeds, or None; ``loss`` then joins the window."""
         limit = None
-        if len(self.recent) >= LEAST:
+        if len(self.recent) >= MIN_WINDOW:
             middle = median(self.recent)
             limit = middle + DEVIATIONS * median(abs(x - middle) for x in self.recent)
         self.recent.append(loss)

@@ -1,4 +1,4 @@
-"""The model and the optimizer that a run begins with: where the weights come from, and what becomes of them."""
+"""Builds the model and the optimizer of a run: loads or initialises the weights, shards, freezes, adds adapters."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from phi4rv.processing.processor import Processor
 from phi4rv.quantization.float8_linear import use_float8
 from phi4rv.quantization.quantized_linear import fill_quantized
 from train.distributed.context_parallel import check_heads
-from train.distributed.fsdp import assign, parallelize
+from train.distributed.fsdp import copy_full_tensor, parallelize
 from train.distributed.ranks import Ranks
-from train.lora_targets import adapt
-from train.optimizers.adamw import Optimizer, ShardedOptimizer
-from train.optimizers.layerwise import Layerwise
+from train.optimizers.adamw import AdamW, ShardedAdamW
+from train.optimizers.layerwise import LayerwiseAdamW
 from train.recipe import Stage
-from train.synthetic import texts
-from train.synthetic.tiny_model import tiny_model
-from train.trainer import trainable
+from train.synthetic import tokenizer_corpus
+from train.synthetic.tiny_model import build_tiny_model
+from train.trainable import add_lora, set_trainable
 
 
 def build(
@@ -31,54 +30,56 @@ def build(
     stage: Stage,
     device: torch.device,
     dtype: torch.dtype,
-    step: Path | None,
+    save: Path | None,
     mesh: DeviceMesh | None,
     ranks: Ranks,
-) -> tuple[Phi4RV, Processor, Optimizer | Layerwise]:
-    """Weights of the checkpoint, or random ones; what is in the save ``step``, ``saving.resume`` reads later.
+) -> tuple[Phi4RV, Processor, AdamW | LayerwiseAdamW]:
+    """With the weights of ``--checkpoint``, or random ones; those of a ``save``, ``checkpointer.resume`` loads later.
 
-    ``mesh``: shards the model over it; each rank then allocates and keeps only its part. UserError naming an option
-    that does not go with another.
+    ``mesh``: shards the model over it; each rank then allocates only its shards. UserError naming an option that does
+    not go with another.
     """
     _check(args, stage, mesh, ranks)
     if stage.linear == "fp8" and device.type == "cuda" and dtype != torch.bfloat16:
         raise UserError("--linear: fp8 writes bfloat16 on a GPU; give --dtype bfloat16")
-    adapted = bool(stage.lora_rank)
-    if source := args.checkpoint if adapted else step or args.checkpoint:
+    lora = bool(stage.lora_rank)
+    if source := args.checkpoint if lora else save or args.checkpoint:
         model, processor = outline(source, device, dtype, args.kernels)
     else:
-        model, processor = tiny_model(args.seed, texts(), args.kernels)
+        model, processor = build_tiny_model(args.seed, tokenizer_corpus(), args.kernels)
         model = model.to(device, dtype)
     check_heads(model.config, args.context)
     if stage.linear == "fp8":
         use_float8(model)
-    trainable(model, stage)
+    set_trainable(model, stage)
     if mesh:
         parallelize(model, mesh, args.shard, dtype)
-    if step and not adapted:
+    if save and not lora:
         model.to_empty(device=device)
     elif stage.frozen_weights != "dtype":
         fill_quantized(model, args.checkpoint, device, {"decoder": stage.frozen_weights})
     elif args.checkpoint:
-        fill(model, args.checkpoint, device, assign if mesh else None)
-    if adapted:
-        adapt(model, stage, args.seed)
+        fill(model, args.checkpoint, device, copy_full_tensor if mesh else None)
+    if lora:
+        add_lora(model, stage, args.seed)
     model.set_checkpointing(args.checkpointing)
     if args.compile:
         model.compile_layers()
-    named = trainable(model, stage)
+    named = set_trainable(model, stage)
     if stage.optimizer == "layerwise":
-        return model, processor, Layerwise(named, stage, model.ops, args.seed)
-    kind = ShardedOptimizer if mesh else Optimizer
+        return model, processor, LayerwiseAdamW(named, stage, model.ops, args.seed)
+    kind = ShardedAdamW if mesh else AdamW
     return model, processor, kind(named, stage, model.ops)
 
 
 def _check(args: argparse.Namespace, stage: Stage, mesh: DeviceMesh | None, ranks: Ranks) -> None:
     if stage.lora_rank and not args.checkpoint:
-        raise UserError("--lora-rank: adapters belong to a base: name it with --checkpoint")
+        raise UserError("--lora-rank: adapters need a base model: give --checkpoint")
     if stage.lora_rank and mesh:
-        raise UserError(f"--shard: {args.shard} is for a model that trains itself; leave it or --lora-rank out")
+        raise UserError(f"--shard: {args.shard} is for training the weights themselves; leave it or --lora-rank out")
     if args.compile and args.checkpointing == "selective":
-        raise UserError("--compile: its code hides the products that --checkpointing selective keeps; give another one")
-    if stage.optimizer == "layerwise" and ranks.world > 1:
-        raise UserError(f"--optimizer: layerwise trains in one process, here are {ranks.world}")
+        raise UserError(
+            "--compile: hides the products that --checkpointing selective saves; give another --checkpointing"
+        )
+    if stage.optimizer == "layerwise" and ranks.world_size > 1:
+        raise UserError(f"--optimizer: layerwise trains in one process, not in {ranks.world_size}")

@@ -19,9 +19,9 @@ from phi4rv.checkpoint.huggingface import outline, write
 from phi4rv.command_line import Parser, exit_status
 from phi4rv.config import DTYPES, read_json
 from phi4rv.errors import UserError
-from train.checkpoints.checkpointer import STATE, read, steps
-from train.lora_targets import adapt
+from train.checkpoints.checkpointer import STATE, load_tensors, saved_steps
 from train.recipe import Stage
+from train.trainable import add_lora
 
 
 def export(step: Path, path: Path, dtype: torch.dtype | None = None) -> None:
@@ -34,7 +34,7 @@ def export(step: Path, path: Path, dtype: torch.dtype | None = None) -> None:
 
     def saved(name: str, parameter: Tensor) -> Tensor:
         tensor = torch.empty(parameter.shape, dtype=kind)
-        read(step, {f"model/{name}": tensor})
+        load_tensors(step, {f"model/{name}": tensor})
         return tensor
 
     with whole_folder(path) as folder:
@@ -46,11 +46,11 @@ def export_adapter(step: Path, path: Path, state: dict[str, Any]) -> None:
     model, _ = outline(step, "meta")
     known = {field.name for field in fields(Stage)}
     stage = Stage(**{k: v for k, v in state["recipe"].items() if k in known})
-    adapt(model, stage, 0)
+    add_lora(model, stage, 0)
     for layer in adapters(model).values():
         layer.lora_A.to_empty(device="cpu")
         layer.lora_B.to_empty(device="cpu")
-    read(step, {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    load_tensors(step, {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad})
     with whole_folder(path) as folder:
         write_adapter(model, folder, state["checkpoint"])
 
@@ -66,7 +66,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     if not args.step.is_dir():
         raise UserError(f"{args.step}: not a folder; give a step-N of a run's output folder")
-    step = next(reversed(steps(args.step)), args.step)
+    step = next(reversed(saved_steps(args.step)), args.step)
     state = read_json(step / STATE)
     if state.get("recipe", {}).get("lora_rank"):
         if args.dtype:

@@ -1,6 +1,6 @@
 """``torchrun train/main.py --stage 2``: one stage of the recipe, from data to a measured model.
 
-Without ``--data`` it trains on the pictures it draws itself, without ``--checkpoint`` a tiny model from random
+Without ``--data`` it trains on images that it draws itself, without ``--checkpoint`` a tiny model with random
 weights. Leaves ``metrics.jsonl``, ``step-N/``, ``model/``, ``loss.png`` and ``predictions.png`` in its output folder.
 """
 
@@ -25,20 +25,20 @@ from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.processing.processor import Processor
 from phi4rv.processing.records import read_records
 from train import recipe
-from train.anomalies import Streak, check_weights
+from train.anomalies import SkippedSteps, check_weights
 from train.build import build
 from train.checkpoints import checkpointer
-from train.data.corpus import Corpus
-from train.data.mixture import Source, sources
-from train.data.stream import Step, count_steps, run_steps
-from train.distributed.context_parallel import join_context
-from train.distributed.fsdp import device_mesh, local
-from train.distributed.ranks import Ranks, gatherer, join_ranks
-from train.distributed.watchdog import TERMINATED, Terminate, Terminated, watched
-from train.figures.final_report import finish
-from train.figures.metrics import METRICS, Progress
-from train.optimizers.adamw import Optimizer
-from train.optimizers.layerwise import Layerwise
+from train.data.mixture import DataSource, parse_sources
+from train.data.packed_dataset import PackedDataset
+from train.data.stream import GlobalBatch, count_steps, global_batches
+from train.distributed.context_parallel import init_context_parallel
+from train.distributed.fsdp import device_mesh, to_local
+from train.distributed.ranks import Ranks, init_distributed, new_all_gather
+from train.distributed.watchdog import EXIT_SIGTERM, SigtermHandler, Terminated, watchdog
+from train.figures.final_report import write_final_report
+from train.figures.metrics import METRICS, MetricsLogger
+from train.optimizers.adamw import AdamW
+from train.optimizers.layerwise import LayerwiseAdamW
 from train.options import arguments
 from train.planning.hardware import peak_tflops
 from train.synthetic import write_dataset
@@ -57,60 +57,73 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """The folder to write to, created; UserError if it cannot be, or holds a run that is not to be resumed."""
+    """Creates the folder to write to; UserError if that fails, or if it holds a run and ``--resume`` is not given."""
     output = args.output
     if output is None:
         names = [Path("out") / f"stage-{args.stage}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000)))]
         taken = [name for name in names if name.exists()]
         output = taken[-1] if args.resume and taken else next(name for name in names if not name.exists())
-    if not args.resume and ((output / METRICS).exists() or checkpointer.newest_step(output)):
-        raise UserError(f"--output: {output} holds a run already; go on with --resume, or name another folder")
+    if not args.resume and ((output / METRICS).exists() or checkpointer.latest_step(output)):
+        raise UserError(f"--output: {output} already holds a run; continue it with --resume, or name another folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / ".writable").touch()
         (output / ".writable").unlink()
     except OSError as error:
         raise UserError(f"--output: {output} cannot be written ({error.strerror}); name another folder") from None
-    checkpointer.remove_broken(output)
+    checkpointer.remove_partial(output)
     return output
 
 
-def data_files(args: argparse.Namespace, output: Path, ranks: Ranks) -> tuple[list[Source], Path | None]:
-    """Training data and the held-out file, drawn and written first where the embedded data is used."""
+def data_files(args: argparse.Namespace, output: Path, ranks: Ranks) -> tuple[list[DataSource], Path | None]:
+    """Training data and the held-out file; the built-in data is generated first where no ``--data`` is given."""
     if args.data:
-        return sources(args.data), args.heldout
+        return parse_sources(args.data), args.heldout
     folder = output / "data"
     counts = dict(zip(("train", "heldout"), recipe.EMBEDDED_RECORDS[args.stage], strict=True))
     paths = {split: folder / f"stage{args.stage}-{split}.jsonl" for split in counts}
-    if ranks.first:
+    if ranks.is_main_process:
         for split, count in counts.items():
             write_dataset(folder, args.stage, split, count, args.seed)
-    ranks.from_first(None)
-    return sources([paths["train"]]), args.heldout or paths["heldout"]
+    ranks.barrier()
+    return parse_sources([paths["train"]]), args.heldout or paths["heldout"]
 
 
-def open_corpus(
-    args: argparse.Namespace, data: list[Source], processor: Processor, stage: recipe.Stage, cache: Path, ranks: Ranks
-) -> Corpus:
-    """The corpus on every rank; the first unpacks what has to be, the others find it."""
-    # The loader's thread exchanges while the training thread does.
-    gather = gatherer(ranks)
+def open_dataset(
+    args: argparse.Namespace,
+    sources: list[DataSource],
+    processor: Processor,
+    stage: recipe.Stage,
+    cache: Path,
+    ranks: Ranks,
+) -> PackedDataset:
+    """The dataset on every rank; rank 0 unpacks and indexes the files first, the others then find them in ``cache``."""
+    # A group of its own: the loader's thread communicates while the training thread does.
+    all_gather = new_all_gather(ranks)
 
-    def corpus() -> Corpus:
-        options = {"workers": args.workers, "cache": cache, "timeout": args.image_timeout}
-        return Corpus(
-            data, processor, stage, args.skip_bad, rank=ranks.rank, world=ranks.world, gather=gather, **options
+    def open_here() -> PackedDataset:
+        return PackedDataset(
+            sources,
+            processor,
+            stage,
+            args.skip_bad,
+            workers=args.workers,
+            cache=cache,
+            timeout=args.image_timeout,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            all_gather=all_gather,
         )
 
-    made = corpus() if ranks.first else None
-    ranks.from_first(None)
-    return made or corpus()
+    dataset = open_here() if ranks.is_main_process else None
+    ranks.barrier()
+    return dataset or open_here()
 
 
 def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
-    ranks = join_ranks(device)
-    with watched(ranks):
+    ranks = init_distributed(device)
+    with watchdog(ranks):
         run_stage(args, device, ranks)
 
 
@@ -119,126 +132,136 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
     stage = recipe.stage(args.stage, not args.data, overrides)
     mesh = device_mesh(ranks, args.replicas, device) if args.shard != "none" else None
     shard = args.shard if mesh else "none"
-    context = join_context(args.context, ranks, args.replicas)
-    output = Path(ranks.from_first(str(output_folder(args)) if ranks.first else None))
-    say = print if ranks.first else (lambda *words: None)
-    data, heldout = data_files(args, output, ranks)
-    step = ranks.from_first(checkpointer.newest_step(output) if args.resume else None)
-    for broken in checkpointer.broken_steps(output) if args.resume else []:
-        say(f"{broken}: not a whole save, left out")
+    cp = init_context_parallel(args.context, ranks, args.replicas)
+    output = Path(ranks.broadcast(str(output_folder(args)) if ranks.is_main_process else None))
+    log = print if ranks.is_main_process else (lambda *words: None)
+    sources, heldout = data_files(args, output, ranks)
+    save = ranks.broadcast(checkpointer.latest_step(output) if args.resume else None)
+    for incomplete in checkpointer.incomplete_steps(output) if args.resume else []:
+        log(f"{incomplete}: incomplete save, ignored")
     dtype = DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
-    told = {
+    run_options = {
         "stage": args.stage,
         "seed": args.seed,
-        "data": [str(path) for source in data for path in source.files],
-        "shares": [source.share for source in data],
+        "data": [str(path) for source in sources for path in source.files],
+        "shares": [source.share for source in sources],
         "checkpoint": str(args.checkpoint) if args.checkpoint else None,
         "dtype": str(dtype),
         "skip_bad": args.skip_bad,
     }
-    torch.manual_seed(args.seed * 100_003 + ranks.rank)  # for what may be drawn later on; saves hold the state
-    model, processor, optimizer = build(args, stage, device, dtype, step, mesh, ranks)
-    if step:
-        checkpointer.resume(step, model, optimizer, ranks, told)
-        if ranks.first:
-            checkpointer.trim_metrics(output / METRICS, optimizer.steps)
-    elif args.resume and ranks.first:
+    torch.manual_seed(args.seed * 100_003 + ranks.rank)  # for what may draw random numbers later; saves hold the state
+    model, processor, optimizer = build(args, stage, device, dtype, save, mesh, ranks)
+    if save:
+        checkpointer.resume(save, model, optimizer, ranks, run_options)
+        if ranks.is_main_process:
+            checkpointer.truncate_metrics(output / METRICS, optimizer.steps)
+    elif args.resume and ranks.is_main_process:
         (output / METRICS).unlink(missing_ok=True)
-        say(f"no step-N in {output} yet: starting at the beginning")
-    check_weights(weights(model), str(step or args.checkpoint or "the model"))
-    corpus = open_corpus(args, data, processor, stage, output / CACHE, ranks)
-    questions = [Question.from_record(record) for record in read_records(heldout)] if heldout and ranks.first else []
-    before = read_json(step / checkpointer.STATE) if step else {}
-    position = before.get("position")
-    if position and not ranks.first:
+        log(f"no step-N in {output} yet: starting from the beginning")
+    check_weights(local_parameters(model), str(save or args.checkpoint or "the model"))
+    dataset = open_dataset(args, sources, processor, stage, output / CACHE, ranks)
+    questions = [Question.from_record(record) for record in read_records(heldout)] if heldout and ranks.is_main_process else []
+    saved_state = read_json(save / checkpointer.STATE) if save else {}
+    position = saved_state.get("position")
+    if position and not ranks.is_main_process:
         position["unreadable"] = 0  # the save has the sum over the ranks
-    source = run_steps(corpus, args.seed, position)
-    if len(corpus) > 100_000 and not (stage.max_steps or step):
-        say("measuring every record once, to count the steps; --max-steps spares that")
-    total = stage.max_steps or before.get("steps") or count_steps(corpus, args.seed)
-    if ranks.first:
-        announce(args, model, optimizer, dtype, ranks)
-        print(f"{len(corpus)} records, {total} steps, output in {output}")
+    make_batches = global_batches(dataset, args.seed, position)
+    if len(dataset) > 100_000 and not (stage.max_steps or save):
+        log("measuring every record once, to count the steps; --max-steps avoids that")
+    total = stage.max_steps or saved_state.get("steps") or count_steps(dataset, args.seed)
+    if ranks.is_main_process:
+        print_summary(args, model, optimizer, dtype, ranks)
+        print(f"{len(dataset)} records, {total} steps, output in {output}")
 
-    progress = Progress(output / METRICS, optimizer.steps, total) if ranks.first else None
-    saver, terminate = checkpointer.Saver(output, ranks, args.keep), Terminate()
-    streak = Streak(saver.newest, lambda: check_weights(weights(model), "the model in memory"))
-    peak = args.peak_tflops or peak_tflops(device)
-    taken: Step | None = None
+    logger = MetricsLogger(output / METRICS, optimizer.steps, total) if ranks.is_main_process else None
+    saver, sigterm = checkpointer.AsyncCheckpointer(output, ranks, args.keep), SigtermHandler()
+    skipped_steps = SkippedSteps(saver.latest, lambda: check_weights(local_parameters(model), "the model in memory"))
+    last_batch: GlobalBatch | None = None
 
-    def save() -> None:
-        assert taken is not None
-        place = corpus.place(taken.position) | {"unreadable": sum(ranks.gather(corpus.unreadable))}
-        saver.begin(model, processor, optimizer, dtype, {**told, "position": place, "steps": total})
+    def save_step() -> None:
+        assert last_batch is not None
+        unreadable = sum(ranks.all_gather(dataset.unreadable))
+        data_position = last_batch.position | {"unreadable": unreadable}
+        saver.save(model, processor, optimizer, dtype, {**run_options, "position": data_position, "steps": total})
 
-    def on_step(metrics: dict[str, Any], step: Step) -> None:
-        nonlocal taken
-        taken = step
-        if progress:
-            progress.step(metrics)
-        streak.add(metrics)
-        if args.save_every and step.number % args.save_every == 0:
-            save()
+    def on_step(metrics: dict[str, Any], batch: GlobalBatch) -> None:
+        nonlocal last_batch
+        last_batch = batch
+        if logger:
+            logger.log_step(metrics)
+        skipped_steps.add(metrics)
+        if args.save_every and batch.step % args.save_every == 0:
+            save_step()
 
-    def stop() -> bool:
-        return terminate.asked or saver.failure is not None
+    def should_stop() -> bool:
+        return sigterm.received or saver.failure is not None
 
     try:
         done = train(
-            model, optimizer, corpus, source, total, ranks, on_step, peak=peak, shard=shard, stop=stop, context=context
+            model,
+            optimizer,
+            dataset,
+            make_batches,
+            total,
+            ranks,
+            on_step,
+            peak_tflops=args.peak_tflops or peak_tflops(device),
+            shard=shard,
+            should_stop=should_stop,
+            cp=cp,
         )
         saver.wait()
         if not done:
-            save()
+            save_step()
             saver.wait()
             raise Terminated
-        terminate.close()
-        corpus.unreadable = sum(corpus.gather(corpus.unreadable))
-        checkpointer.save_result(output, model, processor, stage, dtype, ranks, told["checkpoint"])
-        if progress:
-            progress.bar.close()
+        sigterm.close()
+        dataset.unreadable = sum(dataset.all_gather(dataset.unreadable))
+        checkpointer.save_final_model(output, model, processor, stage, dtype, ranks, run_options["checkpoint"])
+        if logger:
+            logger.bar.close()
             if mesh and questions:
                 model = load(output / checkpointer.MODEL, device, dtype, args.kernels)[0]
-            finish(model, processor, output, questions, progress)
-            say(f"data: {corpus.summary()}")
+            write_final_report(model, processor, output, questions, logger)
+            log(f"data: {dataset.summary()}")
     finally:
-        terminate.close()
+        sigterm.close()
         saver.close()
-        corpus.close()
-        if progress:
-            progress.close()
-    ranks.from_first(None)  # the others wait while the first measures
+        dataset.close()
+        if logger:
+            logger.close()
+    ranks.barrier()  # the others wait while rank 0 evaluates
 
 
-def announce(
-    args: argparse.Namespace, model: Phi4RV, optimizer: Optimizer | Layerwise, dtype: torch.dtype, ranks: Ranks
+def print_summary(
+    args: argparse.Namespace, model: Phi4RV, optimizer: AdamW | LayerwiseAdamW, dtype: torch.dtype, ranks: Ranks
 ) -> None:
-    """What is about to run, for people to check."""
+    """Prints what is about to run."""
     stage = optimizer.stage
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in optimizer.params.values())
     print(f"stage {args.stage}: {stage}")
-    print(f"{parameters:,} parameters, {trained:,} trained, {dtype} on {model.device}, {ranks.world} process(es)")
-    if args.shard != "none" and ranks.world > 1:
-        print(f"sharded: {args.shard}, over {ranks.world // args.replicas} process(es), {args.replicas} time(s)")
+    print(f"{parameters:,} parameters, {trained:,} trained, {dtype} on {model.device}, {ranks.world_size} process(es)")
+    if args.shard != "none" and ranks.world_size > 1:
+        print(f"sharded: {args.shard}, {args.replicas} replica(s) of {ranks.world_size // args.replicas} process(es)")
     if args.context > 1:
-        print(f"context: {args.context} process(es) share a row")
-    if stage.multiple() % (ranks.world // args.context):
-        print(f"unequal shares: steps of {stage.multiple()} sequences or a multiple; see --sequence-multiple")
+        print(f"context parallel: {args.context} processes share each packed row")
+    if stage.multiple() % (ranks.world_size // args.context):
+        print(f"uneven load: steps of {stage.multiple()} sequences or a multiple; see --sequence-multiple")
     print(f"kernels: {model.ops}")
 
 
-def weights(model: Phi4RV) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and this rank's part of every parameter."""
-    return ((name, local(p.detach())) for name, p in model.named_parameters())
+def local_parameters(model: Phi4RV) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and this rank's shard of every parameter."""
+    return ((name, to_local(p.detach())) for name, p in model.named_parameters())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        return exit_status(lambda: run(arguments(argv)), "stopped; go on with --resume from the last save")
+        return exit_status(lambda: run(arguments(argv)), "stopped; continue with --resume from the last save")
     except Terminated:
-        print("saved; go on with --resume", file=sys.stderr)
-        return TERMINATED
+        print("saved; continue with --resume", file=sys.stderr)
+        return EXIT_SIGTERM
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

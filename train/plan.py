@@ -17,11 +17,11 @@ from phi4rv.errors import UserError
 from phi4rv.model.activation_checkpointing import CHECKPOINTING
 from train import recipe
 from train.distributed.fsdp import SHARDS
-from train.figures.metrics import finite, read_metrics
+from train.figures.metrics import is_finite, read_metrics
 from train.planning import duration, memory
 from train.planning.hardware import GPU, GPUS
-from train.planning.memory import Data, Setting, Sizes
-from train.planning.table import GIGA, text
+from train.planning.memory import DataStats, ParameterCounts, RunConfig
+from train.planning.table import GIGA, format_plan
 from train.recipe import Stage
 
 # The report's tables: samples and tokens of each stage. Its run: GPUs, their kind, days (the model card).
@@ -74,13 +74,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measured(path: Path) -> dict[str, float]:
-    """Efficiency and shares of a run, over all its steps but the first tenth: useful operations by what the devices
-    would have done at their peak in the same time. What a run computes again is not in its mfu: one with full
-    checkpointing makes other settings look slower than they are.
+    """Efficiency and shares of a run, over all its steps but the first tenth. Efficiency: model FLOPs over what the
+    devices would have done at their peak in the same time. MFU does not count recomputation: a run with full
+    checkpointing makes other configurations look slower than they are.
     """
     if not path.is_file():
         raise UserError(f"--measured: {path} is no file; give a run's metrics.jsonl")
-    steps = [e for e in read_metrics(path) if finite(e.get("mfu")) and e["mfu"] > 0 and finite(e.get("operations"))]
+    entries = [e for e in read_metrics(path) if is_finite(e.get("mfu")) and is_finite(e.get("operations"))]
+    steps = [e for e in entries if e["mfu"] > 0]
     if not steps:
         raise UserError(
             f"--measured: {path} has no step with an mfu; train on a GPU of planning/hardware.py or with --peak-tflops"
@@ -97,42 +98,42 @@ def measured(path: Path) -> dict[str, float]:
     }
 
 
-def settings(args: argparse.Namespace) -> Iterator[Setting]:
-    """Those to look at, the least extra work first: what is computed again costs more than what is sent."""
-    asked = Setting(args.gpus, rows=args.sequences_per_gpu, frozen_weights=args.frozen_weights)
+def candidates(args: argparse.Namespace) -> Iterator[RunConfig]:
+    """Configurations to consider, the least extra work first: recomputation costs more than communication."""
+    requested = RunConfig(args.gpus, rows=args.sequences_per_gpu, frozen_weights=args.frozen_weights)
     kinds = [args.checkpointing] if args.checkpointing else CHECKPOINTING
     if args.gpus > 1 or args.lora_rank or args.optimizer:
-        base = replace(asked, lora_rank=args.lora_rank or 0, optimizer=args.optimizer or "adamw")
+        base = replace(requested, lora_rank=args.lora_rank or 0, optimizer=args.optimizer or "adamw")
         shards: Sequence[str] = SHARDS[1:] if args.gpus > 1 and not args.lora_rank else ["none"]
         shards = [args.shard] if args.shard else shards
         for kind, shard in product(kinds, shards):
             yield replace(base, checkpointing=kind, shard=shard)
         return
     for optimizer, kind in product(recipe.OPTIMIZERS, kinds):
-        yield replace(asked, optimizer=optimizer, checkpointing=kind)
-    for frozen, kind in product(memory.FROZEN, kinds):
-        yield replace(asked, lora_rank=LORA_RANK, frozen_weights=frozen, checkpointing=kind)
+        yield replace(requested, optimizer=optimizer, checkpointing=kind)
+    for frozen, kind in product(memory.FROZEN_BYTES, kinds):
+        yield replace(requested, lora_rank=LORA_RANK, frozen_weights=frozen, checkpointing=kind)
 
 
-def option_line(setting: Setting) -> str:
+def option_line(run_config: RunConfig) -> str:
     """As options of ``train/main.py``."""
-    said = [f"--shard {setting.shard}"] if setting.gpus > 1 else []
-    if setting.lora_rank:
-        said.append(f"--lora-rank {setting.lora_rank}")
-        said += [f"--frozen-weights {setting.frozen_weights}"] if setting.frozen_weights != "dtype" else []
-    elif setting.gpus == 1:
-        said.append(f"--optimizer {setting.optimizer}")
-    return " ".join([*said, f"--checkpointing {setting.checkpointing}"])
+    options = [f"--shard {run_config.shard}"] if run_config.gpus > 1 else []
+    if run_config.lora_rank:
+        options.append(f"--lora-rank {run_config.lora_rank}")
+        options += [f"--frozen-weights {run_config.frozen_weights}"] if run_config.frozen_weights != "dtype" else []
+    elif run_config.gpus == 1:
+        options.append(f"--optimizer {run_config.optimizer}")
+    return " ".join([*options, f"--checkpointing {run_config.checkpointing}"])
 
 
-def mean_sample(number: int, shares: dict[str, float]) -> Data:
+def mean_sample(number: int, shares: dict[str, float]) -> DataStats:
     samples, tokens = REPORTED[number]
     mean = tokens / samples
-    return Data(samples, mean, shares["image_share"] * mean, shares["labelled_share"] * mean)
+    return DataStats(samples, mean, shares["image_share"] * mean, shares["labelled_share"] * mean)
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
-    """All that is printed, as plain data."""
+    """The whole plan, as plain data."""
     overrides = {"sequence_length": args.sequence_length, "global_batch": args.global_batch}
     stage = recipe.stage(args.stage, False, overrides)
     config = Config.from_folder(args.checkpoint) if args.checkpoint else Config()
@@ -144,25 +145,25 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     def origin(name: str) -> str:
         return "given" if name in given else "measured" if name in found else "assumed"
 
-    data, sizes = mean_sample(args.stage, shares), Sizes.of(config, stage)
+    data, counts = mean_sample(args.stage, shares), ParameterCounts.of(config, stage)
     gpu = replace(GPUS[args.gpu], memory=args.memory or GPUS[args.gpu].memory)
     rows: list[dict[str, Any]] = []
-    looked_at: list[Setting] = []
-    for setting in settings(args):
-        parts = memory.memory(config, stage, sizes, data, setting)
-        time = duration.time(config, stage, sizes, data, setting, gpu, shares["efficiency"])
+    considered: list[RunConfig] = []
+    for run_config in candidates(args):
+        parts = memory.memory_by_kind(config, stage, counts, data, run_config)
+        time = duration.step_time(config, stage, counts, data, run_config, gpu, shares["efficiency"])
         total = sum(parts.values())
         row = {
-            "options": option_line(setting),
+            "options": option_line(run_config),
             "memory": parts,
             "total": total,
             "fits": total <= gpu.memory * GIGA,
         }
-        rows.append(row | {"step_seconds": time.step, "days": time.days, "setting": asdict(setting)})
-        looked_at.append(setting)
+        rows.append(row | {"step_seconds": time.step, "days": time.days, "setting": asdict(run_config)})
+        considered.append(run_config)
     fitting = [number for number, row in enumerate(rows) if row["fits"]]
-    chosen = looked_at[fitting[0] if fitting else -1]
-    trained = args.lora_rank * sizes.ends if args.lora_rank else sizes.trained
+    chosen = considered[fitting[0] if fitting else -1]
+    trained = args.lora_rank * counts.lora_dims if args.lora_rank else counts.trained
     return {
         "gpus": args.gpus,
         "gpu": args.gpu,
@@ -170,61 +171,68 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         "stage": args.stage,
         "sequence_length": stage.sequence_length,
         "global_batch": stage.global_batch,
-        "parameters": sizes.all,
+        "parameters": counts.all,
         "trained": trained,
         "sample": asdict(data),
         "shares": {name: {"value": value, "from": origin(name)} for name, value in shares.items()},
         "settings": rows,
         "equal_shares": f"--sequence-multiple {args.gpus}" if stage.multiple() % args.gpus else None,
         "first_fit": option_line(chosen) if fitting else None,
-        "chosen": details(config, stage, sizes, data, chosen, gpu, shares["efficiency"]),
+        "chosen": details(config, stage, counts, data, chosen, gpu, shares["efficiency"]),
         "report": report_run(shares),
     }
 
 
 def details(
-    config: Config, stage: Stage, sizes: Sizes, data: Data, setting: Setting, gpu: GPU, efficiency: float
+    config: Config,
+    stage: Stage,
+    counts: ParameterCounts,
+    data: DataStats,
+    run_config: RunConfig,
+    gpu: GPU,
+    efficiency: float,
 ) -> dict[str, Any]:
-    """Communication and time of one setting, and its days at other efficiencies."""
-    rows, times = duration.micro_steps(stage, data, setting)
-    sent = duration.collectives(sizes, setting, times) if setting.gpus > 1 else {}
-    inside, across, _ = duration.link_seconds(sum(sent.values()), gpu, setting.gpus)
-    time = duration.time(config, stage, sizes, data, setting, gpu, efficiency)
-    useful = duration.sample_operations(config, stage, data, setting)[0] * stage.global_batch
+    """Communication and time of one configuration, and its days at other efficiencies."""
+    rows, times = duration.micro_batches(stage, data, run_config)
+    sent = duration.collective_bytes(counts, run_config, times) if run_config.gpus > 1 else {}
+    inside, across, _ = duration.link_seconds(sum(sent.values()), gpu, run_config.gpus)
+    time = duration.step_time(config, stage, counts, data, run_config, gpu, efficiency)
+    useful = duration.sample_flops(config, stage, data, run_config)[0] * stage.global_batch
     tries = sorted({0.1, 0.2, 0.3, 0.4, 0.5, round(efficiency, 4)})
-    days = {x: duration.time(config, stage, sizes, data, setting, gpu, x).days for x in tries}
+    days = {x: duration.step_time(config, stage, counts, data, run_config, gpu, x).days for x in tries}
     return {
-        "options": option_line(setting),
+        "options": option_line(run_config),
         "rows_per_gpu": rows,
         "micro_steps": times,
         "sent": sent,
         "to_own_node": inside,
         "to_other_nodes": across,
         "compute_seconds": time.compute,
-        "link_seconds": time.links,
+        "link_seconds": time.communication,
         "update_seconds": time.update,
         "step_seconds": time.step,
         "steps": time.steps,
         "days": time.days,
         "days_nothing_hidden": time.days_unhidden,
         "tokens_per_second": stage.global_batch * data.tokens / time.step,
-        "useful_tflops": useful / time.step / setting.gpus / 1e12,
+        "useful_tflops": useful / time.step / run_config.gpus / 1e12,
         "days_by_efficiency": days,
     }
 
 
 def report_run(shares: dict[str, float]) -> dict[str, float]:
-    """What the report's run of the published model comes to: by 6 operations a parameter and token (Kaplan et al.
-    2020), and by the useful products, with the shares assumed.
+    """Throughput and MFU of the report's run of the published model: by 6 FLOPs a parameter and token (Kaplan et al.
+    2020), and by model FLOPs, with the assumed shares.
     """
     gpus, kind, days = REPORT_RUN
     config, tokens = Config(), sum(tokens for _, tokens in REPORTED.values())
     seconds, peak = gpus * days * 86400 * 1e12, GPUS[kind].tflops
-    stages = {n: (recipe.STAGES[n], Sizes.of(config, recipe.STAGES[n]), mean_sample(n, shares)) for n in REPORTED}
-    useful = sum(d.samples * duration.sample_operations(config, s, d, Setting())[0] for s, _, d in stages.values())
+    reported = {n: recipe.STAGES[n] for n in REPORTED}
+    stages = {n: (stage, ParameterCounts.of(config, stage), mean_sample(n, shares)) for n, stage in reported.items()}
+    useful = sum(d.samples * duration.sample_flops(config, s, d, RunConfig())[0] for s, _, d in stages.values())
     six = 6.0 * stages[2][1].all * tokens
     share = useful / seconds / peak
-    times = [duration.time(config, s, z, d, Setting(gpus), GPUS[kind], share) for s, z, d in stages.values()]
+    times = [duration.step_time(config, s, z, d, RunConfig(gpus), GPUS[kind], share) for s, z, d in stages.values()]
     return {
         "days_planned": sum(time.days for time in times),
         "gpus": gpus,
@@ -240,7 +248,7 @@ def report_run(shares: dict[str, float]) -> dict[str, float]:
 def run(argv: Sequence[str] | None) -> None:
     args = arguments(argv)
     made = plan(args)
-    print(json.dumps(made, indent=2) if args.json else text(made))
+    print(json.dumps(made, indent=2) if args.json else format_plan(made))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

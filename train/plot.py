@@ -10,7 +10,7 @@ from statistics import mean, median
 
 from phi4rv.command_line import Parser, exit_status
 from phi4rv.errors import UserError
-from train.figures.curves import PANELS, Run, draw, window_of
+from train.figures.curves import PANELS, Run, default_window, draw_curves
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -36,7 +36,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def _last(values: list[float]) -> float | None:
-    return mean(values[-window_of(len(values)) :]) if values else None
+    return mean(values[-default_window(len(values)) :]) if values else None
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -50,7 +50,7 @@ def run(argv: Sequence[str] | None) -> None:
     if args.output.suffix.lower() != ".png":
         raise UserError(f"--output: {args.output} must end in .png")
     runs = [Run.of(path) for path in args.runs]
-    draw(args.output, runs, window=args.smooth)
+    draw_curves(args.output, runs, window=args.smooth)
     print(table(runs))
     print(f"written: {args.output}")
 

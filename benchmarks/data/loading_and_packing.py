@@ -2,7 +2,7 @@
 
 - **padding**: the share of tokens and patches that would be padding, on the samples of ``mixture.py``: in
   micro-batches padded to their longest sample, as a plain collator makes them, and with every image padded to 3600
-  patches, as the published code does. Ours is 0. ``operations`` is what a step so padded multiplies, with the
+  patches, as the published code does. Ours is 0. ``flops`` is what a step so padded multiplies, with the
   output layer on every token, over what ours does.
 - **packing**: milliseconds for each sample to fill sequences of 8192 and to share a step out, how full the sequences
   are, and how much longer than the mean the busiest of 2, 8 and 64 ranks works.
@@ -39,11 +39,11 @@ from phi4rv.batch import NO_LABEL
 from phi4rv.config import Config
 from phi4rv.processing.processor import Processor
 from train import recipe
-from train.data.corpus import Corpus
-from train.data.flops import operations
+from train.data.flops import flops
 from train.data.loader import prefetch
-from train.data.packing import fill_sequences, imbalance, share
-from train.data.stream import run_steps
+from train.data.packed_dataset import PackedDataset
+from train.data.packing import balance_rows, imbalance, pack_sequences
+from train.data.stream import global_batches
 
 CHECKPOINT = ROOT / "tests" / "data" / "tiny-checkpoint"
 SIZES = [(1280, 720), (1024, 680), (640, 480), (300, 200)]
@@ -58,9 +58,9 @@ def padding(samples: list[Lengths]) -> dict[str, Any]:
     groups = [samples[i : i + TOGETHER] for i in range(0, len(samples), TOGETHER)]
     patches = [n for s in samples for n in s.patches]
     labelled = sum(s.labelled for s in samples)
-    ours = operations(config, [s.length for s in samples], patches, labelled)
+    ours = flops(config, [s.length for s in samples], patches, labelled)
     longest = [max(s.length for s in group) for group in groups for _ in group]
-    padded = operations(config, longest, [MAX_PATCHES for _ in patches], sum(longest))
+    padded = flops(config, longest, [MAX_PATCHES for _ in patches], sum(longest))
     return {
         "benchmark": "data",
         "case": "padding",
@@ -75,7 +75,7 @@ def padding(samples: list[Lengths]) -> dict[str, Any]:
 def packing(steps: int = 2) -> dict[str, Any]:
     """Time to pack and share out full steps of the report's stage 2."""
     stage, config = recipe.stage(2, False, {}), Config()
-    rows = fill_sequences(mixture(), lambda s: s.length, stage.sequence_length)
+    rows = pack_sequences(mixture(), lambda s: s.length, stage.sequence_length)
     drawn = _seconds(lambda: list(islice(mixture(), 2000))) / 2000  # making up the lengths is no part of it
     samples, seconds, full, worst = 0, 0.0, 0, dict.fromkeys(WORLDS, 0.0)
     sequences = 704  # near 1920 samples of the report's mean length, and a multiple of 64
@@ -83,11 +83,11 @@ def packing(steps: int = 2) -> dict[str, Any]:
         begun = time.perf_counter()
         step = list(islice(rows, sequences))
         costs = [
-            operations(config, [s.length for s in r], [n for s in r for n in s.patches], sum(s.labelled for s in r))
+            flops(config, [s.length for s in r], [n for s in r for n in s.patches], sum(s.labelled for s in r))
             for r in step
         ]
         totals = [cost.total for cost in costs]
-        shares = {world: share(totals, world) for world in WORLDS}
+        shares = {world: balance_rows(totals, world) for world in WORLDS}
         seconds += time.perf_counter() - begun
         samples += sum(map(len, step))
         full += sum(s.length for r in step for s in r)
@@ -118,13 +118,13 @@ def make_data(folder: Path) -> Path:
 def ours(path: Path, processor: Processor, workers: int) -> Iterator[int]:
     """The number of pictures of each row."""
     stage = recipe.stage(2, False, {"sequence_length": 8192, "global_batch": PICTURES, "max_steps": 10**6})
-    corpus = Corpus([path], processor, stage, workers=workers)
+    dataset = PackedDataset([path], processor, stage, workers=workers)
     try:
-        for ready in prefetch(run_steps(corpus, 0)(), corpus, 0, 1):
+        for ready in prefetch(global_batches(dataset, 0)(), dataset, 0, 1):
             for batch in ready.batches:
                 yield len(batch.grids)
     finally:
-        corpus.close()
+        dataset.close()
 
 
 class Plain(Dataset):
@@ -268,7 +268,7 @@ def table(records: list[dict[str, Any]]) -> str:
             lines += [
                 f"padding, {record['samples']} samples: ours 0; to the longest of {TOGETHER} {record['tokens']:.1%} of "
                 f"the tokens; to {MAX_PATCHES} patches {record['patches']:.1%} of the patches",
-                f"operations of the padded step: {record['operations']:.2f} times ours",
+                f"operations of the padded step: {record['flops']:.2f} times ours",
             ]
         elif record["case"] == "packing":
             shares = ", ".join(f"{record[f'imbalance_{world}']:.2%} ({world})" for world in WORLDS)

@@ -19,8 +19,8 @@ from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.processing.chat_template import IMAGE_MARK
 from phi4rv.processing.images import PATCH
 from phi4rv.processing.processor import Processor, Prompt
-from train.synthetic import texts
-from train.synthetic.tiny_model import tiny_model
+from train.synthetic import tokenizer_corpus
+from train.synthetic.tiny_model import build_tiny_model
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Place:
 @cache
 def _processor(config: Config) -> Processor:
     """The embedded default's tokenizer and template for a model of any size."""
-    files = dict(tiny_model(0, texts())[1].files)
+    files = dict(build_tiny_model(0, tokenizer_corpus())[1].files)
     del files["generation_config.json"]  # which names the small vocabulary's ids
     return Processor(files, config)
 

@@ -15,9 +15,9 @@ from phi4rv.processing.answers import Answer
 from phi4rv.processing.image_files import ImageFiles
 from phi4rv.processing.processor import Processor, Prompt
 from phi4rv.processing.records import parse_line
-from train.data.line_index import Lines
+from train.data.line_index import JsonLines
 from train.synthetic.charts import random_chart, random_scene
-from train.synthetic.records import Record, as_json, opened
+from train.synthetic.records import Record, as_json, with_opening
 from train.synthetic.screens import random_screen
 
 # What the embedded generator draws.
@@ -49,7 +49,7 @@ def read_questions(path: Path) -> list[Asked]:
     """
     files, found = ImageFiles(), []
     with tempfile.TemporaryDirectory() as unpacked:
-        for line in Lines([path], Path(unpacked)):
+        for line in JsonLines([path], Path(unpacked)):
             content = line.read()
             records = parse_line(content, line.where, path.parent, files)
             kind = json.loads(content).get("kind")
@@ -67,7 +67,7 @@ def make_questions(folder: Path, count: int, seed: int) -> Path:
             rng = Random(f"{kind}/{seed}/{index}")
             picture, name = make(rng, True), f"{kind}-{index:04}.png"
             picture.draw().save(folder / name, compress_level=1)
-            record = Record((picture,), opened("<image>\n", picture.questions(rng)[:1]))
+            record = Record((picture,), with_opening("<image>\n", picture.questions(rng)[:1]))
             lines.append(json.dumps({"kind": kind, **as_json(record, [name])}) + "\n")
     path = folder / "questions.jsonl"
     path.write_text("".join(lines), encoding="utf-8")

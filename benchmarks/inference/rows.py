@@ -7,7 +7,7 @@ from typing import Any
 
 from phi4rv.config import Config
 from phi4rv.ops.low_precision import GROUP
-from train.data.flops import operations
+from train.data.flops import flops
 
 Record = dict[str, Any]
 
@@ -68,7 +68,7 @@ def step_bytes(config: Config, form: str, context: int) -> int:
 
 def prefill_operations(config: Config, tokens: int, patches: int = 0) -> int:
     """Of one prompt, up to the logits of its last token."""
-    return operations(config, [tokens], [patches] if patches else [], 1, ()).forward
+    return flops(config, [tokens], [patches] if patches else [], 1, ()).forward
 
 
 def spec(form: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.report.rows import Row, cells
-from train.figures.curves import COLOURS, GRID, HEIGHT, INK, WIDTH, panel
+from train.figures.curves import COLOURS, GRID, HEIGHT, INK, WIDTH, draw_panel
 
 LABEL, PLANE, NOTE, BAR, TOP, BOTTOM = 430, 480, 460, 22, 66, 36
 VERDICTS = {"met": "#2ca02c", "missed": "#d62728", "not measured": "#7f7f7f", None: "#1f77b4"}
@@ -80,5 +80,5 @@ def draw_course(courses: Sequence[Sequence[tuple[str, Row]]], file: Path, column
             for side in ("ours", "theirs")
         ]
         title = f"{last.what}, {last.unit}, {'less' if last.least else 'more'} is better"
-        panel(pen, corner, title, curves, window=1, names=[commit for commit, _ in course])
+        draw_panel(pen, corner, title, curves, window=1, names=[commit for commit, _ in course])
     image.save(file)

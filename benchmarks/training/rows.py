@@ -11,8 +11,8 @@ from benchmarks.data.mixture import FRAME, Lengths, mixture
 from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
 from phi4rv.config import Config
 from phi4rv.processing.images import PATCH_INPUTS
-from train.data.flops import operations
-from train.data.packing import fill_sequences
+from train.data.flops import flops
+from train.data.packing import pack_sequences
 from train.recipe import PARTS
 
 TOKENS = 8192  # of a row at full size
@@ -23,7 +23,7 @@ def make_rows(case: str, config: Config, tokens: int, rows: int) -> list[PackedB
     """Packed rows of at most ``tokens``, of documents as long as the mixture's, in proportion to 8192."""
     generator = torch.Generator().manual_seed(0)
     shrunk = (_shrink(lengths, tokens / TOKENS) for lengths in mixture())
-    groups = fill_sequences(shrunk, lambda s: s.length, tokens)
+    groups = pack_sequences(shrunk, lambda s: s.length, tokens)
     return [pack([_sample(s, case, config, generator) for s in group]) for group in islice(groups, rows)]
 
 
@@ -66,5 +66,5 @@ def counted(config: Config, rows: list[PackedBatch]) -> dict[str, float]:
     lengths = [n for row in rows for n in row.cu_seqlens.diff().tolist()]
     patches = [n for row in rows for n in row.cu_patches.diff().tolist()]
     labelled = sum(int((row.targets() != NO_LABEL).sum()) for row in rows)
-    useful = operations(config, lengths, patches, labelled, PARTS).total
+    useful = flops(config, lengths, patches, labelled, PARTS).total
     return {"operations": useful, "tokens": sum(lengths), "images": len(patches)}

@@ -17,8 +17,9 @@ from phi4rv.config import Config
 from phi4rv.quantization.float8_linear import use_float8
 from train import recipe
 from train.distributed.ranks import Ranks
-from train.optimizers.adamw import EPS, Optimizer
-from train.trainer import take_step, trainable
+from train.optimizers.adamw import EPS, AdamW
+from train.trainable import set_trainable
+from train.trainer import train_step
 
 STAGE = recipe.stage(2, False, {})
 
@@ -32,11 +33,11 @@ class Ours:
         self.model = random_model(config, kernels, device, dtype)
         if float8:
             use_float8(self.model)
-        self.optimizer = Optimizer(trainable(self.model, STAGE), STAGE, self.model.ops)
+        self.optimizer = AdamW(set_trainable(self.model, STAGE), STAGE, self.model.ops)
 
     def step(self, rows: Sequence[PackedBatch]) -> float:
         """The mean loss over the step's labelled tokens."""
-        return float(take_step(self.model, self.optimizer, rows, STAGE.lr, Ranks())["loss"])
+        return float(train_step(self.model, self.optimizer, rows, STAGE.lr, Ranks())["loss"])
 
 
 class Theirs(Transformers):

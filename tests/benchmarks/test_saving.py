@@ -18,10 +18,10 @@ class FakeLoop:
         self.now += 1.5 if self.left else 1.0
         self.left = max(0, self.left - 1)
 
-    def begin(self) -> None:
+    def save(self) -> None:
         self.now, self.left = self.now + 0.25, 2
 
-    def writing(self) -> bool:
+    def is_writing(self) -> bool:
         return self.left > 0
 
     def wait(self) -> None:

@@ -20,7 +20,7 @@ from phi4rv.batch import NO_LABEL
 from phi4rv.checkpoint.huggingface import PREFIXES, published_name
 from phi4rv.config import Config
 from phi4rv.quantization.float8_linear import Float8Linear
-from train.data.flops import operations
+from train.data.flops import flops
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def test_rows_are_full_and_alike_in_both_cases() -> None:
     tokens = [n for row in images for n in row.cu_seqlens.diff().tolist()]
     patches = [n for row in images for n in row.grids.prod(1).tolist()]
     labelled = sum(int((row.targets() != NO_LABEL).sum()) for row in images)
-    assert counted(config, images)["operations"] == operations(config, tokens, patches, labelled).total
+    assert counted(config, images)["operations"] == flops(config, tokens, patches, labelled).total
 
 
 def test_grid() -> None:

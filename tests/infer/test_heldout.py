@@ -12,7 +12,7 @@ from phi4rv.processing.chat_template import Message
 from phi4rv.processing.processor import Prompt
 from phi4rv.processing.records import Record
 from tests.small import picture, small_model
-from train.figures.curves import Run, draw
+from train.figures.curves import Run, draw_curves
 from train.figures.prediction_sheet import RIGHT, TILE, WRONG, prediction_sheet
 
 
@@ -164,7 +164,7 @@ def test_the_sheet_of_no_question(tmp_path: Path) -> None:
 @pytest.mark.parametrize("losses", [[2.0], [3.0, 1.0], [0.0, 0.0, 0.0], [float(i % 7) for i in range(200)]], ids=len)
 def test_loss_curve(tmp_path: Path, losses: list[float]) -> None:
     steps = [{"step": number, "loss": loss} for number, loss in enumerate(losses, 1)]
-    draw(tmp_path / "loss.png", [Run("run", steps)], ["loss"])
+    draw_curves(tmp_path / "loss.png", [Run("run", steps)], ["loss"])
     curve = Image.open(tmp_path / "loss.png").convert("RGB")
     curve.load()
     if len(losses) > 1:

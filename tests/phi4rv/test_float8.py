@@ -14,20 +14,21 @@ from phi4rv.errors import UserError
 from phi4rv.model.activation_checkpointing import CHECKPOINTING
 from phi4rv.ops import reference
 from phi4rv.quantization.float8_linear import Float8Linear, use_float8
+from tests.processes import read_log
 from tests.processes import run as run_processes
-from tests.processes import told
 from tests.small import mixed_data, small_checkpoint, small_model, timeless, weights
 from tests.train.test_train_command import the_error
-from train.data.corpus import Corpus
 from train.data.loader import prefetch
-from train.data.stream import run_steps
+from train.data.packed_dataset import PackedDataset
+from train.data.stream import global_batches
 from train.distributed.ranks import Ranks
 from train.main import main
-from train.optimizers.adamw import Optimizer
+from train.optimizers.adamw import AdamW
 from train.recipe import stage
-from train.synthetic import texts, write_dataset
-from train.synthetic.tiny_model import tiny_model
-from train.trainer import take_step, trainable
+from train.synthetic import tokenizer_corpus, write_dataset
+from train.synthetic.tiny_model import build_tiny_model
+from train.trainable import set_trainable
+from train.trainer import train_step
 
 VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 VALUES = VALUES[VALUES.isfinite()].unique()
@@ -123,15 +124,15 @@ def test_the_embedded_model_learns_as_in_bfloat16(tmp_path: Path) -> None:
     write_dataset(tmp_path, 2, "train", 64, seed=0)
     found = []
     for float8 in (False, True):
-        model, processor = tiny_model(0, texts(), "torch")
+        model, processor = build_tiny_model(0, tokenizer_corpus(), "torch")
         model = model.to(torch.bfloat16)
         if float8:
             use_float8(model)
-        optimizer = Optimizer(trainable(model, chosen), chosen, model.ops)
-        corpus = Corpus([tmp_path / "stage2-train.jsonl"], processor, chosen)
-        ahead = islice(prefetch(run_steps(corpus, 0)(), corpus, 0, 1), 8)
+        optimizer = AdamW(set_trainable(model, chosen), chosen, model.ops)
+        dataset = PackedDataset([tmp_path / "stage2-train.jsonl"], processor, chosen)
+        ahead = islice(prefetch(global_batches(dataset, 0)(), dataset, 0, 1), 8)
         steps = [list(ready.batches) for ready in ahead]
-        found.append([take_step(model, optimizer, rows, 3e-4, Ranks())["loss"] for rows in 3 * steps])
+        found.append([train_step(model, optimizer, rows, 3e-4, Ranks())["loss"] for rows in 3 * steps])
     plain, ours = found
     assert plain[-1] < 0.25 * plain[0]
     assert ours == pytest.approx(plain, rel=0.05) and ours != plain
@@ -143,7 +144,7 @@ def test_sharded(inputs: list[Any], tmp_path: Path) -> None:
     single = losses(inputs, tmp_path / "single", *short)
     log, output = tmp_path / "log", tmp_path / "out"
     argv = [*inputs, *short, "--output", output, "--shard", "full"]
-    assert run_processes(2, log, argv) == [0, 0], told(log) + told(log, 1)
+    assert run_processes(2, log, argv) == [0, 0], read_log(log) + read_log(log, 1)
     both = [entry["loss"] for entry in timeless(output / "metrics.jsonl")]
     assert both == pytest.approx(single, rel=1e-3)  # a value at a half rounds either way
 

@@ -17,9 +17,9 @@ from phi4rv.model.activation_checkpointing import CHECKPOINTING
 from phi4rv.model.phi4rv import Phi4RV
 from tests.small import mixed_data, saved_bytes, small_checkpoint, small_model, timeless
 from tests.train.test_training import batches
-from train.lora_targets import adapt
 from train.main import main
 from train.recipe import stage
+from train.trainable import add_lora
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def gradients(model: Phi4RV, batch: PackedBatch, kind: str) -> tuple[Tensor, dic
 def test_recomputed_activations_give_the_same_numbers(batch: PackedBatch, kind: str, lora: bool) -> None:
     model, _ = small_model()
     if lora:  # the first layer's input needs no gradient then
-        adapt(model, stage(2, False, {"lora_rank": 2, "lora_targets": "fc1,o_proj"}), seed=0)
+        add_lora(model, stage(2, False, {"lora_rank": 2, "lora_targets": "fc1,o_proj"}), seed=0)
     kept, again = gradients(model, batch, "none"), gradients(model, batch, kind)
     assert torch.equal(kept[0], again[0])
     assert kept[1].keys() == again[1].keys()

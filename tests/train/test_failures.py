@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import finish, run, start, told, until_step_three
+from tests.processes import finish, read_log, run, start, until_step_three
 from tests.small import ROOT, mixed_data, small_checkpoint, timeless, weights
 from tests.train.test_resume import saved
 from train.checkpoints import checkpointer
@@ -70,8 +70,8 @@ def test_killed_at_random_moments(
     for number in range(KILLS):
         processes = start(world, log, argv)
         # Later than any save that is there, or nothing would ever get done.
-        until, newest = time.monotonic() + 60, checkpointer.newest_step(ours)
-        while number % 2 and checkpointer.newest_step(ours) == newest and time.monotonic() < until:
+        until, newest = time.monotonic() + 60, checkpointer.latest_step(ours)
+        while number % 2 and checkpointer.latest_step(ours) == newest and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(moments.uniform(0, seconds / KILLS if number % 2 else seconds / 2))
         victims = processes if number % 3 else processes[-1:]
@@ -79,21 +79,21 @@ def test_killed_at_random_moments(
             process.kill()
         in_saves += any(ours.glob(".step-*.partial-*"))
         codes = finish(processes)
-        assert all(code in (-signal.SIGKILL, 0, 3) for code in codes), told(log)
+        assert all(code in (-signal.SIGKILL, 0, 3) for code in codes), read_log(log)
         told_of += codes[0] == 3
     print(f"{KILLS} kills of {world} process(es), {in_saves} in a save, {told_of} told of by the other process")
-    assert run(world, log, argv) == [0] * world, told(log)
+    assert run(world, log, argv) == [0] * world, read_log(log)
     assert_same_run(ours, output)
     assert not list(ours.glob(".step-*"))
-    assert len(checkpointer.steps(ours)) == 2
+    assert len(checkpointer.saved_steps(ours)) == 2
 
 
 def test_sigterm_saves_and_leaves(inputs: list[str], whole: dict[int, tuple[Path, float]], tmp_path: Path) -> None:
     """Between two saves, and sent to one of two processes."""
     argv = [*inputs, *shard(2), "--output", str(tmp_path / "out"), "--save-every", "100"]
-    assert finish(start(2, tmp_path / "log", argv, until_step_three)) == [143, 143], told(tmp_path / "log")
-    assert [p.name for p in checkpointer.steps(tmp_path / "out")] == ["step-3"]
-    assert told(tmp_path / "log", 1).splitlines()[-1] == "saved; go on with --resume"
+    assert finish(start(2, tmp_path / "log", argv, until_step_three)) == [143, 143], read_log(tmp_path / "log")
+    assert [p.name for p in checkpointer.saved_steps(tmp_path / "out")] == ["step-3"]
+    assert read_log(tmp_path / "log", 1).splitlines()[-1] == "saved; continue with --resume"
     assert run(2, tmp_path / "log", [*argv, "--save-every", "1"]) == [0, 0]
     assert_same_run(tmp_path / "out", whole[2][0])
 
@@ -101,12 +101,12 @@ def test_sigterm_saves_and_leaves(inputs: list[str], whole: dict[int, tuple[Path
 def test_a_process_that_dies_is_named(inputs: list[str], tmp_path: Path) -> None:
     log = tmp_path / "log"
     processes = start(2, log, [*inputs, *shard(2), "--output", str(tmp_path / "out")])
-    while checkpointer.newest_step(tmp_path / "out") is None:
+    while checkpointer.latest_step(tmp_path / "out") is None:
         time.sleep(0.02)
     processes[1].kill()
     assert finish(processes, 60) == [3, -signal.SIGKILL]
-    assert f"error: rank 1 (process {processes[1].pid} on " in told(log)
-    assert "has died; all stop, go on with --resume" in told(log)
+    assert f"error: rank 1 (process {processes[1].pid} on " in read_log(log)
+    assert "has died; all processes stop; continue with --resume" in read_log(log)
 
 
 def test_a_process_that_fails_is_named(inputs: list[str], tmp_path: Path) -> None:
@@ -116,22 +116,22 @@ def test_a_process_that_fails_is_named(inputs: list[str], tmp_path: Path) -> Non
         3,
         2,
     ]
-    assert "error: the disk of this one is gone" in told(log, 1)
-    assert "has stopped: the disk of this one is gone; all stop" in told(log)
+    assert "error: the disk of this one is gone" in read_log(log, 1)
+    assert "has stopped: the disk of this one is gone; all processes stop" in read_log(log)
 
 
 def fail_on_rank_one(argv: list[str]) -> int:
     from phi4rv.errors import UserError
     from train import main as program
 
-    step = program.Streak.add
+    step = program.SkippedSteps.add
 
     def failing(self: Any, metrics: dict[str, Any]) -> None:
         step(self, metrics)
         if os.environ["RANK"] == "1" and metrics["step"] == 2:
             raise UserError("the disk of this one is gone")
 
-    program.Streak.add = failing  # type: ignore[method-assign]
+    program.SkippedSteps.add = failing  # type: ignore[method-assign]
     return program.main(argv)
 
 
@@ -151,7 +151,7 @@ def test_torchrun_carries_on(inputs: list[str], whole: dict[int, tuple[Path, flo
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*line, "train/main.py", *inputs, *shard(2), "--output", str(output)]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as agent:
-        while checkpointer.newest_step(output) is None and agent.poll() is None:
+        while checkpointer.latest_step(output) is None and agent.poll() is None:
             time.sleep(0.02)
         children = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(children[-1]), signal.SIGKILL)

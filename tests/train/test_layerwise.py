@@ -24,22 +24,22 @@ from train.figures.metrics import read_metrics
 from train.main import main
 from train.optimizers import layerwise
 from train.optimizers.adamw import EPS
-from train.optimizers.layerwise import Layerwise
+from train.optimizers.layerwise import LayerwiseAdamW
 from train.recipe import stage
-from train.trainer import take_layerwise_step
+from train.trainer import train_step_layerwise
 
 OPS = Operations("torch")
 
 
-def optimizer_of(net: nn.Module, **overrides: Any) -> Layerwise:
+def optimizer_of(net: nn.Module, **overrides: Any) -> LayerwiseAdamW:
     chosen = {"lr": 1e-2, "weight_decay": 0.1, "optimizer": "layerwise", "global_batch": 1, "clip": 1e6, **overrides}
-    return Layerwise(dict(net.named_parameters()), stage(2, False, chosen), OPS, seed=7)
+    return LayerwiseAdamW(dict(net.named_parameters()), stage(2, False, chosen), OPS, seed=7)
 
 
-def step(net: nn.Module, optimizer: Layerwise, x: Tensor, y: Tensor, rate: float = 1e-2) -> float:
-    optimizer.begin(rate, len(x))
+def step(net: nn.Module, optimizer: LayerwiseAdamW, x: Tensor, y: Tensor, rate: float = 1e-2) -> float:
+    optimizer.begin_step(rate, len(x))
     loss_sum(net, x, y).backward()
-    return optimizer.finish()
+    return optimizer.finish_step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,8 +48,8 @@ def test_steps_are_those_with_all_gradients_kept(
     dtype: torch.dtype, small_slices: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit what ``adamw`` makes of whole gradients, slice by slice with seeds counted through."""
-    size = 256 if small_slices else layerwise.SLICE
-    monkeypatch.setattr(layerwise, "SLICE", size)
+    size = 256 if small_slices else layerwise.SLICE_ELEMENTS
+    monkeypatch.setattr(layerwise, "SLICE_ELEMENTS", size)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 41), nn.Tanh(), nn.Linear(41, 3)).to(dtype)  # 820 elements: four slices
     twin = copy.deepcopy(net)
@@ -74,14 +74,14 @@ def test_steps_are_those_with_all_gradients_kept(
 def test_no_two_gradients_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     net = network()
     optimizer = optimizer_of(net)
-    update, order = Layerwise._update, []
+    update, order = LayerwiseAdamW._update, []
 
-    def watched(self: Layerwise, name: str, gradient: Tensor | None, factor: float) -> None:
+    def watched(self: LayerwiseAdamW, name: str, gradient: Tensor | None, factor: float) -> None:
         assert all(p.grad is None for p in net.parameters())
         order.append(name)
         update(self, name, gradient, factor)
 
-    monkeypatch.setattr(Layerwise, "_update", watched)
+    monkeypatch.setattr(LayerwiseAdamW, "_update", watched)
     step(net, optimizer, *example(0))
     assert sorted(order) == sorted(dict(net.named_parameters()))
     assert order[0].startswith("3.") and order[-1].startswith("0."), "from the last layer to the first"
@@ -96,7 +96,7 @@ def test_the_norm_is_that_of_the_whole_gradient() -> None:
     assert step(net, optimizer_of(net), x, y) == pytest.approx(expected, rel=1e-6)
 
 
-class Factors(Layerwise):
+class Factors(LayerwiseAdamW):
     """Notes the factors and norms that clipping gave, and leaves the weights as they are."""
 
     def __init__(self, net: nn.Module, clip: float, clipping: str = "exact"):
@@ -116,9 +116,9 @@ def test_a_measured_norm_is_clipped_exactly() -> None:
     optimizer = Factors(net, clip=0.01)
     x, y = example(0)
     for measure in (True, False):
-        optimizer.begin(1e-2, len(x), measure)
+        optimizer.begin_step(1e-2, len(x), measure)
         loss_sum(net, x, y).backward()
-        norm = optimizer.finish()
+        norm = optimizer.finish_step()
     assert optimizer.steps == 1, "measuring is no step"
     assert norm > 0.1
     assert len(optimizer.clipped) == 6
@@ -133,7 +133,7 @@ def test_exact_clipping_measures_every_step(clipping: str, tmp_path: Path) -> No
     left = []
     for made in batches(processor, mixed_data(tmp_path, 4), [[1], [0, 2, 3]]):
         optimizer.clipped.clear()
-        metrics = take_layerwise_step(model, optimizer, [made], 1e-3)
+        metrics = train_step_layerwise(model, optimizer, [made], 1e-3)
         assert metrics["grad_norm"] > 0.1
         left.append(math.hypot(*optimizer.clipped))
     assert left[0] == pytest.approx(0.01, rel=1e-5)
@@ -169,14 +169,14 @@ def test_a_missing_gradient_counts_as_zero() -> None:
     for number in range(4):
         x, y = example(number)
         for model, optimizer in ((net, ours), (twin, explicit)):
-            optimizer.begin(1e-2, 12)
+            optimizer.begin_step(1e-2, 12)
             used = number % 2 == 0
             hidden = model[2](model[1](model[0](x)))
             loss = (model[3](hidden if used else hidden * 0) - y).square().sum()
             if model is net and not used:  # the first layers have no part in it
                 loss = (model[3](hidden.detach() * 0) - y).square().sum()
             loss.backward()
-            optimizer.finish()
+            optimizer.finish_step()
     for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q), name
 
@@ -186,7 +186,7 @@ def test_a_gradient_that_is_not_finite_stops_before_its_weight(bad: float) -> No
     net = network()
     before = copy.deepcopy(net)
     optimizer = optimizer_of(net)
-    optimizer.begin(1e-2, 12)
+    optimizer.begin_step(1e-2, 12)
     hidden = net[2](net[1](net[0](example(0)[0])))
     hidden.register_hook(lambda grad: grad * bad)
     with pytest.raises(UserError, match=r"step 1: the norm of 2\.\w+'s gradient is (nan|inf)"):
@@ -199,7 +199,7 @@ def test_a_second_backward_pass_is_refused() -> None:
     net = network()
     optimizer = optimizer_of(net)
     step(net, optimizer, *example(0))
-    with pytest.raises(RuntimeError, match="a backward pass outside of begin and finish"):
+    with pytest.raises(RuntimeError, match="a backward pass outside of begin_step and finish_step"):
         loss_sum(net, *example(1)).backward()
 
 
@@ -215,8 +215,8 @@ def test_a_broken_step_is_skipped(broken: str, tmp_path: Path) -> None:
     before = copy.deepcopy(dict(model.named_parameters()))
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     chosen = stage(2, False, {"optimizer": "layerwise", "global_batch": 1})
-    optimizer = Layerwise(named, chosen, OPS, seed=0)
-    figures = take_layerwise_step(model, optimizer, batches(processor, mixed_data(tmp_path, 3), [[1]]), 1e-3)
+    optimizer = LayerwiseAdamW(named, chosen, OPS, seed=0)
+    figures = train_step_layerwise(model, optimizer, batches(processor, mixed_data(tmp_path, 3), [[1]]), 1e-3)
     assert figures["skipped_steps"] == 1 and not math.isfinite(figures["grad_norm"])
     assert math.isfinite(figures["loss"]) == (broken == "gradient")
     assert (optimizer.steps, optimizer.skipped, float(optimizer.norm)) == (1, 1, 0.0)

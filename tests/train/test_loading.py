@@ -26,12 +26,12 @@ from phi4rv.processing import image_files, images
 from phi4rv.processing.image_files import ImageFiles
 from phi4rv.processing.processor import Processor
 from tests.small import mixed_data, mixed_records, picture, record, small_checkpoint, small_model, write_jsonl
-from train.data.corpus import Corpus
-from train.data.line_index import Lines
-from train.data.loader import on_device, prefetch
-from train.data.mixture import Source, sources
+from train.data.line_index import JsonLines
+from train.data.loader import prefetch, prefetch_to_device
+from train.data.mixture import DataSource, parse_sources
+from train.data.packed_dataset import PackedDataset
 from train.data.reader import Reader, time_limit
-from train.data.stream import Step, Stream, count_steps, run_steps
+from train.data.stream import GlobalBatch, StepStream, count_steps, global_batches
 from train.main import main
 from train.recipe import Stage, stage
 
@@ -45,14 +45,14 @@ def options(**overrides: Any) -> Stage:
     return stage(2, False, {"sequence_length": 256, "global_batch": 5, **overrides})
 
 
-def seen(step: Step) -> Any:
+def seen(step: GlobalBatch) -> Any:
     """All that a step says, but for what its samples' files are called."""
     samples = [[dataclasses.replace(p, line=None) for p in sequence] for sequence in step]
-    return step.number, samples, step.costs, step.skipped, step.position
+    return step.step, samples, step.row_flops, step.skipped, step.position
 
 
-def rows(corpus: Corpus, rank: int = 0, world: int = 1) -> list[list[PackedBatch]]:
-    return [list(ready.batches) for ready in prefetch(run_steps(corpus, 0)(), corpus, rank, world)]
+def rows(dataset: PackedDataset, rank: int = 0, world: int = 1) -> list[list[PackedBatch]]:
+    return [list(ready.batches) for ready in prefetch(global_batches(dataset, 0)(), dataset, rank, world)]
 
 
 def assert_same_rows(ours: list[list[PackedBatch]], theirs: list[list[PackedBatch]]) -> None:
@@ -70,13 +70,13 @@ def assert_same_rows(ours: list[list[PackedBatch]], theirs: list[list[PackedBatc
 def test_every_line_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
     """Of large files by an index that is made once."""
     if kept:
-        monkeypatch.setattr("train.data.line_index.INDEXED", 0)
+        monkeypatch.setattr("train.data.line_index.INDEX_CACHE_MIN_BYTES", 0)
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     first.write_bytes("\n{1}\n \r\n\n{zwei é}\r\n{3}".encode())
     second.write_bytes(b"{4}\n\n")
     packed = tmp_path / "c.jsonl.gz"
     packed.write_bytes(gzip.compress(b"{5}\n{6}\n"))
-    lines = Lines([first, second, packed], tmp_path / "cache")
+    lines = JsonLines([first, second, packed], tmp_path / "cache")
     found = [(line.where, line.read().decode().strip()) for line in lines]
     assert found == [
         (f"{first}:2", "{1}"),
@@ -91,13 +91,13 @@ def test_every_line_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         lines[6]
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 3 * kept
     if kept:
-        monkeypatch.setattr("train.data.line_index._index", lambda _: pytest.fail("made again"))
-        assert [line.where for line in Lines([first, second, packed], tmp_path / "cache")] == [w for w, _ in found]
+        monkeypatch.setattr("train.data.line_index._build_index", lambda _: pytest.fail("made again"))
+        assert [line.where for line in JsonLines([first, second, packed], tmp_path / "cache")] == [w for w, _ in found]
 
 
 def test_a_file_that_changes_under_the_run(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["{1}", "{2}"])
-    line = Lines([path], tmp_path)[1]
+    line = JsonLines([path], tmp_path)[1]
     path.write_text("{1}\n")
     with pytest.raises(UserError, match=r"a.jsonl: has become shorter since the start"):
         line.read()
@@ -109,15 +109,15 @@ def test_a_file_that_changes_under_the_run(tmp_path: Path) -> None:
 def test_a_gzip_file_is_unpacked_once_and_again_when_it_changes(tmp_path: Path) -> None:
     path, cache = tmp_path / "a.jsonl.gz", tmp_path / "cache"
     path.write_bytes(gzip.compress(b"{1}\n"))
-    assert Lines([path], cache)[0].read() == b"{1}"
+    assert JsonLines([path], cache)[0].read() == b"{1}"
     [copy] = cache.iterdir()
     copy.write_bytes(b"{x}\n")
-    assert Lines([path], cache)[0].read() == b"{x}", "unpacked again"
+    assert JsonLines([path], cache)[0].read() == b"{x}", "unpacked again"
     path.write_bytes(gzip.compress(b"{1, 2}\n"))
-    assert Lines([path], cache)[0].read() == b"{1, 2}"
+    assert JsonLines([path], cache)[0].read() == b"{1, 2}"
     path.write_bytes(gzip.compress(b"{1, 2}\n" * 99)[:-9])
     with pytest.raises(UserError, match=r"a.jsonl.gz: the gzip stream is broken"):
-        Lines([path], cache)
+        JsonLines([path], cache)
     assert not [p for p in cache.iterdir() if "partial" in p.name]
 
 
@@ -126,7 +126,7 @@ def test_a_million_lines_take_eight_bytes_each(tmp_path: Path) -> None:
     path.write_bytes(b"".join(b'{"conversations": %d}\n' % i for i in range(1_000_000)))
     tracemalloc.start()
     try:
-        lines = Lines([path], tmp_path)
+        lines = JsonLines([path], tmp_path)
         held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -145,13 +145,13 @@ def test_files_folders_and_patterns(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     files = {name: tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "deep/c.jsonl", "x=1.jsonl")}
-    assert sources([files["a.jsonl"], files["x=1.jsonl"]]) == [Source((files["a.jsonl"], files["x=1.jsonl"]))]
-    assert sources([tmp_path]) == [Source(tuple(files.values()))]
-    assert sources([f"{tmp_path}/**/*.jsonl"]) == [
-        Source((files["a.jsonl"], files["deep/c.jsonl"], files["x=1.jsonl"]))
+    assert parse_sources([files["a.jsonl"], files["x=1.jsonl"]]) == [DataSource((files["a.jsonl"], files["x=1.jsonl"]))]
+    assert parse_sources([tmp_path]) == [DataSource(tuple(files.values()))]
+    assert parse_sources([f"{tmp_path}/**/*.jsonl"]) == [
+        DataSource((files["a.jsonl"], files["deep/c.jsonl"], files["x=1.jsonl"]))
     ]
-    weighted = sources([f"{files['a.jsonl']}=1", f"{tmp_path}/deep=3"])
-    assert weighted == [Source((files["a.jsonl"],), 0.25), Source((files["deep/c.jsonl"],), 0.75)]
+    weighted = parse_sources([f"{files['a.jsonl']}=1", f"{tmp_path}/deep=3"])
+    assert weighted == [DataSource((files["a.jsonl"],), 0.25), DataSource((files["deep/c.jsonl"],), 0.75)]
 
 
 def named_sources(folder: Path, sizes: dict[str, int]) -> list[Path]:
@@ -167,10 +167,12 @@ def test_a_mixture_has_its_shares_at_every_moment(processor: Processor, tmp_path
     """The report's fifth of reasoning traces, from a file much smaller than its share."""
     files = named_sources(tmp_path, {"reasoning": 7, "direct": 90, "text": 20})
     shares = dict(zip(files, (0.2, 0.7, 0.1), strict=True))
-    corpus = Corpus(sources([f"{file}={share}" for file, share in shares.items()]), processor, options(max_steps=9))
+    dataset = PackedDataset(
+        parse_sources([f"{file}={share}" for file, share in shares.items()]), processor, options(max_steps=9)
+    )
     drawn: dict[Path, list[str]] = {file: [] for file in files}
-    for number, planned in enumerate(itertools.islice(Stream(corpus, 0).samples(), 500), 1):
-        drawn[planned.line.file].append(planned.where)
+    for number, info in enumerate(itertools.islice(StepStream(dataset, 0).samples(), 500), 1):
+        drawn[info.line.file].append(info.where)
         for file, share in shares.items():
             assert abs(len(drawn[file]) - share * number) < 1.01
     small = drawn[files[0]]
@@ -198,53 +200,53 @@ def tricky_data(folder: Path) -> list[Path]:
 
 def test_data_that_has_grown_is_not_gone_on_with(processor: Processor, tmp_path: Path) -> None:
     [file] = named_sources(tmp_path, {"a": 20})
-    [step] = itertools.islice(Stream(Corpus([file], processor, options()), 0).steps(), 1)
+    [step] = itertools.islice(StepStream(PackedDataset([file], processor, options()), 0).steps(), 1)
     named_sources(tmp_path, {"a": 21})
     with pytest.raises(UserError, match=r"--resume: the data had \[20\] records when the run was saved, not \[21\]"):
-        Stream(Corpus([file], processor, options()), 0, step.position)
+        StepStream(PackedDataset([file], processor, options()), 0, step.position)
 
 
 def test_a_data_file_that_vanishes_stops_even_with_skip_bad(processor: Processor, tmp_path: Path) -> None:
     file = mixed_data(tmp_path, 20)
-    corpus = Corpus([file], processor, options(), skip_bad=True)
-    [step] = itertools.islice(Stream(corpus, 0).steps(), 1)
+    dataset = PackedDataset([file], processor, options(), skip_bad=True)
+    [step] = itertools.islice(StepStream(dataset, 0).steps(), 1)
     file.unlink()
     with pytest.raises(UserError, match=r"data.jsonl: cannot be read"):
-        corpus.load(step.sequences[0])
+        dataset.load_row(step.sequences[0])
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["epochs", "mixture"])
 def test_a_stream_goes_on_from_the_position_of_any_step(processor: Processor, tmp_path: Path, mixed: bool) -> None:
     files = tricky_data(tmp_path)
     chosen = options(max_steps=25) if mixed else options(epochs=3)
-    data = sources([f"{files[0]}=3", f"{files[1]}=1"]) if mixed else sources(files)
+    data = parse_sources([f"{files[0]}=3", f"{files[1]}=1"]) if mixed else parse_sources(files)
 
-    def corpus() -> Corpus:
-        return Corpus(data, processor, chosen, skip_bad=True)
+    def dataset() -> PackedDataset:
+        return PackedDataset(data, processor, chosen, skip_bad=True)
 
-    whole = [seen(step) for step in Stream(corpus(), 5).steps()]
+    whole = [seen(step) for step in StepStream(dataset(), 5).steps()]
     assert len(whole) == 25 if mixed else len(whole) > 15
     assert whole[-1][3] == {"bad": 1, "dropped": 1}
     for number, *_, position in whole[:-1:5]:
         position = json.loads(json.dumps(position))
-        again = [seen(step) for step in Stream(corpus(), 5, position).steps()]
+        again = [seen(step) for step in StepStream(dataset(), 5, position).steps()]
         assert again == whole[number:]
 
 
 def test_going_on_reads_nothing_again(processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = Corpus(named_sources(tmp_path, {"a": 900}), processor, options(max_steps=99))
-    [*_, last] = itertools.islice(Stream(corpus, 0).steps(), 40)
+    dataset = PackedDataset(named_sources(tmp_path, {"a": 900}), processor, options(max_steps=99))
+    [*_, last] = itertools.islice(StepStream(dataset, 0).steps(), 40)
     calls = 0
-    plan = Reader.plan
+    plan = Reader.measure
 
     def counting(self: Reader, line: Any) -> Any:
         nonlocal calls
         calls += 1
         return plan(self, line)
 
-    monkeypatch.setattr(Reader, "plan", counting)
-    step = next(Stream(corpus, 0, last.position).steps())
-    assert step.number == 41
+    monkeypatch.setattr(Reader, "measure", counting)
+    step = next(StepStream(dataset, 0, last.position).steps())
+    assert step.step == 41
     assert calls <= len(last.position["waiting"]) + 2 * sum(map(len, step)) + 2
 
 
@@ -258,10 +260,10 @@ def no_children(seconds: float = 10.0) -> bool:
 
 def test_loader_processes_change_nothing(processor: Processor, tmp_path: Path) -> None:
     files = tricky_data(tmp_path)
-    alone = Corpus(files, processor, options(epochs=2), skip_bad=True)
+    alone = PackedDataset(files, processor, options(epochs=2), skip_bad=True)
     ours, counts = rows(alone), alone.counts
     assert counts == {"bad": 2, "dropped": 1}
-    many = Corpus(files, processor, options(epochs=2), skip_bad=True, workers=2)
+    many = PackedDataset(files, processor, options(epochs=2), skip_bad=True, workers=2)
     try:
         assert_same_rows(ours, rows(many))
         assert many.counts == counts
@@ -294,20 +296,22 @@ def test_ranks_that_share_the_measuring_make_the_same_steps(
     processor: Processor, tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, chosen = tricky_data(tmp_path), options(epochs=3)
-    alone = [seen(step) for step in Stream(Corpus(files, processor, chosen, skip_bad=True), 0).steps()]
+    alone = [seen(step) for step in StepStream(PackedDataset(files, processor, chosen, skip_bad=True), 0).steps()]
     measured: list[str] = []
-    plan = Reader.plan
+    plan = Reader.measure
 
     def noting(self: Reader, line: Any) -> Any:
         measured.append(line.where)
         return plan(self, line)
 
-    monkeypatch.setattr(Reader, "plan", noting)
+    monkeypatch.setattr(Reader, "measure", noting)
     exchange, found = Exchange(world), {}
 
     def run(rank: int) -> None:
-        corpus = Corpus(files, processor, chosen, True, rank=rank, world=world, gather=exchange.gather(rank))
-        found[rank] = [seen(step) for step in Stream(corpus, 0).steps()]
+        dataset = PackedDataset(
+            files, processor, chosen, True, rank=rank, world_size=world, all_gather=exchange.gather(rank)
+        )
+        found[rank] = [seen(step) for step in StepStream(dataset, 0).steps()]
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -319,8 +323,8 @@ def test_ranks_that_share_the_measuring_make_the_same_steps(
 
 
 def test_a_rank_without_a_row_has_the_step_too(processor: Processor, tmp_path: Path) -> None:
-    corpus = Corpus([mixed_data(tmp_path)], processor, options(global_batch=1, sequence_length=512))
-    shares = [rows(corpus, rank, 3) for rank in range(3)]
+    dataset = PackedDataset([mixed_data(tmp_path)], processor, options(global_batch=1, sequence_length=512))
+    shares = [rows(dataset, rank, 3) for rank in range(3)]
     assert [len(share) for share in shares] == [len(shares[0])] * 3
     assert all(len(step) == 1 for step in shares[0])
     assert all(step == [] for step in shares[1] + shares[2])
@@ -343,11 +347,11 @@ def test_images_from_an_archive_are_those_from_files(processor: Processor, tmp_p
     moved = [{**one, "image": [f"shard.tar/pictures/{name}" for name in one["image"]]} for one in made]
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress("".join(json.dumps(one) + "\n" for one in moved).encode()))
-    ours = rows(Corpus([plain], processor, options()))
+    ours = rows(PackedDataset([plain], processor, options()))
     for name in (name for one in made for name in one["image"]):
         (tmp_path / name).unlink()
     assert sum(len(batch.grids) for batch in itertools.chain(*ours)) == 9
-    assert_same_rows(ours, rows(Corpus([packed], processor, options(), cache=tmp_path / "cache")))
+    assert_same_rows(ours, rows(PackedDataset([packed], processor, options(), cache=tmp_path / "cache")))
 
 
 def test_an_archives_index_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,9 +390,9 @@ def test_what_takes_too_long_is_left_out(processor: Processor, tmp_path: Path, m
     """In the pictures' readers, which turn nearly every exception into their own message."""
     made = [record("<image> What?", "<nothink>A.", picture(tmp_path, f"{i}.png", 40, 40)) for i in range(3)]
     path = write_jsonl(tmp_path / "d.jsonl", made)
-    lines = Lines([path], tmp_path)
+    lines = JsonLines([path], tmp_path)
     slow = Reader(processor, options(), tmp_path, timeout=0.2)
-    plans = [slow.plan(line)[0] for line in lines]
+    plans = [slow.measure(line)[0] for line in lines]
 
     def hanging(image: Any, label: str) -> Any:
         if label.endswith("1.png"):
@@ -397,12 +401,12 @@ def test_what_takes_too_long_is_left_out(processor: Processor, tmp_path: Path, m
 
     decode = images._decode
     monkeypatch.setattr(images, "_decode", hanging)
-    loaded = slow.load(plans)
+    loaded = slow.load_row(plans)
     assert loaded.batch is not None
     assert loaded.batch.documents == 2
     [(place, message)] = loaded.failures
     assert place == 1
-    assert message == (f"{path}:2: {tmp_path}/1.png: not read within 0.2 s; see to its disk, or raise --image-timeout")
+    assert message == (f"{path}:2: {tmp_path}/1.png: not read within 0.2 s; check its disk, or raise --image-timeout")
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
@@ -416,16 +420,16 @@ def test_a_limit_outlives_no_block() -> None:
 
 
 def test_a_worker_that_dies_is_one_line(processor: Processor, tmp_path: Path) -> None:
-    corpus = Corpus([mixed_data(tmp_path, 40)], processor, options(max_steps=999), workers=2)
+    dataset = PackedDataset([mixed_data(tmp_path, 40)], processor, options(max_steps=999), workers=2)
     try:
-        ahead = prefetch(run_steps(corpus, 0)(), corpus, 0, 1)
+        ahead = prefetch(global_batches(dataset, 0)(), dataset, 0, 1)
         assert list(next(ahead).batches)
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
         with pytest.raises(UserError, match=r"^--workers: one of the 2 loader processes died .* --resume"):
             for ready in ahead:
                 list(ready.batches)
     finally:
-        corpus.close()
+        dataset.close()
 
 
 def test_a_bad_record_in_a_worker_stops_the_program_with_its_line(
@@ -444,17 +448,17 @@ def test_the_loader_reads_ahead_but_not_without_bound(
 ) -> None:
     """One row beside the one in use, however many a step has."""
     loaded = 0
-    load = Reader.load
+    load = Reader.load_row
 
     def counting(self: Reader, sequence: Any) -> Any:
         nonlocal loaded
         loaded += 1
         return load(self, sequence)
 
-    monkeypatch.setattr(Reader, "load", counting)
-    corpus = Corpus([mixed_data(tmp_path, 40)], processor, options(global_batch=40))
+    monkeypatch.setattr(Reader, "load_row", counting)
+    dataset = PackedDataset([mixed_data(tmp_path, 40)], processor, options(global_batch=40))
     given = 0
-    for ready in prefetch(run_steps(corpus, 0)(), corpus, 0, 1):
+    for ready in prefetch(global_batches(dataset, 0)(), dataset, 0, 1):
         for _ in ready.batches:
             given += 1
             assert loaded <= given + 1
@@ -462,12 +466,12 @@ def test_the_loader_reads_ahead_but_not_without_bound(
 
 
 def test_batches_reach_a_cpu_as_they_are(processor: Processor, tmp_path: Path) -> None:
-    made = rows(Corpus([mixed_data(tmp_path)], processor, options()))
+    made = rows(PackedDataset([mixed_data(tmp_path)], processor, options()))
 
     def lazily() -> Iterator[PackedBatch]:
         yield from made[0]
 
-    assert_same_rows([list(on_device(lazily(), torch.device("cpu")))], [made[0]])
+    assert_same_rows([list(prefetch_to_device(lazily(), torch.device("cpu")))], [made[0]])
 
 
 class Noted(torch.Tensor):
@@ -516,7 +520,7 @@ def test_batches_are_copied_on_a_stream_of_their_own(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "stream", Cuda.stream)
     Noted.events.clear()
     made = [Row(i, torch.zeros(1).as_subclass(Noted)) for i in range(2)]
-    for row in on_device(made, SimpleNamespace(type="cuda")):  # type: ignore[arg-type]
+    for row in prefetch_to_device(made, SimpleNamespace(type="cuda")):  # type: ignore[arg-type]
         Noted.events.append(f"compute {row.number} on {Cuda.current}")
     assert Noted.events == [
         *("copy 0 on copies", "main waits for copies", "kept for main", "compute 0 on main"),
@@ -526,6 +530,6 @@ def test_batches_are_copied_on_a_stream_of_their_own(monkeypatch: pytest.MonkeyP
 
 def test_the_order_of_a_source_is_its_own(processor: Processor, tmp_path: Path) -> None:
     files = named_sources(tmp_path, {"a": 30, "b": 30})
-    corpus = Corpus(sources([f"{file}=1" for file in files]), processor, options(max_steps=9))
-    orders = {tuple(map(int, corpus.order(*which))) for which in itertools.product((0, 1), repeat=3)}
+    dataset = PackedDataset(parse_sources([f"{file}=1" for file in files]), processor, options(max_steps=9))
+    orders = {tuple(map(int, dataset.epoch_order(*which))) for which in itertools.product((0, 1), repeat=3)}
     assert len(orders) == 8, "of source, seed and epoch"

@@ -27,9 +27,9 @@ from tests.train.test_resume import saved, stop_at
 from tests.train.test_train_command import the_error
 from tests.train.test_training import batches
 from train.export import main as export
-from train.lora_targets import adapt
 from train.main import main
 from train.recipe import Stage, stage
+from train.trainable import add_lora
 
 EVERYTHING = (
     "qkv_proj,o_proj,gate_up_proj,down_proj,lm_head,mm_projector.0,mm_projector.2,patch_embedding,"
@@ -46,7 +46,7 @@ def adapted(chosen: Stage, format: str | None = None) -> Phi4RV:
     model, _ = small_model()
     if format:
         quantize_layers(model, {"decoder": format})
-    adapt(model, chosen, seed=1)
+    add_lora(model, chosen, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for layer in adapters(model).values():
@@ -117,7 +117,7 @@ def test_a_quantised_base(batch: PackedBatch, format: str) -> None:
 def test_before_the_first_step_nothing_changes(batch: PackedBatch) -> None:
     model, _ = small_model()
     expected = model(batch)
-    adapt(model, options(), seed=5)
+    add_lora(model, options(), seed=5)
     assert torch.equal(model(batch), expected)
     a = model.decoder.layers[0].mlp.down_proj.lora_A.weight
     assert 0.9 * 96**-0.5 < float(a.detach().abs().max()) <= 96**-0.5
@@ -168,7 +168,7 @@ def test_an_adapter_made_by_peft(tmp_path: Path, rslora: bool, scale: float) -> 
 def test_what_is_written_is_what_peft_reads(tmp_path: Path) -> None:
     """Names letter by letter, shapes, scaling, and target_modules that choose these layers and no others."""
     model, _ = small_model()
-    adapt(model, options(lora_targets="o_proj,down_proj"), seed=0)
+    add_lora(model, options(lora_targets="o_proj,down_proj"), seed=0)
     write_adapter(model, tmp_path, "some/base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 6)
@@ -190,7 +190,7 @@ def test_what_is_written_is_what_peft_reads(tmp_path: Path) -> None:
 def test_names_that_would_choose_too_much_are_written_in_full(tmp_path: Path, target: str) -> None:
     """PEFT would find fc1 in the tower's last layer too, and a module called 2 in every list of layers."""
     model, _ = small_model()
-    adapt(model, options(lora_targets=target), seed=0)
+    add_lora(model, options(lora_targets=target), seed=0)
     write_adapter(model, tmp_path, "base")
     written = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
     assert written == list(adapters(model))
@@ -277,7 +277,7 @@ def test_what_is_not_plain_lora_is_refused(tmp_path: Path, key: str, value: Any)
 )
 def test_a_wrong_target_is_named(number: int, target: str, words: str) -> None:
     with pytest.raises(UserError) as error:
-        adapt(small_model()[0], stage(number, False, {"lora_rank": 2, "lora_targets": target}), seed=0)
+        add_lora(small_model()[0], stage(number, False, {"lora_rank": 2, "lora_targets": target}), seed=0)
     assert words in str(error.value)
 
 

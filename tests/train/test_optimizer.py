@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from phi4rv.ops.registry import Operations
-from train.optimizers.adamw import EPS, Optimizer
+from train.optimizers.adamw import EPS, AdamW
 from train.recipe import Stage, stage
 
 OPS = Operations("torch")
@@ -29,12 +29,12 @@ def loss_sum(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (net(x) - y).square().sum()
 
 
-def optimizer_of(net: nn.Module, **overrides: Any) -> Optimizer:
+def optimizer_of(net: nn.Module, **overrides: Any) -> AdamW:
     chosen: Stage = stage(2, False, {"lr": 1e-2, "weight_decay": 0.1, **overrides})
-    return Optimizer(dict(net.named_parameters()), chosen, OPS)
+    return AdamW(dict(net.named_parameters()), chosen, OPS)
 
 
-def torch_adamw(net: nn.Module, chosen: Stage) -> torch.optim.Optimizer:
+def torch_adamw(net: nn.Module, chosen: Stage) -> torch.optim.AdamW:
     """Decay on matrices alone, as two groups."""
     groups = [
         {"params": [p for p in net.parameters() if p.ndim >= 2], "weight_decay": chosen.weight_decay},
@@ -50,7 +50,7 @@ def test_steps_are_those_of_torch(number: int, clip: float) -> None:
     net = network()
     twin = copy.deepcopy(net)
     chosen = stage(number, False, {"clip": clip, "weight_decay": 0.1})
-    ours, theirs = Optimizer(dict(net.named_parameters()), chosen, OPS), torch_adamw(twin, chosen)
+    ours, theirs = AdamW(dict(net.named_parameters()), chosen, OPS), torch_adamw(twin, chosen)
     for step in range(8):
         x, y = example(step)
         rate = 1e-2 / (step + 1)
@@ -119,14 +119,14 @@ def test_a_missing_gradient_counts_as_zero() -> None:
 def test_bfloat16_weights_keep_updates_too_small_for_them() -> None:
     """1200 updates of 1e-5 each on weights near 1, where bfloat16's next number is 0.0078 away."""
     weight = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
-    optimizer = Optimizer({"w": weight}, stage(2, False, {"weight_decay": 0.0, "beta2": 0.95}), OPS)
+    optimizer = AdamW({"w": weight}, stage(2, False, {"weight_decay": 0.0, "beta2": 0.95}), OPS)
     for step in range(1200):
         weight.grad = torch.ones_like(weight)
         optimizer.accumulate()
         optimizer.step(1e-5, 1)
         if step == 10:
             assert torch.equal(weight, torch.ones_like(weight)), "not yet a step of bfloat16"
-    master = optimizer.state()["master/w"]
+    master = optimizer.state_dict()["master/w"]
     torch.testing.assert_close(master, torch.full((8, 8), 1 - 1200e-5), rtol=0, atol=1e-4)
     assert torch.equal(weight, master.bfloat16())
     assert not torch.equal(weight, torch.ones_like(weight))
@@ -134,7 +134,7 @@ def test_bfloat16_weights_keep_updates_too_small_for_them() -> None:
 
 def test_gradients_of_bfloat16_are_summed_in_float32() -> None:
     weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
-    optimizer = Optimizer({"w": weight}, stage(2, False, {}), OPS)
+    optimizer = AdamW({"w": weight}, stage(2, False, {}), OPS)
     for _ in range(1000):  # in bfloat16 the sum would stop growing at 256
         weight.grad = torch.ones_like(weight)
         optimizer.accumulate()
@@ -145,7 +145,7 @@ def test_gradients_of_bfloat16_are_summed_in_float32() -> None:
 def test_state_and_load_state(dtype: torch.dtype) -> None:
     """A copy that loads weights and state takes the same further steps, to the bit."""
 
-    def advance(net: nn.Module, optimizer: Optimizer, steps: range) -> None:
+    def advance(net: nn.Module, optimizer: AdamW, steps: range) -> None:
         for step in steps:
             x, y = example(step)
             loss_sum(net, x, y.to(dtype)).backward()
@@ -155,24 +155,24 @@ def test_state_and_load_state(dtype: torch.dtype) -> None:
     net = network().to(dtype)
     optimizer = optimizer_of(net)
     advance(net, optimizer, range(3))
-    kept = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    kept = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
     assert any(name.startswith("master/") for name in kept) == (dtype == torch.bfloat16)
 
     twin = network(seed=9).to(dtype)
     twin.load_state_dict(net.state_dict())
     resumed = optimizer_of(twin)
-    resumed.load_state(kept, 3)
+    resumed.load_state_dict(kept, 3)
     advance(net, optimizer, range(3, 6))
     advance(twin, resumed, range(3, 6))
     assert resumed.steps == 6
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
-    for name, tensor in optimizer.state().items():
-        assert torch.equal(tensor, resumed.state()[name]), name
+    for name, tensor in optimizer.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
 
     del kept["exp_avg/0.weight"]
     with pytest.raises(KeyError, match=r"exp_avg/0\.weight"):
-        optimizer_of(twin).load_state(kept, 3)
+        optimizer_of(twin).load_state_dict(kept, 3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

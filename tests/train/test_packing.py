@@ -12,13 +12,13 @@ from benchmarks.data.mixture import mixture
 from phi4rv.config import Config
 from phi4rv.processing.chat_template import Message
 from train import recipe
-from train.data.packing import WINDOW, fill_sequences, fullest, imbalance, share
-from train.data.reader import Planned
-from train.data.stream import Stream
+from train.data.packing import WINDOW, balance_rows, fullest_subset, imbalance, pack_sequences
+from train.data.reader import SampleInfo
+from train.data.stream import StepStream
 from train.recipe import Stage
-from train.synthetic import texts
+from train.synthetic import tokenizer_corpus
 from train.synthetic.records import make_record
-from train.synthetic.tiny_model import tiny_model
+from train.synthetic.tiny_model import build_tiny_model
 
 
 def identity(n: int) -> int:
@@ -27,7 +27,7 @@ def identity(n: int) -> int:
 
 def fill(lengths: list[int], capacity: int) -> list[list[int]]:
     """Groups of indices into ``lengths``."""
-    return list(fill_sequences(range(len(lengths)), lengths.__getitem__, capacity))
+    return list(pack_sequences(range(len(lengths)), lengths.__getitem__, capacity))
 
 
 def best_sum(lengths: list[int], room: int) -> int:
@@ -41,7 +41,7 @@ def test_fullest_is_the_best_of_all_subsets(seed: int) -> None:
     rng = random.Random(seed)
     lengths = [rng.randint(1, 40) for _ in range(rng.randint(0, 9))]
     room = rng.randint(0, 120)
-    taken = fullest(lengths, room)
+    taken = fullest_subset(lengths, room)
     assert taken == sorted(set(taken)), "an index twice, or out of order"
     assert sum(lengths[i] for i in taken) == best_sum(lengths, room)
 
@@ -59,7 +59,7 @@ def test_fullest_is_the_best_of_all_subsets(seed: int) -> None:
     ],
 )
 def test_fullest_at_its_edges(lengths: list[int], room: int, taken: list[int]) -> None:
-    assert fullest(lengths, room) == taken
+    assert fullest_subset(lengths, room) == taken
 
 
 @pytest.mark.parametrize(("count", "capacity"), [(0, 50), (1, 50), (127, 50), (128, 64), (700, 50), (700, 2048)])
@@ -93,7 +93,7 @@ def test_no_more_than_a_window_is_read_ahead() -> None:
             yield 1 + read * 7 % 90
 
     given = 0
-    for group in itertools.islice(fill_sequences(endless(), identity, 100), 200):
+    for group in itertools.islice(pack_sequences(endless(), identity, 100), 200):
         given += len(group)
         assert read - given < WINDOW
 
@@ -108,7 +108,7 @@ def test_a_sample_over_the_capacity_is_an_error(place: int) -> None:
 
 @pytest.fixture(scope="module")
 def processor():
-    return tiny_model(0, texts())[1]
+    return build_tiny_model(0, tokenizer_corpus())[1]
 
 
 @pytest.mark.parametrize("number", [2, 3])
@@ -118,7 +118,7 @@ def test_rows_of_the_default_data_are_99_percent_full(processor, number: int) ->
     lengths = []
     for index in range(800):
         record = make_record(number, "train", 0, index)
-        grids = [processor.grid(*picture.draw().size) for picture in record.pictures]
+        grids = [processor.grid(*picture.draw().size) for picture in record.images]
         turns = [Message(r, t) for turn in record.turns for r, t in zip(("user", "assistant"), turn, strict=True)]
         lengths.append(len(processor.tokens(turns, grids, labelled=True)))
     groups = fill(lengths, stage.sequence_length)
@@ -131,17 +131,19 @@ def test_rows_of_the_default_data_are_99_percent_full(processor, number: int) ->
 # The report's mixture
 
 
-class Measured(Stream):
+class Measured(StepStream):
     """Steps of the published model's sizes from samples that are lengths alone."""
 
     def __init__(self, chosen: Stage) -> None:
-        self.corpus = SimpleNamespace(stage=chosen, processor=SimpleNamespace(config=Config()), measured={}, lines=[])
-        self.number, self.places, self.drawn, self.waiting = 0, [], [], []
+        self.dataset = SimpleNamespace(
+            stage=chosen, processor=SimpleNamespace(config=Config()), skip_counts={}, lines=[]
+        )
+        self.step, self.cursors, self.drawn, self.buffer = 0, [], [], []
 
     def samples(self) -> Iterator[Any]:
-        for sample in mixture(0, self.corpus.stage.sequence_length):
+        for sample in mixture(0, self.dataset.stage.sequence_length):
             grids = tuple((1, n) for n in sample.patches)
-            yield Planned(None, 0, 2, sample.length, grids, sample.labelled, sample.thinking)
+            yield SampleInfo(None, 0, 2, sample.length, grids, sample.labelled, sample.thinking)
 
 
 @pytest.fixture(scope="module")
@@ -168,34 +170,34 @@ def test_steps_of_the_reports_mixture_are_full(reports_steps: list[Any]) -> None
 @pytest.mark.parametrize("world", [2, 8, 64])
 def test_ranks_have_the_same_cost_within_3_percent(reports_steps: list[Any], world: int) -> None:
     for step in reports_steps:
-        shares = share(step.costs, world)
+        shares = balance_rows(step.row_flops, world)
         assert sorted(row for rows in shares for row in rows) == list(range(len(step)))
         assert {len(rows) for rows in shares} == {len(step) // world}
-        assert imbalance(step.costs, shares) <= 0.03
+        assert imbalance(step.row_flops, shares) <= 0.03
         # Ranks that exchange weights layer by layer wait for each other in every row.
-        together = sum(max(step.costs[rows[place]] for rows in shares) for place in range(len(step) // world))
-        assert together * world / sum(step.costs) - 1 <= 0.03
+        together = sum(max(step.row_flops[rows[place]] for rows in shares) for place in range(len(step) // world))
+        assert together * world / sum(step.row_flops) - 1 <= 0.03
 
 
 def test_240_ranks_as_the_report_had() -> None:
     [step] = itertools.islice(Measured(recipe.stage(2, False, {"sequence_multiple": 240})).steps(), 1)
     assert len(step) % 240 == 0
-    assert imbalance(step.costs, share(step.costs, 240)) <= 0.03
+    assert imbalance(step.row_flops, balance_rows(step.row_flops, 240)) <= 0.03
 
 
 @pytest.mark.parametrize(("rows", "world"), [(0, 3), (2, 3), (3, 3), (7, 3), (64, 64), (65, 64)])
 def test_every_row_has_one_rank(rows: int, world: int) -> None:
     costs = [float(random.Random(i).randint(90, 110)) for i in range(rows)]
-    shares = share(costs, world)
+    shares = balance_rows(costs, world)
     assert len(shares) == world
     assert sorted(row for mine in shares for row in mine) == list(range(rows))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert share(costs, 1) == [list(range(rows))], "one rank keeps the order"
+    assert balance_rows(costs, 1) == [list(range(rows))], "one rank keeps the order"
 
 
 def test_unequal_costs_are_shared_better_than_in_turn() -> None:
     costs = [float(10 + 9 * (i % 4)) for i in range(32)]
-    assert imbalance(costs, share(costs, 4)) == 0
+    assert imbalance(costs, balance_rows(costs, 4)) == 0
     assert imbalance(costs, [list(range(rank, 32, 4)) for rank in range(4)]) > 0.5
 
 

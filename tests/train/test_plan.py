@@ -18,10 +18,10 @@ from train import recipe
 from train.distributed.fsdp import SHARDS
 from train.plan import main, mean_sample
 from train.planning import duration, memory
-from train.planning.hardware import GPUS, named_peak, peak_tflops
-from train.planning.memory import Data, Setting, Sizes
+from train.planning.hardware import GPUS, peak_tflops, peak_tflops_by_name
+from train.planning.memory import DataStats, ParameterCounts, RunConfig
 from train.recipe import STAGES
-from train.synthetic.tiny_model import initialise
+from train.synthetic.tiny_model import init_weights
 
 PARAMETERS = 15_119_518_144
 SHARES = {"image_share": 0.5, "labelled_share": 0.25}
@@ -29,23 +29,23 @@ SHARES = {"image_share": 0.5, "labelled_share": 0.25}
 
 def test_zero_is_the_papers() -> None:
     """Rajbhandari et al. 2020, figure 1: 7.5 B parameters on 64 GPUs, K = 12: 31.4, 16.6 and 1.9 GB, and 120 alone."""
-    totals = [sum(memory.zero(7.5e9, 64, shard, 2, 2, 12).values()) / 1e9 for shard in SHARDS[1:]]
+    totals = [sum(memory.zero_bytes(7.5e9, 64, shard, 2, 2, 12).values()) / 1e9 for shard in SHARDS[1:]]
     assert [round(total, 1) for total in totals] == [31.4, 16.6, 1.9]
-    assert sum(memory.zero(7.5e9, 1, "optimizer", 2, 2, 12).values()) == 120e9
+    assert sum(memory.zero_bytes(7.5e9, 1, "optimizer", 2, 2, 12).values()) == 120e9
 
 
 def test_the_published_models_sizes() -> None:
-    sizes = Sizes.of(Config(), STAGES[2])
-    assert sizes.all == PARAMETERS
+    counts = ParameterCounts.of(Config(), STAGES[2])
+    assert counts.all == PARAMETERS
     # The tower's last layer, its last norm and its head are never read: 15.2 M, 2304 and 15.2 M parameters.
     layer = 4 * (1152 * 1152 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 2 * 2 * 1152
     head = 1152 + 4 * (1152 * 1152 + 1152) + 2 * 1152 + 2 * 1152 * 4304 + 4304 + 1152
-    assert sizes.all - sizes.trained == layer + 2 * 1152 + head
-    assert sizes.linear == 40 * (5120 * 7680 + 5120 * 5120 + 5120 * 35840 + 17920 * 5120)
-    assert sizes.layer == sizes.linear // 40 + 2 * 5120
-    assert sizes.largest == 100352 * 5120
-    assert sizes.ends == 40 * (5120 + 7680 + 5120 + 5120 + 5120 + 35840 + 17920 + 5120)
-    assert Sizes.of(Config(), STAGES[1]).trained == 1152 * 5120 + 5120 + 5120 * 5120 + 5120
+    assert counts.all - counts.trained == layer + 2 * 1152 + head
+    assert counts.linear == 40 * (5120 * 7680 + 5120 * 5120 + 5120 * 35840 + 17920 * 5120)
+    assert counts.layer == counts.linear // 40 + 2 * 5120
+    assert counts.largest_unit == 100352 * 5120
+    assert counts.lora_dims == 40 * (5120 + 7680 + 5120 + 5120 + 5120 + 35840 + 17920 + 5120)
+    assert ParameterCounts.of(Config(), STAGES[1]).trained == 1152 * 5120 + 5120 + 5120 * 5120 + 5120
 
 
 def kept_by_autograd(layers: int, tower: int, T: int = 24, grid: tuple[int, int] = (2, 3)) -> tuple[int, Config]:
@@ -53,7 +53,7 @@ def kept_by_autograd(layers: int, tower: int, T: int = 24, grid: tuple[int, int]
     vision = VisionConfig(144, 288, tower, 2, num_patches=16)
     config = Config(64, 256, 384, layers, 2, 1, dtype="float16", vision=vision)
     model = empty_model(config, "cpu", torch.float16, "triton").to_empty(device="cpu")
-    initialise(model, 0)
+    init_weights(model, 0)
     patches, ids = grid[0] * grid[1], torch.arange(T)
     sample = Sample(ids, ids, torch.rand(patches, 768), torch.tensor([grid], dtype=torch.int32), torch.arange(patches))
     return saved_bytes(lambda: model.loss_sum(pack([sample])), model), config
@@ -83,36 +83,36 @@ def test_activations_by_hand() -> None:
     assert none - memory.decoder_layer_bytes(config, "none", inputs=False) == 2 * (2 * 5120 + 17920)
 
 
-def gigabytes(setting: Setting, stage: int = 2) -> dict[str, float]:
+def gigabytes(run_config: RunConfig, stage: int = 2) -> dict[str, float]:
     config = Config()
     data = mean_sample(stage, SHARES)
-    parts = memory.memory(config, STAGES[stage], Sizes.of(config, STAGES[stage]), data, setting)
+    parts = memory.memory_by_kind(config, STAGES[stage], ParameterCounts.of(config, STAGES[stage]), data, run_config)
     return {kind: size / 1e9 for kind, size in parts.items()}
 
 
 def test_every_kind_of_frozen_weight_has_its_bytes() -> None:
-    assert tuple(memory.FROZEN) == recipe.FROZEN
+    assert tuple(memory.FROZEN_BYTES) == recipe.FROZEN
 
 
 def test_memory_by_hand() -> None:
-    one = gigabytes(Setting())
+    one = gigabytes(RunConfig())
     trained, frozen = 15.089037984, 0.030480160
     assert one["weights"] == pytest.approx(2 * (trained + frozen))
     assert (one["masters"], one["gradients"], one["moments"]) == pytest.approx((4 * trained, 4 * trained, 8 * trained))
     assert one["buffers"] == pytest.approx(2 * 0.51380224)
-    many = gigabytes(Setting(240, "full"))
+    many = gigabytes(RunConfig(240, "full"))
     assert many["weights"] == pytest.approx(one["weights"] / 240)
     assert many["gradients"] == pytest.approx(4 * trained / 240)
     assert many["buffers"] == pytest.approx(6 * 0.51380224 + 2 * (0.51380224 + 0.34079744))
-    low = gigabytes(Setting(optimizer="layerwise"))
+    low = gigabytes(RunConfig(optimizer="layerwise"))
     assert low["moments"] == pytest.approx(2 * trained * (1 + 4 / 256))
     assert low["masters"] == low["gradients"] == 0
-    int4 = gigabytes(Setting(lora_rank=16, frozen_weights="int4"))
+    int4 = gigabytes(RunConfig(lora_rank=16, frozen_weights="int4"))
     adapters = 16 * 3_481_600 / 1e9
     linear = 13.631488
     assert int4["weights"] == pytest.approx(2 * (15.119518144 - linear) + linear * (0.5 + 2 / 128) + 2 * adapters)
     assert int4["moments"] == pytest.approx(8 * adapters)
-    stage1 = gigabytes(Setting(), 1)
+    stage1 = gigabytes(RunConfig(), 1)
     assert stage1["moments"] == pytest.approx(8 * 0.03212288)
 
 
@@ -120,12 +120,12 @@ def test_collectives_by_hand() -> None:
     """ZeRO 1 and 2 send 2 elements a parameter, ZeRO 3 three (Rajbhandari et al. 2020, section 7), at one pass a step;
     here gradients are float32, twice as wide as weights.
     """
-    sizes = Sizes(1000, 1000, 0, 0, 0, 0)
+    counts = ParameterCounts(1000, 1000, 0, 0, 0, 0)
     ring = 9 / 10
     for shard, gathers in (("optimizer", 1), ("gradients", 1), ("full", 2)):
-        sent = duration.collectives(sizes, Setting(10, shard), 1)
+        sent = duration.collective_bytes(counts, RunConfig(10, shard), 1)
         assert sent == pytest.approx({"reduce-scatter": ring * 4000, "all-gather": ring * 2000 * gathers})
-    sent = [sum(duration.collectives(sizes, Setting(10, shard), 3).values()) / ring for shard in SHARDS[1:]]
+    sent = [sum(duration.collective_bytes(counts, RunConfig(10, shard), 3).values()) / ring for shard in SHARDS[1:]]
     assert sent == pytest.approx([4000 + 2000, 3 * 4000 + 2000, 3 * (4000 + 2 * 2000)])
 
 
@@ -133,32 +133,32 @@ def test_links_by_hand() -> None:
     gpu = replace(GPUS["h100"], nvlink=400, network=50, node=8)
     inside, across, seconds = duration.link_seconds(80e9, gpu, 16)
     assert (inside, across) == (70e9, 10e9)
-    assert seconds == pytest.approx(max(70 / 400, 10 / 50) / duration.LINKS)
-    assert duration.link_seconds(80e9, gpu, 8) == pytest.approx((80e9, 0, 80 / 400 / duration.LINKS))
+    assert seconds == pytest.approx(max(70 / 400, 10 / 50) / duration.LINK_EFFICIENCY)
+    assert duration.link_seconds(80e9, gpu, 8) == pytest.approx((80e9, 0, 80 / 400 / duration.LINK_EFFICIENCY))
 
 
 def test_time_by_hand() -> None:
     """24 samples of a whole row each on 8 GPUs are 3 rows a GPU; half of the peak is reached."""
     stage = replace(STAGES[2], global_batch=24, sequence_length=1000)
-    config, data = Config(), Data(samples=2400, tokens=1000, patches=0, labelled=0)
-    sizes = Sizes.of(config, stage)
-    useful, computed = duration.sample_operations(config, stage, data, Setting(8))
-    assert useful == computed == pytest.approx(6 * sizes.linear * 1000 + 6 * 40 * 5120 * 1000 * 1001)
-    made = duration.time(config, stage, sizes, data, Setting(8), GPUS["h100"], 0.5)
+    config, data = Config(), DataStats(samples=2400, tokens=1000, patches=0, labelled=0)
+    counts = ParameterCounts.of(config, stage)
+    useful, computed = duration.sample_flops(config, stage, data, RunConfig(8))
+    assert useful == computed == pytest.approx(6 * counts.linear * 1000 + 6 * 40 * 5120 * 1000 * 1001)
+    made = duration.step_time(config, stage, counts, data, RunConfig(8), GPUS["h100"], 0.5)
     assert made.compute == pytest.approx(3 * useful / (0.5 * 989.5e12))
     assert made.days == pytest.approx(100 * (made.compute + made.update) / 86400)
-    assert made.update == pytest.approx(sizes.trained / 8 * 30 / 3350e9)
+    assert made.update == pytest.approx(counts.trained / 8 * 30 / 3350e9)
     halves = replace(data, tokens=900)
-    assert duration.micro_steps(stage, halves, Setting(8)) == (pytest.approx(2.7), 3)
-    assert duration.sample_operations(config, stage, data, Setting(8, checkpointing="full")) == (
+    assert duration.micro_batches(stage, halves, RunConfig(8)) == (pytest.approx(2.7), 3)
+    assert duration.sample_flops(config, stage, data, RunConfig(8, checkpointing="full")) == (
         useful,
         pytest.approx(useful * 4 / 3),
     )
-    layerwise = Setting(optimizer="layerwise")
-    assert duration.sample_operations(config, stage, data, layerwise) == (useful, 2 * useful)
-    assert duration.sample_operations(config, replace(stage, clipping="delayed"), data, layerwise) == (useful, useful)
-    lora = duration.sample_operations(config, stage, data, Setting(lora_rank=8))[0]
-    assert lora == useful - 2 * sizes.linear * 1000
+    layerwise = RunConfig(optimizer="layerwise")
+    assert duration.sample_flops(config, stage, data, layerwise) == (useful, 2 * useful)
+    assert duration.sample_flops(config, replace(stage, clipping="delayed"), data, layerwise) == (useful, useful)
+    lora = duration.sample_flops(config, stage, data, RunConfig(lora_rank=8))[0]
+    assert lora == useful - 2 * counts.linear * 1000
 
 
 def read(capsys: pytest.CaptureFixture[str], *line: object) -> dict[str, Any]:
@@ -279,9 +279,9 @@ def test_another_models_configuration(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_peaks_by_name() -> None:
-    assert named_peak("NVIDIA H100 80GB HBM3") == named_peak("NVIDIA H200") == 989.5
-    assert named_peak("NVIDIA B200") == 2250
-    assert named_peak("NVIDIA A100-SXM4-80GB") == 312
-    assert named_peak("NVIDIA GB200") is None, "another clock"
-    assert named_peak("NVIDIA H100 PCIe") is named_peak("NVIDIA GeForce RTX 4090") is None
+    assert peak_tflops_by_name("NVIDIA H100 80GB HBM3") == peak_tflops_by_name("NVIDIA H200") == 989.5
+    assert peak_tflops_by_name("NVIDIA B200") == 2250
+    assert peak_tflops_by_name("NVIDIA A100-SXM4-80GB") == 312
+    assert peak_tflops_by_name("NVIDIA GB200") is None, "another clock"
+    assert peak_tflops_by_name("NVIDIA H100 PCIe") is peak_tflops_by_name("NVIDIA GeForce RTX 4090") is None
     assert peak_tflops(torch.device("cpu")) is None

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.small import write_jsonl
-from train.figures.curves import COLOURS, LEGEND, PANELS, WIDTH, Run, draw, smoothed, window_of
+from train.figures.curves import COLOURS, LEGEND, PANELS, WIDTH, Run, default_window, draw_curves, running_mean
 from train.plot import main
 
 
@@ -71,13 +71,13 @@ def test_what_was_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert first.split()[1:] == ["2", "2.0000", "-", "-", "5", "-", "-", "-", "0.00"]
     assert second.split()[1:] == ["4", "2.0000", "3.0000", "1.0000", "2,000", "-", "21.4%", "1", "0.00"]
     nothing = [{"step": 1, "loss": None}]
-    draw(tmp_path / "none.png", [Run("none", nothing)], ["loss"])
+    draw_curves(tmp_path / "none.png", [Run("none", nothing)], ["loss"])
     assert Image.open(tmp_path / "none.png").width == WIDTH
 
 
 def test_smoothing() -> None:
-    assert smoothed([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
-    assert (window_of(10), window_of(200)) == (1, 10)
+    assert running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+    assert (default_window(10), default_window(200)) == (1, 10)
     steps = [{"step": n, "loss": math.nan if n == 2 else 1.0} for n in (1, 2, 3)]
     assert Run("r", steps).series("loss") == [(1, 1.0), (3, 1.0)]
 

@@ -50,14 +50,14 @@ def whole(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The run dies after ``step`` steps, its metrics already written."""
-    write = program.Progress.step
+    write = program.MetricsLogger.log_step
 
-    def dying(self: program.Progress, metrics: dict) -> None:
+    def dying(self: program.MetricsLogger, metrics: dict) -> None:
         write(self, metrics)
         if metrics["step"] == step:
             raise RuntimeError("power cut")
 
-    monkeypatch.setattr(program.Progress, "step", dying)
+    monkeypatch.setattr(program.MetricsLogger, "log_step", dying)
 
 
 def assert_same_run(output: Path, whole: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_resumed_run_is_the_run_in_one_go(
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         stop_at(patch, stopped)
         main([*inputs, "--output", str(output)])
-    newest = checkpointer.newest_step(output)
+    newest = checkpointer.latest_step(output)
     assert (newest and newest.name) == (saved and f"step-{saved}")
     assert len(timeless(output / "metrics.jsonl")) == stopped
     assert main([*inputs, "--output", str(output), "--resume"]) == 0
@@ -132,7 +132,7 @@ def test_a_killed_process(inputs: list[str], whole: Path, tmp_path: Path) -> Non
         while not (output / "step-2").exists() and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-    assert checkpointer.newest_step(output) is not None
+    assert checkpointer.latest_step(output) is not None
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     stale = output / f".step-6.partial-{process.pid}"
@@ -186,7 +186,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_earlier_save(
         assert main([*inputs, "--output", str(output)]) == 2
     line = last_line(capsys)
     assert f"{output / 'step-4'}: cannot be written (No space left on device); nothing of it was left behind" in line
-    assert f"then --resume, which goes on from {output / 'step-2'}" in line
+    assert f"then --resume, which continues from {output / 'step-2'}" in line
     assert [p.name for p in output.glob("*step-*")] == ["step-2"]
     assert not list(output.glob(".step*"))
     assert main([*inputs, "--output", str(output), "--resume"]) == 0
@@ -197,14 +197,14 @@ def test_full_metrics(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The save that is being written when the run ends is finished."""
-    step = program.Progress.step
+    step = program.MetricsLogger.log_step
 
-    def full(self: program.Progress, metrics: dict) -> None:
+    def full(self: program.MetricsLogger, metrics: dict) -> None:
         if metrics["step"] == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         step(self, metrics)
 
-    monkeypatch.setattr(program.Progress, "step", full)
+    monkeypatch.setattr(program.MetricsLogger, "log_step", full)
     output = tmp_path / "out"
     assert main([*inputs, "--output", str(output)]) == 2
     assert "No space left on device" in last_line(capsys)
@@ -216,20 +216,20 @@ def test_training_goes_on_while_a_save_is_written(
     inputs: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread that writes step-2 waits for step 3: what it then writes is step 2 all the same."""
-    save, step = checkpointer.dcp.save, program.Progress.step
+    save, step = checkpointer.dcp.save, program.MetricsLogger.log_step
     third = threading.Event()
 
     def late(*arguments: object, **options: object) -> None:
         assert third.wait(60)
         save(*arguments, **options)
 
-    def telling(self: program.Progress, metrics: dict) -> None:
+    def telling(self: program.MetricsLogger, metrics: dict) -> None:
         step(self, metrics)
         if metrics["step"] == 3:
             third.set()
 
     monkeypatch.setattr(checkpointer.dcp, "save", late)
-    monkeypatch.setattr(program.Progress, "step", telling)
+    monkeypatch.setattr(program.MetricsLogger, "log_step", telling)
     output = tmp_path / "out"
     assert main([*inputs, "--output", str(output)]) == 0
     ours, theirs = saved(output / "step-2"), saved(whole / "step-2")
@@ -239,7 +239,7 @@ def test_training_goes_on_while_a_save_is_written(
 
 def test_the_newest_saves_are_kept(inputs: list[str], tmp_path: Path) -> None:
     assert main([*inputs, "--output", str(tmp_path / "out"), "--keep", "2"]) == 0
-    assert [p.name for p in checkpointer.steps(tmp_path / "out")] == ["step-4", "step-6"]
+    assert [p.name for p in checkpointer.saved_steps(tmp_path / "out")] == ["step-4", "step-6"]
     assert not list((tmp_path / "out").glob(".step*"))
 
 
@@ -324,7 +324,7 @@ def test_a_save_that_lost_a_file_is_left_out(
     assert subprocess.run(["cp", "-r", whole, output]).returncode == 0
     (output / "step-6" / ".metadata").unlink()
     assert main([*inputs, "--output", str(output), "--resume"]) == 0
-    assert f"{output / 'step-6'}: not a whole save, left out" in capsys.readouterr().out
+    assert f"{output / 'step-6'}: incomplete save, ignored" in capsys.readouterr().out
     assert_same_run(output, whole)
 
 
@@ -336,9 +336,9 @@ def test_only_whole_saves_count(tmp_path: Path) -> None:
     (tmp_path / "step-11" / ".metadata").unlink()
     (tmp_path / "step-12" / "state.json").unlink()
     (tmp_path / "step-99").write_text("a file")
-    assert checkpointer.newest_step(tmp_path) == tmp_path / "step-10"
-    assert [p.name for p in checkpointer.broken_steps(tmp_path)] == ["step-11", "step-12", "step-99"]
-    assert checkpointer.newest_step(tmp_path / "none") is None
+    assert checkpointer.latest_step(tmp_path) == tmp_path / "step-10"
+    assert [p.name for p in checkpointer.incomplete_steps(tmp_path)] == ["step-11", "step-12", "step-99"]
+    assert checkpointer.latest_step(tmp_path / "none") is None
 
 
 def test_bfloat16_resumes_from_its_masters(inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from phi4rv.errors import UserError
-from train.synthetic import records as stages
-from train.synthetic import texts, write_dataset
+from train.synthetic import records as records_module
+from train.synthetic import tokenizer_corpus, write_dataset
 from train.synthetic.charts import random_chart, random_scene
-from train.synthetic.drawing import COLOURS, GLYPHS, Style, apart, glyph, normalised, place
-from train.synthetic.screens import ICONS, KINDS, LABELS, Description, Element, Screen, change, random_screen
+from train.synthetic.drawing import COLOURS, GLYPHS, Style, box_text, glyph, is_disjoint, region
+from train.synthetic.screens import ICONS, KINDS, LABELS, Description, Element, Screen, random_change, random_screen
 
 COUNT = 500
 BOX = re.compile(r"<nothink>\[([01]\.\d\d), ([01]\.\d\d), ([01]\.\d\d), ([01]\.\d\d)\]")
@@ -28,22 +28,22 @@ COLOUR_NAMES = "|".join(COLOURS)
 def mixed_from_the_start() -> Iterator[None]:
     """Stage 2 without its easy beginning, which has a test of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "EASY", 0)
+        patch.setattr(records_module, "CURRICULUM_RECORDS", 0)
         yield
 
 
 def test_stage_2_begins_with_one_element_a_screen_but_held_out_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    mixed = [stages.make_record(2, "train", 0, index) for index in range(300)]
-    heldout = [stages.make_record(2, "heldout", 0, index) for index in range(300)]
-    monkeypatch.setattr(stages, "EASY", 200)
+    mixed = [records_module.make_record(2, "train", 0, index) for index in range(300)]
+    heldout = [records_module.make_record(2, "heldout", 0, index) for index in range(300)]
+    monkeypatch.setattr(records_module, "CURRICULUM_RECORDS", 200)
     for index in range(200):
-        record = stages.make_record(2, "train", 0, index)
+        record = records_module.make_record(2, "train", 0, index)
         ((_, answer),) = record.turns
-        (screen,) = record.pictures
+        (screen,) = record.images
         assert isinstance(screen, Screen) and len(screen.elements) == 1
         assert answer == screen.answer(screen.elements[0])
-    assert [stages.make_record(2, "train", 0, index) for index in range(200, 300)] == mixed[200:]
-    assert [stages.make_record(2, "heldout", 0, index) for index in range(300)] == heldout
+    assert [records_module.make_record(2, "train", 0, index) for index in range(200, 300)] == mixed[200:]
+    assert [records_module.make_record(2, "heldout", 0, index) for index in range(300)] == heldout
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +171,8 @@ def test_boxes_enclose_their_colour(folder: Path) -> None:
 
 
 def test_boxes_are_written_with_two_decimals_within_the_picture() -> None:
-    assert normalised((16, 64, 80, 96), (160, 128)) == "[0.10, 0.50, 0.50, 0.75]"
-    assert normalised((-3, 0, 170, 128), (160, 128)) == "[0.00, 0.00, 1.00, 1.00]"
+    assert box_text((16, 64, 80, 96), (160, 128)) == "[0.10, 0.50, 0.50, 0.75]"
+    assert box_text((-3, 0, 170, 128), (160, 128)) == "[0.00, 0.00, 1.00, 1.00]"
 
 
 def test_every_kind_of_element_fills_its_box() -> None:
@@ -194,7 +194,7 @@ def test_elements_keep_clear_of_each_other_and_of_the_title_bar() -> None:
         width, height = screen.style.size
         placed = [element.box for element in screen.elements]
         assert 1 <= len(placed) <= 5
-        assert all(apart(a, b) for i, a in enumerate(placed) for b in placed[:i])
+        assert all(is_disjoint(a, b) for i, a in enumerate(placed) for b in placed[:i])
         assert all(b[0] >= 0 and b[1] >= 16 and b[2] <= width and b[3] <= height for b in placed)
 
 
@@ -226,12 +226,12 @@ def test_questions_have_one_right_answer() -> None:
                 assert answer == f"<nothink>{named.name}"
                 forms["naming"] += 1
                 continue
-            fitting = [element for element in screen.elements if mentions(question, element)]
+            matching = [element for element in screen.elements if mentions(question, element)]
             where = re.search(r"(?:at|on|in) the ((?:top|bottom|left|right|centre)[ a-z]*)", question)
             if where:
-                thirds = [place(*centre_of(element, screen)) for element in fitting]
-                fitting = [e for e, third in zip(fitting, thirds, strict=True) if third == where[1]]
-            (element,) = fitting
+                thirds = [region(*centre_of(element, screen)) for element in matching]
+                matching = [e for e, third in zip(matching, thirds, strict=True) if third == where[1]]
+            (element,) = matching
             assert screen.answer(element) == answer
             named = "colour" if re.search(COLOUR_NAMES, question) else "kind"
             forms["label" if "'" in question else "place" if where else named] += 1
@@ -250,8 +250,8 @@ def test_a_name_that_fits_two_elements_is_not_used() -> None:
     top, bottom = (10, 20, 60, 40), (10, 100, 60, 120)
     red, blue = (Element("button", c, b, n, 11, "") for c, b, n in (("red", top, "Save"), ("blue", bottom, "Open")))
     screen = Screen(style, "Maps", (red, blue))
-    assert screen.fitting(Description("button")) == [red, blue]
-    names = {str(screen.name_for(Random(seed), red)) for seed in range(200)}
+    assert screen.matching(Description("button")) == [red, blue]
+    names = {str(screen.describe(Random(seed), red)) for seed in range(200)}
     assert names == {"the red button", "'Save'", "the button at the top left"}
 
 
@@ -324,7 +324,7 @@ def test_a_change_is_what_the_sentence_says() -> None:
     said = Counter()
     for seed in range(200):
         before = random_screen(Random(seed), False)
-        if (changed := change(Random(seed), before)) is None:
+        if (changed := random_change(Random(seed), before)) is None:
             continue
         after, sentence = changed
         gone, new = set(before.elements) - set(after.elements), set(after.elements) - set(before.elements)
@@ -332,15 +332,15 @@ def test_a_change_is_what_the_sentence_says() -> None:
         (old,) = gone or {None}
         (now,) = new or {None}
         if old is None:
-            expected = rf"An? {now.name} was added .*{place(*centre_of(now, after))}\."
+            expected = rf"An? {now.name} was added .*{region(*centre_of(now, after))}\."
         elif now is None:
             expected = f"The {old.name} is gone\\."
         elif old.colour != now.colour:
             expected = f"The {old.name} became {now.colour}\\."
         else:
             expected = (
-                f"The {old.name} moved from the {place(*centre_of(old, before))} "
-                f"to the {place(*centre_of(now, after))}\\."
+                f"The {old.name} moved from the {region(*centre_of(old, before))} "
+                f"to the {region(*centre_of(now, after))}\\."
             )
         assert re.fullmatch(expected, sentence), sentence
         said[re.search("added|gone|became|moved", sentence)[0]] += 1
@@ -354,8 +354,8 @@ def test_colours_are_told_apart() -> None:
 
 
 def test_texts_cover_the_vocabulary_of_every_stage() -> None:
-    written = list(texts(count=120, seed=3))
-    assert written == list(texts(count=120, seed=3)) != list(texts(count=120, seed=4))
+    written = list(tokenizer_corpus(count=120, seed=3))
+    assert written == list(tokenizer_corpus(count=120, seed=3)) != list(tokenizer_corpus(count=120, seed=4))
     together = " ".join(written)
     words = (
         *LABELS,

@@ -234,7 +234,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     assert small_run(checkpoint, data, output) == 2
     error = the_error(capsys)
-    assert f"--output: {output} holds a run already" in error
+    assert f"--output: {output} already holds a run" in error
     assert "--resume" in error
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
@@ -247,7 +247,7 @@ def test_ctrl_c(
 
     monkeypatch.setattr("train.main.train", interrupt)
     assert small_run(checkpoint, mixed_data(tmp_path), tmp_path / "out") == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "stopped; go on with --resume from the last save"
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped; continue with --resume from the last save"
 
 
 def test_the_program_itself(checkpoint: Path, tmp_path: Path) -> None:

@@ -27,11 +27,13 @@ from tests.small import (
     weights,
     write_jsonl,
 )
-from train.data.corpus import Corpus
+from train.data.packed_dataset import PackedDataset
+from train.distributed.ranks import Ranks
 from train.main import main
-from train.optimizers.adamw import Optimizer
+from train.optimizers.adamw import AdamW
 from train.recipe import Stage, stage
-from train.trainer import Ranks, take_step, trainable
+from train.trainable import set_trainable
+from train.trainer import train_step
 
 # Sums in another order differ by a few units of float32's last place, 1.2e-7.
 LOSS = 5e-6
@@ -46,8 +48,8 @@ def options(number: int = 2, **overrides: Any) -> Stage:
 
 def batches(processor: Processor, file: Path, groups: list[list[int]]) -> list[PackedBatch]:
     """The file's records by number, each group a packed row."""
-    corpus = Corpus([file], processor, options())
-    made = [corpus.load([p for i in group for p in corpus.plan(corpus.lines[0][i])]) for group in groups]
+    dataset = PackedDataset([file], processor, options())
+    made = [dataset.load_row([p for i in group for p in dataset.measure(dataset.lines[0][i])]) for group in groups]
     assert all(batch is not None for batch in made)
     return made
 
@@ -55,8 +57,8 @@ def batches(processor: Processor, file: Path, groups: list[list[int]]) -> list[P
 def run_steps(made: list[PackedBatch], steps: int = 4) -> tuple[list[float], dict[str, Tensor]]:
     model, _ = small_model()
     chosen = options()
-    optimizer = Optimizer(trainable(model, chosen), chosen, model.ops)
-    losses = [take_step(model, optimizer, made, chosen.lr, Ranks())["loss"] for _ in range(steps)]
+    optimizer = AdamW(set_trainable(model, chosen), chosen, model.ops)
+    losses = [train_step(model, optimizer, made, chosen.lr, Ranks())["loss"] for _ in range(steps)]
     return losses, dict(model.named_parameters())
 
 
@@ -104,9 +106,9 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens(file: Path) -> None:
         nll += per_document[-1] * len(rows)
     labelled = sum(int((b.labels != NO_LABEL).sum()) for b in batches(processor, file, groups))
     chosen = options()
-    metrics = take_step(
+    metrics = train_step(
         model,
-        Optimizer(trainable(model, chosen), chosen, model.ops),
+        AdamW(set_trainable(model, chosen), chosen, model.ops),
         batches(processor, file, groups),
         0.0,
         Ranks(),
@@ -135,13 +137,13 @@ def test_a_step_without_an_image_and_one_with(file: Path) -> None:
     model, _ = small_model()
     before = {n: p.clone() for n, p in model.named_parameters()}
     chosen = options(weight_decay=0.0)
-    optimizer = Optimizer(trainable(model, chosen), chosen, model.ops)
+    optimizer = AdamW(set_trainable(model, chosen), chosen, model.ops)
     [text, both] = batches(processor, file, [[0, 3, 6], [1, 3]])
     assert not len(text.patches)
-    take_step(model, optimizer, [text], 1e-3, Ranks())
+    train_step(model, optimizer, [text], 1e-3, Ranks())
     changed = {n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {"decoder"}
-    take_step(model, optimizer, [both], 1e-3, Ranks())
+    train_step(model, optimizer, [both], 1e-3, Ranks())
     changed = {n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {"decoder", "projector", "vision"}
 
@@ -150,28 +152,28 @@ def test_stage_1_meets_text_alone(file: Path) -> None:
     """A row that no trained parameter has a part in counts in the loss and has no gradient."""
     model, processor = small_model()
     chosen = options(1)
-    optimizer = Optimizer(trainable(model, chosen), chosen, model.ops)
+    optimizer = AdamW(set_trainable(model, chosen), chosen, model.ops)
     [text, pictures] = batches(processor, file, [[0, 3], [1, 2]])
-    metrics = take_step(model, optimizer, [text, pictures], 1e-3, Ranks())
+    metrics = train_step(model, optimizer, [text, pictures], 1e-3, Ranks())
     assert metrics["grad_norm"] > 0
     [whole] = batches(processor, file, [[0, 3, 1, 2]])
     twin, _ = small_model()
-    same = take_step(twin, Optimizer(trainable(twin, chosen), chosen, twin.ops), [whole], 1e-3, Ranks())
+    same = train_step(twin, AdamW(set_trainable(twin, chosen), chosen, twin.ops), [whole], 1e-3, Ranks())
     assert metrics == pytest.approx(same, rel=LOSS)
-    assert take_step(model, optimizer, [text], 1e-3, Ranks())["grad_norm"] == 0
+    assert train_step(model, optimizer, [text], 1e-3, Ranks())["grad_norm"] == 0
 
 
 def test_a_step_without_labels_stops_and_with_a_broken_model_is_skipped(file: Path) -> None:
     model, processor = small_model()
     chosen = options()
-    optimizer = Optimizer(trainable(model, chosen), chosen, model.ops)
+    optimizer = AdamW(set_trainable(model, chosen), chosen, model.ops)
     bare = processor.encode(Prompt("Hello?"))
     unlabelled = pack([dataclasses.replace(bare, labels=torch.full_like(bare.input_ids, NO_LABEL))])
     with pytest.raises(UserError, match="without a single labelled token"):
-        take_step(model, optimizer, [unlabelled], 1e-3, Ranks())
+        train_step(model, optimizer, [unlabelled], 1e-3, Ranks())
     with torch.no_grad():
         model.decoder.norm.weight[0] = float("nan")
-    metrics = take_step(model, optimizer, batches(processor, file, [[1]]), 1e-3, Ranks())
+    metrics = train_step(model, optimizer, batches(processor, file, [[1]]), 1e-3, Ranks())
     assert math.isnan(metrics["loss"]) and metrics["skipped_steps"] == 1
 
 

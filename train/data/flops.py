@@ -1,9 +1,9 @@
-"""What a sample costs: the floating-point operations that its forward and backward products need, and no others.
+"""Model FLOPs of a sample: those that its forward and backward matrix products need, and no others.
 
-A multiplication with its addition counts as two operations. Only matrix products count (not norms, rotary embedding,
-softmax, activations or the position table's interpolation), each as often as the mathematics asks for it: no padding,
-no recomputation (activation checkpointing, attention's scores in its backward pass), no output layer on tokens without
-a label, no upper triangle of causal attention. The sum is what MFU divides by time, and what packing shares out.
+A multiply-add counts as two. Only matrix products count (not norms, rotary embedding, softmax, activations or the
+position table's interpolation), each as often as the mathematics requires: no padding, no recomputation (activation
+checkpointing, attention scores in the backward pass), no output layer on tokens without a label, no upper triangle of
+causal attention. MFU divides the sum by time, and ranks are balanced by it.
 
 Notation, from the configuration: C hidden size, I intermediate size, L layers, H heads and G key heads of
 dimension D, V vocabulary; c, i, l the same of the tower, of which l - 1 layers run.
@@ -19,8 +19,8 @@ from phi4rv.processing.images import PATCH_INPUTS
 
 
 @dataclass(frozen=True)
-class Operations:
-    """Floating-point operations of a forward and of a backward pass."""
+class Flops:
+    """FLOPs of a forward and of a backward pass."""
 
     forward: int = 0
     backward: int = 0
@@ -29,37 +29,37 @@ class Operations:
     def total(self) -> int:
         return self.forward + self.backward
 
-    def __add__(self, other: Operations) -> Operations:
-        return Operations(self.forward + other.forward, self.backward + other.backward)
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward)
 
 
-def operations(
+def flops(
     config: Config,
     tokens: Sequence[int],
     patches: Sequence[int] = (),
     labelled: int = 0,
     trains: Collection[str] = ("vision", "projector", "decoder"),
-) -> Operations:
-    """Of one packed row, or of any number of rows together: the sum of ``operations_by_part``.
+) -> Flops:
+    """Of one packed row, or of any number of rows together: the sum of ``flops_by_part``.
 
     tokens: the length of each document, the positions under its images included. patches: of each image. labelled:
     how many tokens have a target. trains: the parts that the stage trains (``Stage.trains``); () is inference, with
     the output layer on ``labelled`` tokens.
     """
-    return sum(operations_by_part(config, tokens, patches, labelled, trains).values(), Operations())
+    return sum(flops_by_part(config, tokens, patches, labelled, trains).values(), Flops())
 
 
-def operations_by_part(
+def flops_by_part(
     config: Config,
     tokens: Sequence[int],
     patches: Sequence[int] = (),
     labelled: int = 0,
     trains: Collection[str] = ("vision", "projector", "decoder"),
-) -> dict[str, Operations]:
-    """``operations`` of each part, with T tokens, P patches, and n the length of a document or image:
+) -> dict[str, Flops]:
+    """``flops`` of each part, with T tokens, P patches, and n the length of a document or image:
 
     =================== ==================================================
-    part                forward operations
+    part                forward FLOPs
     =================== ==================================================
     patch_embed         2 · P · 768 · c
     vision_linear       2 · P · (l - 1) · (4 c² + 2 c i)
@@ -72,8 +72,8 @@ def operations_by_part(
 
     Backward, a product x Wᵀ costs its forward once for W's gradient, where W is trained, and once for x's, where
     something before it is trained. Attention costs its forward twice (dV, dP, dQ, dK: four products for two) where
-    something before it is trained. Where nothing is trained before the decoder's end, as where stage 1 meets a row
-    without an image, nothing runs backward. The parts' order is that of the table.
+    something before it is trained. Where nothing is trained before the decoder's end, as in stage 1 for a row without
+    an image, nothing runs backward. The parts are in the order of the table.
     """
     v, all_tokens, all_patches = config.vision, sum(tokens), sum(patches)
     layers, wide, heads = v.num_hidden_layers - 1, v.hidden_size, config.num_attention_heads * config.head_dim
@@ -84,11 +84,11 @@ def operations_by_part(
     projector = vision or ("projector" in trains and all_patches > 0)
     decoder = projector or "decoder" in trains
 
-    def product(multiplications: int, trained: bool, before: bool) -> Operations:
-        return Operations(2 * multiplications, 2 * multiplications * (trained + before))
+    def product(multiplications: int, trained: bool, before: bool) -> Flops:
+        return Flops(2 * multiplications, 2 * multiplications * (trained + before))
 
-    def attention(multiplications: int, before: bool) -> Operations:
-        return Operations(2 * multiplications, 4 * multiplications * before)
+    def attention(multiplications: int, before: bool) -> Flops:
+        return Flops(2 * multiplications, 4 * multiplications * before)
 
     into, out = wide * hidden * all_patches, hidden * hidden * all_patches
     layer = hidden * (heads + 2 * kv) + heads * hidden + 3 * hidden * config.intermediate_size

@@ -1,4 +1,4 @@
-"""Where every line of the data lies, so that any of them can be read when its turn comes: eight bytes a line."""
+"""Random access to the lines of JSON Lines files, by an index of eight bytes a line."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import numpy as np
 from phi4rv.errors import UserError
 from phi4rv.processing.index_cache import cached
 
-INDEXED = 64 << 20  # bytes of a file from which its index is kept
+INDEX_CACHE_MIN_BYTES = 64 << 20  # indexes of smaller files are not cached
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a JSON Lines file: ``size`` bytes from ``offset`` of ``path`` hold it; ``where`` is what errors say."""
+    """A line of a JSON Lines file: ``size`` bytes from ``offset`` of ``path``. ``where``: ``file:number`` in errors."""
 
     file: Path
     path: Path  # where file's lines can be read: itself, or what a .gz was unpacked to
@@ -46,15 +46,15 @@ class Line:
         return content.partition(b"\n")[0]
 
 
-class Lines(Sequence[Line]):
-    """The lines of ``files``, one file behind the other, without the blank ones.
+class JsonLines(Sequence[Line]):
+    """The non-blank lines of ``files``, one file after another.
 
-    ``cache``: a folder for what has to be unpacked (see ``readable``). UserError for a file that cannot be read to
+    ``cache``: a folder for unpacked files (see ``unpacked``) and indexes. UserError for a file that cannot be read to
     its end, or that has no line.
     """
 
     def __init__(self, files: Sequence[Path], cache: Path):
-        self.files = [_File(Path(file), readable(Path(file), cache), cache) for file in files]
+        self.files = [_IndexedFile(Path(file), unpacked(Path(file), cache), cache) for file in files]
         ends = [0]
         for indexed in self.files:
             ends.append(ends[-1] + len(indexed))
@@ -70,14 +70,15 @@ class Lines(Sequence[Line]):
         return self.files[number].line(index - self._first[number])
 
 
-class _File:
-    """One file's lines. Of a large one the index is in ``cache``: mapped, and the same for all processes of a node."""
+class _IndexedFile:
+    """One file's lines. The index of a large file is in ``cache``: memory-mapped, shared by all processes of a node."""
 
     def __init__(self, file: Path, path: Path, cache: Path):
         self.file, self.path = file, path
         try:
             self.size = path.stat().st_size
-            index = _index(path) if self.size < INDEXED else cached(path, cache, lambda: _index(path))
+            large = self.size >= INDEX_CACHE_MIN_BYTES
+            index = cached(path, cache, lambda: _build_index(path)) if large else _build_index(path)
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}; give a JSON Lines file") from None
         blank = int(index[0])
@@ -95,7 +96,7 @@ class _File:
         return Line(self.file, self.path, start, end - start, number)
 
 
-def _index(path: Path) -> np.ndarray:
+def _build_index(path: Path) -> np.ndarray:
     """uint64: the number of blank lines, for each of them how many others stand before it, where the others begin."""
     starts, blank, at = array("Q"), array("Q"), 0
     with open(path, "rb") as lines:
@@ -108,23 +109,23 @@ def _index(path: Path) -> np.ndarray:
     return np.concatenate([np.array([len(blank)], np.uint64), np.array(blank), np.array(starts)]).astype(np.uint64)
 
 
-def readable(file: Path, cache: Path) -> Path:
+def unpacked(file: Path, cache: Path) -> Path:
     """``file``, or for a ``.gz`` its unpacked copy in ``cache``, made if it is not there yet.
 
-    A gzip stream has no random access. Name, size and date of the ``.gz`` are in the copy's name: it is made once.
+    A gzip stream has no random access. The copy's name has name, size and date of the ``.gz``: it is made once.
     """
     if file.suffix != ".gz":
         return file
     try:
-        about = file.stat()
-        path = cache / f"{file.stem}-{zlib.crc32(bytes(file.resolve())):08x}-{about.st_size}-{about.st_mtime_ns}"
+        stat = file.stat()
+        path = cache / f"{file.stem}-{zlib.crc32(bytes(file.resolve())):08x}-{stat.st_size}-{stat.st_mtime_ns}"
         if path.exists():
             return path
         cache.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
-            with gzip.open(file, "rb") as packed, open(partial, "wb") as out:
-                shutil.copyfileobj(packed, out, 1 << 20)
+            with gzip.open(file, "rb") as compressed, open(partial, "wb") as out:
+                shutil.copyfileobj(compressed, out, 1 << 20)
             partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The rows that a rank works on, ready when it asks for them: decoded ahead, pinned, and copied on their own stream."""
+"""Prefetching: a rank's packed rows are decoded ahead, pinned, and copied to the device on a stream of their own."""
 
 from __future__ import annotations
 
@@ -13,114 +13,119 @@ import torch
 from torch import Tensor
 
 from phi4rv.batch import PackedBatch
-from train.data.corpus import Corpus, with_bad
-from train.data.packing import share
-from train.data.reader import Loaded
-from train.data.stream import Step
-from train.distributed.context_parallel import ALONE, Context
+from train.data.packed_dataset import PackedDataset, add_bad
+from train.data.packing import balance_rows
+from train.data.reader import LoadedRow
+from train.data.stream import GlobalBatch
+from train.distributed.context_parallel import NO_CONTEXT_PARALLEL, ContextParallel
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A step and this rank's rows of it, read as they are asked for."""
+class PrefetchedStep:
+    """A global batch and this rank's rows of it, which are loaded lazily."""
 
-    step: Step
+    global_batch: GlobalBatch
     batches: Iterator[PackedBatch]
-    corpus: Corpus
+    dataset: PackedDataset
 
     @property
     def skipped(self) -> dict[str, int]:
-        """What was left out so far; complete when the rows have been read."""
-        return with_bad(self.step.skipped, self.corpus.unreadable)
+        """What was left out so far; complete when the rows have been loaded."""
+        return add_bad(self.global_batch.skipped, self.dataset.unreadable)
 
 
 def prefetch(
-    source: Iterator[Step], corpus: Corpus, rank: int, world: int, pin: bool = False, context: Context = ALONE
-) -> Iterator[Prepared]:
-    """Every step of ``source``. Its rows are read ahead, across the steps' borders: one beside the row in use, on a
-    thread, and two for each loader process. ``pin``: in pinned memory, which a GPU copies from without waiting.
-    ``context``: the ranks that share this one's rows; they take turns to read one and hand out its parts.
+    global_batches: Iterator[GlobalBatch],
+    dataset: PackedDataset,
+    rank: int,
+    world_size: int,
+    pin: bool = False,
+    cp: ContextParallel = NO_CONTEXT_PARALLEL,
+) -> Iterator[PrefetchedStep]:
+    """Every global batch with this rank's rows, which are loaded ahead, also those of the next batches: one beside the
+    row in use, on a thread, and two for each loader process. ``pin``: in pinned memory, from which a GPU copies
+    asynchronously. ``cp``: the ranks that share this one's rows; they take turns to load one and scatter it.
     """
-    begun: list[tuple[Step, int]] = []
-    turns, readers = cycle(range(context.size)), deque[int | None]()  # of each thing wanted, who reads it
+    started: list[tuple[GlobalBatch, int]] = []
+    turns, loading_ranks = cycle(range(cp.size)), deque[int | None]()  # of each request: the rank in cp that loads it
 
-    def wanted() -> Iterator[Any]:
-        for step in source:
-            shares = share(step.costs, world // context.size)
-            rows, most = shares[rank // context.size], max(map(len, shares))
-            begun.append((step, most))
-            readers.append(None)
-            yield None  # the step itself: a rank without a row has it too
+    def requests() -> Iterator[Any]:
+        for global_batch in global_batches:
+            shares = balance_rows(global_batch.row_flops, world_size // cp.size)
+            rows, most = shares[rank // cp.size], max(map(len, shares))
+            started.append((global_batch, most))
+            loading_ranks.append(None)
+            yield None  # stands for the global batch itself: a rank without a row has it too
             for number in rows:
-                readers.append(next(turns))
-                yield step.sequences[number] if readers[-1] == context.rank else None
-            # Equally many on every rank: all look equally many steps ahead, and a step is planned by all together.
+                loading_ranks.append(next(turns))
+                yield global_batch.sequences[number] if loading_ranks[-1] == cp.rank else None
+            # As many requests on every rank: all look equally far ahead, as the ranks measure samples together.
             for _ in range(most - len(rows)):
-                readers.append(None)
+                loading_ranks.append(None)
                 yield None
 
-    answers = corpus.workers.in_order("load", wanted(), 2 * corpus.workers.count * context.size)
+    results = dataset.workers.imap("load_row", requests(), 2 * dataset.workers.count * cp.size)
 
-    def following() -> tuple[Any, Any] | None:
-        ready = next(answers, None)
-        if ready is None or (reader := readers.popleft()) is None:
-            return ready
-        sequence, loaded = ready[0], ready[1] or Loaded(None, [])
-        batch = context.hand_out(loaded.batch, reader)
-        return sequence, replace(loaded, batch=pinned(batch) if pin and batch is not None else batch)
+    def load_next() -> tuple[Any, Any] | None:
+        result = next(results, None)
+        if result is None or (loading_rank := loading_ranks.popleft()) is None:
+            return result
+        sequence, row = result[0], result[1] or LoadedRow(None, [])
+        batch = cp.scatter(row.batch, loading_rank)
+        return sequence, replace(row, batch=pin_memory(batch) if pin and batch is not None else batch)
 
     # One compute thread in here: a second OpenMP team that spins would halve the speed of a CPU's training step.
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        ahead = pool.submit(following)
+        ahead = pool.submit(load_next)
 
         def advance() -> tuple[Any, Any] | None:
             nonlocal ahead
-            ready = ahead.result()
-            ahead = pool.submit(following)
-            return ready
+            result = ahead.result()
+            ahead = pool.submit(load_next)
+            return result
 
         def rows(count: int) -> Iterator[PackedBatch]:
             for _ in range(count):
-                ready = advance()
-                assert ready is not None
-                batch = None if ready[1] is None else corpus.loaded(*ready)
+                result = advance()
+                assert result is not None
+                batch = None if result[1] is None else dataset.accept_row(*result)
                 if batch is not None:
                     yield batch
 
         while advance() is not None:
-            step, count = begun.pop(0)
+            global_batch, count = started.pop(0)
             batches = rows(count)
-            yield Prepared(step, batches, corpus)
-            for _ in batches:  # those that nobody asked for
+            yield PrefetchedStep(global_batch, batches, dataset)
+            for _ in batches:  # those that the caller left unread
                 pass
 
 
-def pinned(batch: PackedBatch) -> PackedBatch:
+def pin_memory(batch: PackedBatch) -> PackedBatch:
     """The same batch in page-locked memory."""
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
     locked: dict[str, Any] = {name: t.pin_memory() for name, t in tensors.items() if isinstance(t, Tensor)}
     return replace(batch, **locked)
 
 
-def on_device(batches: Iterable[PackedBatch], device: torch.device) -> Iterator[PackedBatch]:
-    """The batches on ``device``. To a GPU each is copied on a stream of its own while the one before it is in use."""
+def prefetch_to_device(batches: Iterable[PackedBatch], device: torch.device) -> Iterator[PackedBatch]:
+    """The batches on ``device``. To a GPU each is copied on a side stream while the one before it is in use."""
     if device.type != "cuda":
         for batch in batches:
             yield batch.to(device)
         return
-    copies, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    copy_stream, compute_stream = torch.cuda.Stream(device), torch.cuda.current_stream(device)
 
     def copy(batch: PackedBatch | None) -> PackedBatch | None:
-        with torch.cuda.stream(copies):
+        with torch.cuda.stream(copy_stream):
             return None if batch is None else batch.to(device, non_blocking=True)
 
-    waiting = iter(batches)
-    ahead = copy(next(waiting, None))
+    source = iter(batches)
+    ahead = copy(next(source, None))
     while ahead is not None:
-        main.wait_stream(copies)
-        ready = ahead
-        for f in fields(ready):
-            if isinstance(tensor := getattr(ready, f.name), Tensor):
-                tensor.record_stream(main)  # its memory is the copies' own till main has done with it
-        yield ready
-        ahead = copy(next(waiting, None))
+        compute_stream.wait_stream(copy_stream)
+        current = ahead
+        for f in fields(current):
+            if isinstance(tensor := getattr(current, f.name), Tensor):
+                tensor.record_stream(compute_stream)  # the copy stream reuses its memory only after that
+        yield current
+        ahead = copy(next(source, None))

@@ -1,4 +1,4 @@
-"""Filling sequences: which samples share one packed row, and which rows one rank."""
+"""Which samples share a packed sequence (subset sum), and which rank gets which row (LPT scheduling)."""
 
 from __future__ import annotations
 
@@ -7,45 +7,45 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-WINDOW = 128  # samples to choose from; with so many lengths some subset nearly always fills a row to the token
+WINDOW = 128  # samples to choose from: with so many, some subset nearly always fills a row to the last token
 
 
-def fill_sequences(
-    samples: Iterable[T], length: Callable[[T], int], capacity: int, waiting: list[T] | None = None
+def pack_sequences(
+    samples: Iterable[T], length: Callable[[T], int], capacity: int, buffer: list[T] | None = None
 ) -> Iterator[list[T]]:
     """Groups of samples whose lengths add up to at most ``capacity`` and as near to it as WINDOW samples allow.
 
-    Lazy and deterministic: reads at most WINDOW samples ahead, and the oldest one waiting is always in the next
-    group, so that order is nearly kept and nothing waits for ever. No sample may be longer than ``capacity``.
-    ``waiting``: those that were read and not yet given when an earlier run stopped; kept up to date.
+    Lazy and deterministic: reads at most WINDOW samples ahead. The oldest sample of the buffer is always in the next
+    group, so that order is nearly kept and no sample starves. No sample may be longer than ``capacity``.
+    ``buffer``: samples read and not yet packed, of a resumed run too; kept up to date.
     """
-    waiting = [] if waiting is None else waiting
+    buffer = [] if buffer is None else buffer
     for sample in samples:
-        waiting.append(sample)
-        if len(waiting) == WINDOW:
-            yield _take(waiting, length, capacity)
-    while waiting:
-        yield _take(waiting, length, capacity)
+        buffer.append(sample)
+        if len(buffer) == WINDOW:
+            yield _take_sequence(buffer, length, capacity)
+    while buffer:
+        yield _take_sequence(buffer, length, capacity)
 
 
-def _take(waiting: list[T], length: Callable[[T], int], capacity: int) -> list[T]:
-    """Removes from ``waiting``, and returns, its first sample and the fullest set of others beside it."""
-    room = capacity - length(waiting[0])
-    if room < 0:
-        raise ValueError(f"a sample of {length(waiting[0])} tokens does not fit a sequence of {capacity}")
-    chosen = {0} | {i + 1 for i in fullest([length(s) for s in waiting[1:]], room)}
-    group = [s for i, s in enumerate(waiting) if i in chosen]
-    waiting[:] = [s for i, s in enumerate(waiting) if i not in chosen]
+def _take_sequence(buffer: list[T], length: Callable[[T], int], capacity: int) -> list[T]:
+    """Removes from ``buffer``, and returns, its first sample and the fullest subset of the others beside it."""
+    remaining = capacity - length(buffer[0])
+    if remaining < 0:
+        raise ValueError(f"a sample of {length(buffer[0])} tokens does not fit a sequence of {capacity}")
+    chosen = {0} | {i + 1 for i in fullest_subset([length(s) for s in buffer[1:]], remaining)}
+    group = [s for i, s in enumerate(buffer) if i in chosen]
+    buffer[:] = [s for i, s in enumerate(buffer) if i not in chosen]
     return group
 
 
-def fullest(lengths: list[int], room: int) -> list[int]:
-    """Indices of a subset with the largest sum that is at most ``room`` (subset sum; bit s of ``sums`` is sum s).
+def fullest_subset(lengths: list[int], capacity: int) -> list[int]:
+    """Indices of a subset with the largest sum that is at most ``capacity``; among equals, early ones.
 
-    Among equals it prefers the early ones.
+    Subset sum by dynamic programming on bit masks.
     """
-    within = (1 << (room + 1)) - 1
-    sums = [1]  # sums[i]: what the first i lengths can reach
+    within = (1 << (capacity + 1)) - 1
+    sums = [1]  # bit s of sums[i]: whether some of the first i lengths add up to s
     for n in lengths:
         sums.append((sums[-1] | sums[-1] << n) & within)
     target = sums[-1].bit_length() - 1
@@ -57,27 +57,27 @@ def fullest(lengths: list[int], room: int) -> list[int]:
     return taken[::-1]
 
 
-def share(costs: Sequence[float], world: int) -> list[list[int]]:
-    """For each of ``world`` ranks the rows that it works on, by number: equally many, of equal cost in sum.
+def balance_rows(costs: Sequence[float], world_size: int) -> list[list[int]]:
+    """For each of ``world_size`` ranks the numbers of its rows: equally many, of about equal total cost.
 
-    The costliest row goes first, to the rank that has least to do (Graham 1969) among those that still lack a row.
-    Each rank so works from its costliest row to its cheapest: ranks that wait for each other after every row wait
-    little. One rank keeps the rows' order. Where the rows do not divide, some ranks have one less, or none.
+    Longest processing time first (Graham 1969): the costliest row goes to the least loaded rank that still lacks one.
+    Each rank gets its rows from costliest to cheapest, so that ranks that synchronize after every row wait little. A
+    single rank keeps the rows' order. Where the number does not divide evenly, some ranks have one row less, or none.
     """
-    if world == 1:
+    if world_size == 1:
         return [list(range(len(costs)))]
-    rows: list[list[int]] = [[] for _ in range(world)]
-    room = [len(costs) // world + (rank < len(costs) % world) for rank in range(world)]
-    least = [(0.0, rank) for rank in range(world) if room[rank]]
+    rows: list[list[int]] = [[] for _ in range(world_size)]
+    quota = [len(costs) // world_size + (rank < len(costs) % world_size) for rank in range(world_size)]
+    heap = [(0.0, rank) for rank in range(world_size) if quota[rank]]
     for number in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        total, rank = heapq.heappop(least)
+        total, rank = heapq.heappop(heap)
         rows[rank].append(number)
-        if len(rows[rank]) < room[rank]:
-            heapq.heappush(least, (total + costs[number], rank))
+        if len(rows[rank]) < quota[rank]:
+            heapq.heappush(heap, (total + costs[number], rank))
     return rows
 
 
 def imbalance(costs: Sequence[float], shares: Sequence[Sequence[int]]) -> float:
-    """How much longer the busiest rank works than the mean: 0.03 is 3 %."""
+    """Load of the busiest rank over the mean, minus 1: 0.03 is 3 %."""
     sums = [sum(costs[i] for i in rows) for rows in shares]
     return max(sums) * len(sums) / sum(sums) - 1 if sum(sums) else 0.0

@@ -1,4 +1,4 @@
-"""From a line to its tokens, and from planned samples to a packed row with decoded pictures: what workers do."""
+"""What loader processes do: measure the samples of a line, and load measured samples as a packed row with images."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from train.recipe import Stage
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One conversation, measured: what packing has to know. Its text and pictures stay on the disk till ``load``.
+class SampleInfo:
+    """One conversation, measured: what packing has to know. Its text and images stay on the disk until ``load_row``.
 
-    conversation: which of its line's; turns: how many of its turns are kept; length: tokens, images included;
-    patches: of each image; labelled: tokens with a target; thinking: whether the first answer begins with a thought.
-    ``ref`` says where in the run's sources it comes from.
+    conversation: its number in the line; turns: how many of its turns are kept; length: tokens, images included;
+    patches: of each image; labelled: tokens with a target; reasoning: whether the first answer begins with a thought.
     """
 
     line: Line
@@ -37,10 +36,10 @@ class Planned:
     length: int
     grids: tuple[tuple[int, int], ...]
     labelled: int
-    thinking: bool
+    reasoning: bool
     shortened: bool = False
     ref: tuple[int, int, int] = (0, 0, 0)  # source, line, conversation
-    again: bool = False  # seen in an earlier epoch: counted then
+    repeated: bool = False  # seen, and counted, in an earlier epoch
 
     @property
     def where(self) -> str:
@@ -55,16 +54,16 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """What is left out: ``bad`` with its message, or ``dropped`` because it is too long."""
+class SkippedSample:
+    """A sample that is left out: ``bad`` with the error, or ``dropped`` because it is too long."""
 
-    what: str
+    reason: str
     message: str
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A packed row, None if nothing of it could be read; ``failures``: place in the sequence, and what is wrong."""
+class LoadedRow:
+    """A packed row, None if nothing of it could be read; ``failures``: position in the sequence, and the error."""
 
     batch: PackedBatch | None
     failures: list[tuple[int, str]]
@@ -72,9 +71,9 @@ class Loaded:
 
 @dataclass
 class Reader:
-    """``timeout``: seconds that one image may take to read and decode, in a worker process; 0 for any time.
+    """``timeout``: seconds that one image may take to read and decode in a worker process; 0 for no limit.
 
-    Everything here is a function of the line alone (and of the disk it lies on): no order, no counts, no chance.
+    Stateless: every result depends on the line and the files alone.
     """
 
     processor: Processor
@@ -86,114 +85,114 @@ class Reader:
     def __post_init__(self) -> None:
         self.files = ImageFiles(self.cache)
 
-    def plan_all(self, lines: Sequence[Line]) -> list[list[Planned | Skipped]]:
-        return [self.plan(line) for line in lines]
+    def measure_lines(self, lines: Sequence[Line]) -> list[list[SampleInfo | SkippedSample]]:
+        return [self.measure(line) for line in lines]
 
-    def plan(self, line: Line) -> list[Planned | Skipped]:
-        """Each conversation of the line; one Skipped if the line is bad as a whole."""
+    def measure(self, line: Line) -> list[SampleInfo | SkippedSample]:
+        """Each conversation of the line; one ``SkippedSample`` if the whole line is bad."""
         content = line.read()
         try:
             records = parse_line(content, line.where, line.file.parent, self.files)
         except UserError as error:
-            return [Skipped("bad", str(error))]
-        return [self._plan(line, number, record) for number, record in enumerate(records)]
+            return [SkippedSample("bad", str(error))]
+        return [self._measure(line, number, record) for number, record in enumerate(records)]
 
-    def _plan(self, line: Line, number: int, record: Record) -> Planned | Skipped:
+    def _measure(self, line: Line, number: int, record: Record) -> SampleInfo | SkippedSample:
         try:
             grids = [self._grid(path) for path in record.images]
-            kept = len(record.turns)
-            sample = self._tokens(record.turns, grids)
+            turns = len(record.turns)
+            sample = self._tokenize(record.turns, grids)
             longest, shorten = self.stage.sequence_length, self.stage.too_long == "shorten"
-            while shorten and len(sample) > longest and _answers(record.turns[:kept]) > 1:
-                # A question goes with its answer and its images, whole: nothing is cut inside.
-                kept -= 2
-                sample = self._tokens(record.turns[:kept], grids)
+            while shorten and len(sample) > longest and _count_answers(record.turns[:turns]) > 1:
+                # Whole turns go: a question with its answer and its images.
+                turns -= 2
+                sample = self._tokenize(record.turns[:turns], grids)
         except UserError as error:
-            return Skipped("bad", f"{record.where}: {error}")
+            return SkippedSample("bad", f"{record.where}: {error}")
         if len(sample) > longest:
-            return Skipped("dropped", record.where)
-        return Planned(
+            return SkippedSample("dropped", record.where)
+        return SampleInfo(
             line=line,
             conversation=number,
-            turns=kept,
+            turns=turns,
             length=len(sample),
             grids=tuple((rows, cols) for rows, cols in sample.grids.tolist()),
-            labelled=_targets(sample),
-            thinking=next(t.content for t in record.turns if t.role == "assistant").lstrip().startswith(THINK),
-            shortened=kept < len(record.turns),
+            labelled=_count_targets(sample),
+            reasoning=next(t.content for t in record.turns if t.role == "assistant").lstrip().startswith(THINK),
+            shortened=turns < len(record.turns),
         )
 
     def _grid(self, path: Path) -> tuple[int, int]:
         with time_limit(self.timeout, str(path)):
             return self.processor.grid(*image_size(self.files.source(path), str(path)))
 
-    def load(self, sequence: Sequence[Planned]) -> Loaded:
-        """Decodes the pictures and packs; a sample that cannot be read is left out."""
+    def load_row(self, sequence: Sequence[SampleInfo]) -> LoadedRow:
+        """Decodes the images and packs the row; a sample that cannot be read is left out."""
         samples, failures = [], []
-        for place, planned in enumerate(sequence):
-            content = planned.line.read()  # a data file that has gone is nobody's bad record
+        for position, info in enumerate(sequence):
+            content = info.line.read()  # raises: a missing data file is not a bad record
             try:
-                samples.append(self._load(planned, content))
+                samples.append(self._load_sample(info, content))
             except UserError as error:
-                failures.append((place, f"{planned.where}: {error}"))
-        return Loaded(pack(samples) if samples else None, failures)
+                failures.append((position, f"{info.where}: {error}"))
+        return LoadedRow(pack(samples) if samples else None, failures)
 
-    def _load(self, planned: Planned, content: bytes) -> Sample:
+    def _load_sample(self, info: SampleInfo, content: bytes) -> Sample:
         try:
-            records = parse_line(content, planned.where, planned.line.file.parent, self.files)
+            records = parse_line(content, info.where, info.line.file.parent, self.files)
         except UserError as error:
-            raise UserError(str(error).removeprefix(f"{planned.where}: ")) from None
-        record = records[planned.conversation]
-        sample = self._tokens(record.turns[: planned.turns], list(planned.grids))
+            raise UserError(str(error).removeprefix(f"{info.where}: ")) from None
+        record = records[info.conversation]
+        sample = self._tokenize(record.turns[: info.turns], list(info.grids))
         patches = []
-        for path, grid in zip(record.images, planned.grids, strict=False):  # shortening may leave the last ones out
+        for path, grid in zip(record.images, info.grids, strict=False):  # shortening may leave the last ones out
             with time_limit(self.timeout, str(path)):
                 patches.append(patchify(open_image(self.files.source(path), str(path)), *grid))
         return with_patches(sample, patches)
 
-    def _tokens(self, turns: Sequence[Message], grids: Sequence[tuple[int, int]]) -> Sample:
+    def _tokenize(self, turns: Sequence[Message], grids: Sequence[tuple[int, int]]) -> Sample:
         direct = self.processor.direct_token
-        said = [Message(t.role, canonical_answer(t.content, direct)) if t.role == "assistant" else t for t in turns]
-        shown = grids[: sum(turn.content.count(IMAGE_MARK) for turn in turns)]
-        return self.processor.tokens(said, shown, labelled=True)
+        messages = [Message(t.role, canonical_answer(t.content, direct)) if t.role == "assistant" else t for t in turns]
+        used_grids = grids[: sum(turn.content.count(IMAGE_MARK) for turn in turns)]
+        return self.processor.tokens(messages, used_grids, labelled=True)
 
 
-def _answers(turns: Sequence[Message]) -> int:
+def _count_answers(turns: Sequence[Message]) -> int:
     return sum(turn.role == "assistant" for turn in turns)
 
 
-def _targets(sample: Sample) -> int:
-    """How many tokens have a target; the first token of a document is nobody's."""
+def _count_targets(sample: Sample) -> int:
+    """How many tokens have a target; the first token of a document is never one."""
     assert sample.labels is not None
     return int((sample.labels[1:] != NO_LABEL).sum())
 
 
-class _TooSlow(BaseException):
-    """Not an Exception: the image readers turn every one of those into their own message."""
+class _ImageTimeout(BaseException):
+    """A BaseException, as the image readers turn every Exception into an error of their own."""
 
 
 @contextmanager
 def time_limit(seconds: float, name: str) -> Iterator[None]:
-    """UserError if the block takes longer. By a signal, so only in a process's main thread; elsewhere no limit."""
+    """UserError if the block takes longer. Uses SIGALRM: no limit outside of a process's main thread."""
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     running = True
 
-    def ring(signal_number: int, frame: FrameType | None) -> None:
+    def on_alarm(signal_number: int, frame: FrameType | None) -> None:
         if running:
-            raise _TooSlow
+            raise _ImageTimeout
 
-    before = signal.signal(signal.SIGALRM, ring)
+    previous = signal.signal(signal.SIGALRM, on_alarm)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         try:
             yield
         finally:
-            running = False  # what rings before this line is caught below, what rings after it is nothing
-    except _TooSlow:
-        raise UserError(f"{name}: not read within {seconds:g} s; see to its disk, or raise --image-timeout") from None
+            running = False  # an alarm before this line is caught below, one after it does nothing
+    except _ImageTimeout:
+        raise UserError(f"{name}: not read within {seconds:g} s; check its disk, or raise --image-timeout") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)

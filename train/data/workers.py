@@ -1,4 +1,4 @@
-"""Loader processes: N Readers beside the training process, whose answers come in the order of the questions."""
+"""Loader processes: a pool of Readers beside the training process, with results in the order of the requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures import TimeoutError as Late
+from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -22,74 +22,74 @@ from phi4rv.processing.processor import Processor
 from train.data.reader import Reader
 from train.recipe import Stage
 
-SILENCE = 60.0  # seconds, beside ten times --image-timeout, after which a worker that does not answer is given up
+RESULT_TIMEOUT = 60.0  # seconds, on top of ten times --image-timeout, that a result may take
 
 
-class Workers:
-    """``count`` processes, started at the first question; with 0 the asking thread does the work itself."""
+class WorkerPool:
+    """``count`` processes, started at the first request; with 0 the calling thread does the work itself."""
 
     def __init__(self, reader: Reader, count: int = 0):
         self.reader, self.count = reader, count
         self._pool: ProcessPoolExecutor | None = None
         self._closed = False
 
-    def in_order(self, method: str, items: Iterable[Any], ahead: int) -> Iterator[tuple[Any, Any]]:
-        """Each item and what the Reader's ``method`` makes of it; reads ``ahead`` items further than it gives.
+    def imap(self, method: str, items: Iterable[Any], ahead: int) -> Iterator[tuple[Any, Any]]:
+        """Each item and the result of the Reader's ``method`` on it, in order; ``ahead`` items are in flight.
 
-        An item that is None is not asked about. UserError if a process has died, or answers no more.
+        None for an item that is None. UserError if a process has died, or does not answer.
         """
         if not self.count:
             for item in items:
                 yield item, None if item is None else getattr(self.reader, method)(item)
             return
-        asked: deque[tuple[Any, Future[Any] | None]] = deque()
+        pending: deque[tuple[Any, Future[Any] | None]] = deque()
         for item in items:
-            asked.append((item, None if item is None else self._ask(method, item)))
-            if len(asked) > ahead:
-                yield self._answer(*asked.popleft())
-        while asked:
-            yield self._answer(*asked.popleft())
+            pending.append((item, None if item is None else self._submit(method, item)))
+            if len(pending) > ahead:
+                yield self._result(*pending.popleft())
+        while pending:
+            yield self._result(*pending.popleft())
 
-    def _ask(self, method: str, item: Any) -> Future[Any]:
-        if self._closed:  # by the training thread, while a loader's asked
-            raise self._died()
+    def _submit(self, method: str, item: Any) -> Future[Any]:
+        if self._closed:  # by the training thread, while the loader's thread submits
+            raise self._worker_died()
         if self._pool is None:
             reader = self.reader
             # spawn: a fork would copy a process in which CUDA, gloo and OpenMP have threads.
             self._pool = ProcessPoolExecutor(
                 self.count,
                 multiprocessing.get_context("spawn"),
-                _begin,
+                _init_worker,
                 (reader.processor.files, reader.processor.config, reader.stage, reader.cache, reader.timeout),
             )
         try:
-            return self._pool.submit(_work, method, item)
+            return self._pool.submit(_call_reader, method, item)
         except BrokenProcessPool:
-            raise self._died() from None
+            raise self._worker_died() from None
 
-    def _answer(self, item: Any, future: Future[Any] | None) -> tuple[Any, Any]:
+    def _result(self, item: Any, future: Future[Any] | None) -> tuple[Any, Any]:
         try:
-            limit = 10 * self.reader.timeout + SILENCE if self.reader.timeout else None
+            limit = 10 * self.reader.timeout + RESULT_TIMEOUT if self.reader.timeout else None
             return item, None if future is None else future.result(limit)
         except BrokenProcessPool:
-            raise self._died() from None
-        except Late:
+            raise self._worker_died() from None
+        except FutureTimeout:
             raise UserError(
-                f"--workers: the loader processes have not answered for {limit:.0f} s; the disk under the data hangs"
+                f"--workers: the loader processes have not answered for {limit:.0f} s; the disk with the data hangs"
             ) from None
 
-    def _died(self) -> UserError:
+    def _worker_died(self) -> UserError:
         return UserError(
             f"--workers: one of the {self.count} loader processes died (killed, or out of memory); "
-            "go on with --resume, with fewer --workers if memory is short"
+            "continue with --resume, with fewer --workers if memory is short"
         )
 
     def close(self) -> None:
-        """Ends the processes; what was asked and not answered is forgotten."""
+        """Ends the processes and drops pending requests."""
         self._closed = True
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-            children = multiprocessing.active_children()  # nobody else here starts any
+            children = multiprocessing.active_children()  # nothing else here starts any
             for process in children:
                 process.kill()
             for process in children:
@@ -100,23 +100,23 @@ class Workers:
 _reader: Reader | None = None
 
 
-def _begin(files: dict[str, bytes], config: Config, stage: Stage, cache: Path | None, timeout: float) -> None:
+def _init_worker(files: dict[str, bytes], config: Config, stage: Stage, cache: Path | None, timeout: float) -> None:
     global _reader
-    # Ctrl-C, and SIGTERM to a whole group or job (SLURM), are the training process's to answer.
+    # Ctrl-C, and SIGTERM to a whole group or job (SLURM), are handled by the training process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _reader = Reader(Processor(files, config), stage, cache, timeout)
 
 
-def _end_with_parent() -> None:
-    """A training process that was killed closes nothing, and this one would wait for ever."""
+def _exit_with_parent() -> None:
+    """Else this process would wait for ever after the training process was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _work(method: str, item: Any) -> Any:
+def _call_reader(method: str, item: Any) -> Any:
     return getattr(_reader, method)(item)

@@ -1,4 +1,4 @@
-"""Sharding a model over ranks by PyTorch's FSDP2, from outside: ZeRO-1 to -3 (Rajbhandari et al. 2020) and HSDP."""
+"""Sharding a model over ranks with PyTorch's FSDP2: ZeRO-1 to -3 (Rajbhandari et al. 2020) and HSDP."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
 from phi4rv.errors import UserError
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.processing.images import PATCH_INPUTS
-from train.distributed.context_parallel import ALONE, Context
+from train.distributed.context_parallel import NO_CONTEXT_PARALLEL, ContextParallel
 from train.distributed.ranks import Ranks
 
 SHARDS = ("none", "optimizer", "gradients", "full")
 
 
 def device_mesh(ranks: Ranks, replicas: int, device: torch.device) -> DeviceMesh | None:
-    """(replicate, shard): ``replicas`` copies of the model, each sharded over world / replicas neighbouring ranks.
+    """(replicate, shard): ``replicas`` copies of the model, each sharded over world_size / replicas neighbouring ranks.
 
-    None where one process is alone. With a copy a node, gathers stay inside the node and only summed gradient shards
+    None for a single process. With one copy a node, gathers stay inside the node, and only summed gradient shards
     cross between nodes.
     """
-    if replicas < 1 or ranks.world % replicas:
-        raise UserError(f"--replicas: {replicas} copies cannot share {ranks.world} process(es) evenly; give a divisor")
-    if ranks.world == 1:
+    if replicas < 1 or ranks.world_size % replicas:
+        raise UserError(
+            f"--replicas: {replicas} replicas cannot share {ranks.world_size} process(es) evenly; give a divisor"
+        )
+    if ranks.world_size == 1:
         return None
     if replicas == 1:
-        return init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("shard",))
-    shape = (replicas, ranks.world // replicas)
+        return init_device_mesh(device.type, (ranks.world_size,), mesh_dim_names=("shard",))
+    shape = (replicas, ranks.world_size // replicas)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def parallelize(model: Phi4RV, mesh: DeviceMesh, shard: str, dtype: torch.dtype) -> None:
-    """Shards ``model`` (on any device, also meta) in place; ``trainable`` must have frozen what does not train.
+    """Shards ``model`` (on any device, also meta) in place; ``set_trainable`` must have frozen what does not train.
 
-    ``shard`` says what is cut into a part for each rank. Masters (float32, the parameters themselves), moments and
-    summed gradients (float32) always are; on top of that, of a step with several rows a rank:
+    ``shard`` says what is sharded beside masters (float32, the parameters themselves), moments and summed gradients
+    (float32), in a step with several rows a rank:
 
     - ``optimizer`` (ZeRO-1): gathered ``dtype`` weights stay from the first row to the last, gradients are summed
       whole in float32 on each rank and scattered once (``set_requires_gradient_sync``).
@@ -79,41 +81,41 @@ def parallelize(model: Phi4RV, mesh: DeviceMesh, shard: str, dtype: torch.dtype)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
 
 
-def passes(
-    model: Phi4RV, shard: str, batches: Iterable[PackedBatch], count: int, context: Context = ALONE
+def fsdp_micro_batches(
+    model: Phi4RV, shard: str, batches: Iterable[PackedBatch], count: int, cp: ContextParallel = NO_CONTEXT_PARALLEL
 ) -> Iterator[PackedBatch]:
-    """``count`` batches, the same on every rank: gathers and scatters are the work of all ranks together.
+    """``count`` batches, the same number on every rank, as FSDP's collectives need every rank.
 
-    Where a rank has less to do, the rest are idle; where a batch has no image, the tower reads a blank one.
-    ``context``: the ranks that share this one's rows.
+    A rank with fewer batches gets dummy ones, and a batch without an image a dummy image. Sets what FSDP does after
+    each backward pass. ``cp``: the ranks that share this one's rows.
     """
     assert isinstance(model, FSDPModule)
-    given = iter(batches)
+    source = iter(batches)
     for number in range(count):
-        batch = next(given, None)
+        batch = next(source, None)
         last = number == count - 1
         if shard != "full":
             model.set_reshard_after_backward(last)
         if shard == "optimizer":
             model.set_requires_gradient_sync(last)
         if shard != "optimizer":
-            model.set_requires_all_reduce(last)  # between copies of the model once a step
+            model.set_requires_all_reduce(last)  # between replicas once a step
         model.set_is_last_backward(last)
-        yield with_image(batch if batch is not None else context.own(idle(context.size)).to(model.device))
-    assert next(given, None) is None, "a rank has more rows than its share"
+        yield with_dummy_image(batch if batch is not None else cp.shard(dummy_batch(cp.size)).to(model.device))
+    assert next(source, None) is None, "a rank has more rows than its share"
 
 
-def idle(count: int = 1) -> PackedBatch:
-    """``count`` tokens that nothing is learned from."""
+def dummy_batch(count: int = 1) -> PackedBatch:
+    """``count`` tokens without labels."""
     nothing = torch.zeros(0, dtype=torch.int64)
     tokens, grids = torch.zeros(count, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int32)
     return pack([Sample(tokens, torch.full_like(tokens, NO_LABEL), torch.zeros(0, PATCH_INPUTS), grids, nothing)])
 
 
-def with_image(batch: PackedBatch) -> PackedBatch:
-    """``batch``, if it has no image with a blank one of one patch, whose features go to no token.
+def with_dummy_image(batch: PackedBatch) -> PackedBatch:
+    """``batch``; without an image, with a blank one of one patch, whose features go to no token.
 
-    Tower and projector so run, on no rows that count, and get gradients of exactly zero.
+    Tower and projector then run on every rank, and get gradients of exactly zero.
     """
     if len(batch.patches):
         return batch
@@ -126,13 +128,13 @@ def with_image(batch: PackedBatch) -> PackedBatch:
     )
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; another tensor as it is."""
+def to_local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, sharing its memory; another tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def assign(parameter: Tensor, whole: Tensor) -> None:
-    """Copies a whole tensor into ``parameter``, of which this rank may hold a part; nothing is sent."""
+def copy_full_tensor(parameter: Tensor, full: Tensor) -> None:
+    """Copies a full tensor into ``parameter``, which may be a DTensor; no communication."""
     if isinstance(parameter, DTensor):
-        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
-    local(parameter).copy_(whole)
+        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    to_local(parameter).copy_(full)

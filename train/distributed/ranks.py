@@ -1,4 +1,4 @@
-"""The processes of a run, and what they tell each other beside gradients."""
+"""The processes of a run, and what they exchange beside gradients."""
 
 from __future__ import annotations
 
@@ -11,82 +11,86 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A process waits for the others while the first draws data, saves and measures; one that died is found by Watch.
-PATIENCE = timedelta(hours=2)
+# The others wait while rank 0 generates data, saves and evaluates; a dead process is found by ``Watchdog``.
+TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run."""
+    """This process's rank and the number of processes, as torchrun sets them."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
-    def from_first(self, value: Any) -> Any:
-        """The first rank's ``value``, on all of them; every rank waits here for it."""
-        box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
+    def broadcast(self, value: Any) -> Any:
+        """The ``value`` of rank 0, on every rank. Any object that pickles."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
-    def gather(self, value: Any) -> list[Any]:
-        """Each rank's ``value``, on all of them."""
-        if self.world == 1:
+    def barrier(self) -> None:
+        """Waits for rank 0."""
+        self.broadcast(None)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on every rank."""
+        if self.world_size == 1:
             return [value]
-        parts = [None] * self.world
+        parts = [None] * self.world_size
         dist.all_gather_object(parts, value)
         return parts
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so; a message of one byte, so that every step can ask."""
-        if self.world == 1:
+        """Whether ``flag`` is set on any rank; one byte is sent, so that it can be called at every step."""
+        if self.world_size == 1:
             return flag
-        said = torch.tensor([flag], dtype=torch.uint8)
-        dist.all_reduce(said, dist.ReduceOp.MAX)
-        return bool(said)
+        flags = torch.tensor([flag], dtype=torch.uint8)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
 
 
-def join_ranks(device: torch.device) -> Ranks:
-    """Joins torchrun's other processes, if there are any. gloo serves what lies on the CPU, also beside NCCL."""
+def init_distributed(device: torch.device) -> Ranks:
+    """Joins torchrun's other processes, if there are any. CPU tensors use gloo, also beside NCCL."""
     ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if ranks.world > 1:
+    if ranks.world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        own: dict[str, Any] = (
-            {"store": _attempt_store(), "rank": ranks.rank, "world_size": ranks.world} if _under_agent() else {}
+        options: dict[str, Any] = (
+            {"store": _restart_store(), "rank": ranks.rank, "world_size": ranks.world_size} if _under_torchrun() else {}
         )
-        dist.init_process_group(backend, timeout=PATIENCE, **own)
+        dist.init_process_group(backend, timeout=TIMEOUT, **options)
     return ranks
 
 
-def _under_agent() -> bool:
+def _under_torchrun() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _attempt_store() -> dist.Store:
-    """torchrun's store under names of this attempt: it outlives a restart, and the addresses of the dead with it."""
+def _restart_store() -> dist.Store:
+    """torchrun's store with keys of this attempt: it outlives a restart, with the addresses of dead processes in it."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(minutes=10))
     return dist.PrefixStore(f"attempt/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
-def own_group(ranks: Ranks) -> dist.ProcessGroup | None:
-    """A group on the CPU for a thread that exchanges while others do; None for a single process."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.world > 1 else None
+def new_gloo_group(ranks: Ranks) -> dist.ProcessGroup | None:
+    """A CPU group for a thread that communicates while others do; None for a single process."""
+    return dist.new_group(backend="gloo", timeout=TIMEOUT) if ranks.world_size > 1 else None
 
 
-def gatherer(ranks: Ranks) -> Callable[[Any], list[Any]]:
-    """``Ranks.gather`` for another thread than the training one: with a group of its own."""
-    group = own_group(ranks)
+def new_all_gather(ranks: Ranks) -> Callable[[Any], list[Any]]:
+    """``Ranks.all_gather`` for another thread than the training one, in a group of its own."""
+    group = new_gloo_group(ranks)
 
-    def gather(value: Any) -> list[Any]:
+    def all_gather(value: Any) -> list[Any]:
         if group is None:
             return [value]
-        parts = [None] * ranks.world
+        parts = [None] * ranks.world_size
         dist.all_gather_object(parts, value, group=group)
         return parts
 
-    return gather
+    return all_gather

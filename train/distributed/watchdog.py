@@ -1,4 +1,4 @@
-"""What a run does when somebody ends it: SIGTERM saves and leaves; a process that dies takes the others with it."""
+"""How a run ends early: SIGTERM saves and exits; when one process fails, the watchdog ends the others."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ import torch.distributed as dist
 from phi4rv.errors import UserError
 from train.distributed.ranks import Ranks
 
-TERMINATED = 128 + signal.SIGTERM  # exit status after SIGTERM, as a shell gives it
-BEREFT = 3  # exit status when another process has stopped
-SILENCE = 30.0  # seconds without a sign of life after which a process counts as dead
-PERIOD = 1.0  # seconds between two signs
+EXIT_SIGTERM = 128 + signal.SIGTERM  # exit status after SIGTERM, as in a shell
+EXIT_PEER_FAILED = 3  # exit status when another process has failed
+HEARTBEAT_TIMEOUT = 30.0  # seconds without a heartbeat after which a process counts as dead
+HEARTBEAT_INTERVAL = 1.0  # seconds
 
 
 class Terminated(BaseException):
-    """The run was asked to end by SIGTERM, and has saved what it had."""
+    """The run got SIGTERM, and has saved."""
 
 
-class Terminate:
-    """Whether SIGTERM has come, in place of its usual effect; only the main thread of a process can be asked so."""
+class SigtermHandler:
+    """Notes SIGTERM instead of ending the process. Does nothing outside of the main thread."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self._usual = signal.signal(signal.SIGTERM, self._note) if _main_thread() else None
+        self.received = False
+        self._previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _main_thread() else None
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
 
     def close(self) -> None:
-        """SIGTERM has its usual effect again."""
-        if self._usual is not None:
-            signal.signal(signal.SIGTERM, self._usual)
+        """Restores the previous handler."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
 
 
 def _main_thread() -> bool:
@@ -50,106 +50,108 @@ def _main_thread() -> bool:
 
 
 @contextmanager
-def watched(ranks: Ranks) -> Iterator[None]:
-    """Runs the block under a Watch, and tells the others why this process leaves, if it leaves by an error."""
-    if ranks.world == 1:
+def watchdog(ranks: Ranks) -> Iterator[None]:
+    """Runs the block under a ``Watchdog``; an error in it ends the other processes, with its message."""
+    if ranks.world_size == 1:
         yield
         return
-    watch = Watch(ranks)
+    thread = Watchdog(ranks)
     try:
         yield
-    except Terminated:  # of which the others know
+    except Terminated:  # on all ranks
         raise
     except BaseException as error:
-        if not isinstance(error, UserError) and exchange_failed(error):
-            watch.await_end()
-        watch.tell(_line(error) or type(error).__name__)
+        if not isinstance(error, UserError) and is_communication_error(error):
+            thread.wait_for_abort()
+        thread.abort_others(_first_line(error) or type(error).__name__)
         raise
     finally:
-        watch.close()
+        thread.close()
 
 
-def exchange_failed(error: BaseException) -> bool:
-    """Whether it is not this process that failed, but its link to another."""
+def is_communication_error(error: BaseException) -> bool:
+    """Whether communication with another process failed, not this process itself."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
 
 
-class Watch:
-    """A thread that shows the other processes that this one lives and ends it when another one does not.
+class Watchdog:
+    """A thread that sends heartbeats, and ends this process when another one has died.
 
-    Each rank watches the next one, so hundreds cost no more than two: on its own node by the process id, on another
-    by a number that has to grow in torchrun's store. Who finds one dead, or leaves because of an error, says so in the
-    store, and all end within seconds, whatever they wait for: an exchange that hangs on a GPU cannot be left otherwise.
+    Each rank watches the next one, so that hundreds cost no more than two: on its own node by the process id, on
+    another by a counter in torchrun's store. A rank that finds one dead, or exits because of an error, posts that in
+    the store, and all exit within seconds: nothing else ends a process whose collective hangs on a GPU.
     """
 
-    def __init__(self, ranks: Ranks, silence: float = SILENCE, period: float = PERIOD):
-        self.ranks, self.silence, self.period = ranks, silence, period
+    def __init__(self, ranks: Ranks, timeout: float = HEARTBEAT_TIMEOUT, interval: float = HEARTBEAT_INTERVAL):
+        self.ranks, self.timeout, self.interval = ranks, timeout, interval
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # A client of its own: the default one is locked while an exchange waits in it.
+        # A client of its own: the default one is locked while a collective waits in it.
         self.store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=5))
         attempt = f"phi4rv/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        self._sign, self._end = (lambda rank: f"{attempt}/sign/{rank}"), f"{attempt}/end"
+        self._heartbeat_key, self._abort_key = (lambda rank: f"{attempt}/heartbeat/{rank}"), f"{attempt}/abort"
         self._closed = threading.Event()
-        self._show(0)
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._heartbeat(0)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
-    def tell(self, message: str) -> None:
-        """Ends the other processes: this one leaves because of ``message``."""
+    def abort_others(self, message: str) -> None:
+        """Ends the other processes: this one stops because of ``message``."""
         with suppress(dist.DistError):  # the store may have gone with the process that held it
-            self._say(f"{self._name(self.ranks.rank, socket.gethostname(), os.getpid())} has stopped: {message}")
+            name = self._process_name(self.ranks.rank, socket.gethostname(), os.getpid())
+            self._post_abort(f"{name} has stopped: {message}")
 
-    def await_end(self) -> None:
-        """After an exchange failed: gives the thread time to find who died, and end this process with its name."""
-        self._thread.join(self.silence + 5 * self.period)
+    def wait_for_abort(self) -> None:
+        """After a collective failed: gives the thread time to find the dead process and to exit with its name."""
+        self._thread.join(self.timeout + 5 * self.interval)
 
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
 
     def _run(self) -> None:
-        neighbour = (self.ranks.rank + 1) % self.ranks.world
-        count, last, since = 0, b"", time.monotonic()
-        while not self._closed.wait(self.period):
+        neighbour = (self.ranks.rank + 1) % self.ranks.world_size
+        count, last, last_change = 0, b"", time.monotonic()
+        while not self._closed.wait(self.interval):
             count += 1
             try:
-                self._show(count)
-                if self.store.check([self._end]):
-                    self._leave(self.store.get(self._end).decode())
-                seen = self.store.get(self._sign(neighbour))
+                self._heartbeat(count)
+                if self.store.check([self._abort_key]):
+                    self._abort(self.store.get(self._abort_key).decode())
+                heartbeat = self.store.get(self._heartbeat_key(neighbour))
             except dist.DistError as error:
-                return self._leave(f"torchrun's store on {os.environ['MASTER_ADDR']} has gone ({_line(error)})")
-            if seen != last:
-                last, since = seen, time.monotonic()
-            _, pid, host = seen.decode().split(" ", 2)
-            if (host == socket.gethostname() and gone(int(pid))) or time.monotonic() - since > self.silence:
-                self._say(f"{self._name(neighbour, host, int(pid))} has died")
+                return self._abort(f"torchrun's store on {os.environ['MASTER_ADDR']} is gone ({_first_line(error)})")
+            if heartbeat != last:
+                last, last_change = heartbeat, time.monotonic()
+            _, pid, host = heartbeat.decode().split(" ", 2)
+            silent = time.monotonic() - last_change > self.timeout
+            if silent or (host == socket.gethostname() and process_ended(int(pid))):
+                self._post_abort(f"{self._process_name(neighbour, host, int(pid))} has died")
 
-    def _show(self, count: int) -> None:
-        self.store.set(self._sign(self.ranks.rank), f"{count} {os.getpid()} {socket.gethostname()}")
+    def _heartbeat(self, count: int) -> None:
+        self.store.set(self._heartbeat_key(self.ranks.rank), f"{count} {os.getpid()} {socket.gethostname()}")
 
-    def _say(self, message: str) -> None:
-        """The first one to say something is heard."""
-        self.store.compare_set(self._end, "", message)
+    def _post_abort(self, message: str) -> None:
+        """Only the first message is kept."""
+        self.store.compare_set(self._abort_key, "", message)
 
-    def _leave(self, message: str) -> None:
-        # Who fails for the same reason as the others, and at the same time, should say it by itself.
-        if not self._closed.wait(2 * self.period):
-            print(f"error: {message}; all stop, go on with --resume", file=sys.stderr, flush=True)
-            os._exit(BEREFT)
+    def _abort(self, message: str) -> None:
+        # A process that fails at the same time, for the same reason, should report its own error.
+        if not self._closed.wait(2 * self.interval):
+            print(f"error: {message}; all processes stop; continue with --resume", file=sys.stderr, flush=True)
+            os._exit(EXIT_PEER_FAILED)
 
     @staticmethod
-    def _name(rank: int, host: str, pid: int) -> str:
+    def _process_name(rank: int, host: str, pid: int) -> str:
         return f"rank {rank} (process {pid} on {host})"
 
 
-def gone(pid: int) -> bool:
-    """Whether a process of this machine has ended, though its parent may not have taken note yet."""
+def process_ended(pid: int) -> bool:
+    """Whether a process on this machine has ended, also if its parent has not reaped it yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except (FileNotFoundError, ProcessLookupError):  # the second: gone between opening and reading
-        return Path("/proc/self/stat").exists()  # else a system without /proc, which tells nothing
+    except (FileNotFoundError, ProcessLookupError):  # the second: it ended between opening and reading
+        return Path("/proc/self/stat").exists()  # without /proc nothing is known
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]

@@ -1,1 +1,1 @@
-"""What a run shows and leaves behind: metrics, curves, predictions."""
+"""Metrics of a run, curves, and the sheet of predictions."""

@@ -1,4 +1,4 @@
-"""Curves of runs beside one another, as PNG."""
+"""Training curves of several runs in one PNG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from phi4rv.errors import UserError
-from train.figures.metrics import METRICS, finite, read_metrics
+from train.figures.metrics import METRICS, is_finite, read_metrics
 
 INK, GRID = "#333333", "#e4e4e4"
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
@@ -32,7 +32,7 @@ LEGEND = 24  # height of a run's line above the panels
 
 @dataclass(frozen=True)
 class Run:
-    """Its name and the entries of its steps, in order."""
+    """A run's name and the metrics of its steps, in order."""
 
     name: str
     steps: list[dict[str, Any]]
@@ -43,34 +43,40 @@ class Run:
         file = path / METRICS if path.is_dir() else path
         if not file.is_file():
             raise UserError(f"{path}: no {METRICS} there; give a run's output folder or that file")
-        steps = [e for e in read_metrics(file) if finite(e.get("step")) and "loss" in e]
+        steps = [e for e in read_metrics(file) if is_finite(e.get("step")) and "loss" in e]
         if not steps:
             raise UserError(f"{file}: no step in it; give the {METRICS} of a run that has taken one")
         return Run(str(path), steps)
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """(step, value) where the value is a finite number."""
-        return [(e["step"], e[name]) for e in self.steps if finite(e.get(name))]
+        return [(e["step"], e[name]) for e in self.steps if is_finite(e.get(name))]
 
 
-def smoothed(values: Sequence[float], window: int) -> list[float]:
+def running_mean(values: Sequence[float], window: int) -> list[float]:
     """The mean of each value and the ``window`` - 1 before it, fewer at the start."""
     return [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 
-def window_of(count: int) -> int:
+def default_window(count: int) -> int:
     """A twentieth of the run."""
     return max(1, count // 20)
 
 
-def panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, curves: Sequence[list[tuple[float, float]]],
-          window: int | None = None, names: Sequence[str] = ()) -> None:  # fmt: skip
-    """One diagram at ``corner``: each curve of (step, value) thin, its running mean over ``window`` steps thick.
+def draw_panel(
+    pen: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    title: str,
+    curves: Sequence[list[tuple[float, float]]],
+    window: int | None = None,
+    names: Sequence[str] = (),
+) -> None:
+    """One plot at ``corner``: each curve of (step, value) thin, its running mean over ``window`` steps thick.
 
-    ``names`` stand below the steps 0, 1, … in place of their numbers, as many as there is room for.
+    ``names``: labels of the steps 0, 1, … in place of their numbers, as many as there is room for.
     """
     font = ImageFont.load_default(13)
-    (x0, y0), plane = corner, (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
+    (x0, y0), plot_size = corner, (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
     pen.text((x0 + LEFT, y0 + 6), title, INK, font)
     points = [point for curve in curves for point in curve]
     if not points:
@@ -79,25 +85,25 @@ def panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, curves:
     first, last = min(s for s, _ in points), max(s for s, _ in points)
     low, high = min(0.0, *(v for _, v in points)), max(v for _, v in points)
 
-    def at(step: float, value: float) -> tuple[float, float]:
-        x = x0 + LEFT + (step - first) / ((last - first) or 1) * plane[0]
-        return x, y0 + TOP + (1 - (value - low) / ((high - low) or 1)) * plane[1]
+    def to_pixel(step: float, value: float) -> tuple[float, float]:
+        x = x0 + LEFT + (step - first) / ((last - first) or 1) * plot_size[0]
+        return x, y0 + TOP + (1 - (value - low) / ((high - low) or 1)) * plot_size[1]
 
     for i in range(6):
         value = low + (high - low) * i / 5
-        pen.line([at(first, value), at(last, value)], fill=GRID)
-        pen.text((x0 + LEFT - 8, at(first, value)[1]), f"{value:.4g}", INK, font, "rm")
+        pen.line([to_pixel(first, value), to_pixel(last, value)], fill=GRID)
+        pen.text((x0 + LEFT - 8, to_pixel(first, value)[1]), f"{value:.4g}", INK, font, "rm")
     for step, label in _ticks(first, last, names):
-        pen.text((at(step, low)[0], y0 + HEIGHT - BOTTOM + 8), label, INK, font, "mt")
+        pen.text((to_pixel(step, low)[0], y0 + HEIGHT - BOTTOM + 8), label, INK, font, "mt")
     for number, curve in enumerate(curves):
         colour = COLOURS[number % len(COLOURS)]
-        pen.line([at(*point) for point in curve], fill=_pale(colour), width=1)
-        means = smoothed([v for _, v in curve], window or window_of(len(curve)))
-        pen.line([at(s, v) for (s, _), v in zip(curve, means, strict=True)], fill=colour, width=3)
+        pen.line([to_pixel(*point) for point in curve], fill=_pale(colour), width=1)
+        means = running_mean([v for _, v in curve], window or default_window(len(curve)))
+        pen.line([to_pixel(s, v) for (s, _), v in zip(curve, means, strict=True)], fill=colour, width=3)
 
 
 def _ticks(first: float, last: float, names: Sequence[str]) -> list[tuple[float, str]]:
-    """Where labels stand on the axis of steps."""
+    """(step, label) of the ticks on the axis of steps."""
     if not names:
         return [(step, f"{step:.0f}") for step in (first + (last - first) * i / 5 for i in range(6))]
     every = -(-len(names) // 4)
@@ -108,7 +114,9 @@ def _pale(colour: str) -> tuple[int, ...]:
     return tuple((2 * 255 + part) // 3 for part in ImageColor.getrgb(colour))
 
 
-def draw(path: Path, runs: Sequence[Run], names: Sequence[str] = tuple(PANELS), window: int | None = None) -> None:
+def draw_curves(
+    path: Path, runs: Sequence[Run], names: Sequence[str] = tuple(PANELS), window: int | None = None
+) -> None:
     """PNG with a panel for each of ``names`` and a legend of the runs."""
     columns = min(COLUMNS, len(names))
     head = LEGEND * (len(runs) + 1)
@@ -123,5 +131,5 @@ def draw(path: Path, runs: Sequence[Run], names: Sequence[str] = tuple(PANELS), 
         pen.text((50, y), run.name, INK, font, "lm")
     for number, name in enumerate(names):
         corner = number % columns * WIDTH, head + number // columns * HEIGHT
-        panel(pen, corner, PANELS[name], [run.series(name) for run in runs], window)
+        draw_panel(pen, corner, PANELS[name], [run.series(name) for run in runs], window)
     image.save(path)

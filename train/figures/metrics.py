@@ -1,4 +1,4 @@
-"""What a run shows while it goes and leaves behind: progress bar, metrics.jsonl, TensorBoard's events."""
+"""Metrics of a run: progress bar, metrics.jsonl, TensorBoard events, throughput and MFU."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import torch
 from tqdm import tqdm
 
 from phi4rv.errors import UserError
-from train.anomalies import Spikes
+from train.anomalies import LossSpikes
 
 METRICS = "metrics.jsonl"
 T = TypeVar("T")
-# What TensorBoard draws of a step, where a number is given.
-DRAWN = (
+# Metrics of a step that are written to TensorBoard, where they are finite.
+TENSORBOARD_SCALARS = (
     *("loss", "loss_reasoning", "loss_direct", "grad_norm", "lr", "skipped_steps"),
     *("tokens_per_second", "images_per_second", "tflops", "mfu", "data_wait", "memory"),
 )
 
 
-class Timed(Iterator[T]):
-    """Passes an iterator's items on and adds up the seconds that it takes to give them."""
+class TimedIterator(Iterator[T]):
+    """Passes on an iterator's items and adds up the seconds spent waiting for them."""
 
     def __init__(self, items: Iterable[T]):
         self.items, self.seconds = iter(items), 0.0
@@ -41,56 +41,60 @@ class Timed(Iterator[T]):
             self.seconds += time.perf_counter() - began
 
 
-def speed(counted: dict[str, float], seconds: float, world: int, peak: float | None) -> dict[str, float | None]:
+def throughput(
+    stats: dict[str, float], seconds: float, world_size: int, peak_tflops: float | None
+) -> dict[str, float | None]:
     """Rates of a step over its whole time, the wait for data included.
 
-    tflops = useful operations / (seconds · devices) / 10¹², and mfu = tflops / peak (model FLOPs utilisation, Chowdhery
-    et al. 2022, appendix B). Useful are the products of ``data/flops.py``: no padding, no recomputation, no output
-    layer on tokens without a label. ``peak``: TFLOP/s of a device's dense products, from ``planning/hardware.py`` or
-    ``--peak-tflops``; mfu is None without it.
+    tflops = model FLOPs / (seconds · devices) / 10¹², and mfu = tflops / peak_tflops (model FLOPs utilisation,
+    Chowdhery et al. 2022, appendix B). Model FLOPs are those of ``data/flops.py``: no padding, no recomputation, no
+    output layer on tokens without a label. ``peak_tflops``: a device's dense matrix products, from
+    ``planning/hardware.py`` or ``--peak-tflops``; mfu is None without it.
     """
-    tflops = counted["operations"] / seconds / world / 1e12
+    tflops = stats["operations"] / seconds / world_size / 1e12
     return {
         "seconds": seconds,
-        "tokens_per_second": counted["tokens"] / seconds,
-        "images_per_second": counted["images"] / seconds,
+        "tokens_per_second": stats["tokens"] / seconds,
+        "images_per_second": stats["images"] / seconds,
         "tflops": tflops,
-        "mfu": tflops / peak if peak else None,
+        "mfu": tflops / peak_tflops if peak_tflops else None,
     }
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that CUDA tensors took on this rank's device so far, or of a CPU's process the resident set."""
+    """Bytes: peak CUDA memory allocated on this rank's device; on a CPU the process's peak resident set size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Progress:
-    """The progress bar on stderr, and one JSON object a step appended to ``path``, flushed at once.
+class MetricsLogger:
+    """A progress bar on stderr, and one JSON object a step appended to ``path``, flushed at once.
 
-    A step's ``records`` are written where it was skipped or its loss is a spike. TensorBoard's events go into a folder
-    beside ``path`` where the package is installed.
+    ``records`` are written for a step that was skipped or whose loss is a spike. TensorBoard events go to a folder
+    beside ``path`` if the package is installed.
     """
 
     def __init__(self, path: Path, start: int, total: int):
         before = read_metrics(path) if path.exists() else []
-        self.spikes = Spikes(e["loss"] for e in before if e.get("loss") is not None and not e.get("not_finite"))
+        self.spikes = LossSpikes(e["loss"] for e in before if e.get("loss") is not None and not e.get("not_finite"))
         self.path, self.file = path, path.open("a", encoding="utf-8")
-        self.events = tensorboard(path.parent / "tensorboard", start)
-        often = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log keeps every state of the bar
-        self.bar = tqdm(total=total, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=often)
+        self.events = tensorboard_writer(path.parent / "tensorboard", start)
+        seconds = 0.2 if sys.stderr.isatty() else 10.0  # between updates; a log file keeps every one
+        self.bar = tqdm(
+            total=total, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=seconds
+        )
 
-    def step(self, metrics: dict[str, Any]) -> None:
-        odd = self._odd(metrics)
-        metrics = {k: v for k, v in metrics.items() if k != "records"} | odd
-        if odd:
-            tqdm.write(_told(metrics), file=sys.stderr)
+    def log_step(self, metrics: dict[str, Any]) -> None:
+        anomaly = self._anomaly(metrics)
+        metrics = {k: v for k, v in metrics.items() if k != "records"} | anomaly
+        if anomaly:
+            tqdm.write(_anomaly_line(metrics), file=sys.stderr)
         self.write(metrics)
         if self.events:
-            for name in DRAWN:
-                if finite(metrics.get(name)):
+            for name in TENSORBOARD_SCALARS:
+                if is_finite(metrics.get(name)):
                     self.events.add_scalar(name, metrics[name], metrics["step"])
         mfu = metrics.get("mfu")
         self.bar.set_postfix_str(
@@ -100,16 +104,16 @@ class Progress:
         )
         self.bar.update()
 
-    def _odd(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """What an unusual step has beside the others: why, and its records."""
+    def _anomaly(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Of a skipped step or a loss spike: the reason, and its records."""
         for what, name in (("loss", "loss"), ("gradient norm", "grad_norm")):
-            if not finite(metrics[name]):
+            if not is_finite(metrics[name]):
                 return {"not_finite": f"the {what} is {metrics[name]}", "records": metrics["records"]}
         limit = self.spikes.add(metrics["loss"])
         return {} if limit is None else {"spike_over": limit, "records": metrics["records"]}
 
     def write(self, entry: dict[str, Any]) -> None:
-        """JSON has no NaN: null."""
+        """Appends a line; NaN and infinities become null."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         try:
             self.file.write(json.dumps(plain) + "\n")
@@ -119,17 +123,17 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-        with suppress(OSError):  # what could not be written has been said
+        with suppress(OSError):  # ``write`` has raised already
             self.file.close()
         if self.events:
             self.events.close()
 
 
-def finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _told(metrics: dict[str, Any]) -> str:
+def _anomaly_line(metrics: dict[str, Any]) -> str:
     """One line for the log: ``step 7 skipped (1 so far): the loss is nan; records: a.jsonl:1, …``."""
     if "not_finite" in metrics:
         what = f"skipped ({metrics['skipped_steps']} so far): {metrics['not_finite']}"
@@ -141,8 +145,8 @@ def _told(metrics: dict[str, Any]) -> str:
     return f"step {metrics['step']} {what}; records: {', '.join(shown)}{rest}"
 
 
-def tensorboard(folder: Path, start: int) -> Any:
-    """A writer of events after step ``start`` (a run taken up again hides later ones), None if not installed."""
+def tensorboard_writer(folder: Path, start: int) -> Any:
+    """A SummaryWriter that hides events after step ``start`` of an earlier run; None if TensorBoard is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -151,7 +155,7 @@ def tensorboard(folder: Path, start: int) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl. UserError naming the line that is not one; a last line cut short is left out."""
+    """The objects of a metrics.jsonl, without an incomplete last line. UserError naming a line that is not one."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The sheet of held-out predictions: each picture with the right box, the model's, and both answers."""
+"""A sheet of held-out predictions: each image with the right box and the model's, and both answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TILE, TEXT, COLUMNS = 250, 104, 4
 
 
 def prediction_sheet(path: Path, questions: Sequence[Question], given: Sequence[Answer], count: int = 16) -> None:
-    """PNG of the first ``count`` questions that show one picture: right box green, model's blue or, missed, red."""
+    """PNG of the first ``count`` questions on a single image: right box green, the model's blue or, if wrong, red."""
     shown = [pair for pair in zip(questions, given, strict=True) if len(pair[0].prompt.images) == 1][:count]
     rows = -(-len(shown) // COLUMNS) or 1
     sheet = Image.new("RGB", (COLUMNS * TILE, rows * (TILE + TEXT)), "white")

@@ -1,1 +1,1 @@
-"""AdamW, with or without a backward pass around it."""
+"""AdamW: with accumulated gradients, sharded, or layer by layer inside the backward pass."""

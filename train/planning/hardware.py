@@ -43,10 +43,10 @@ def peak_tflops(device: torch.device) -> float | None:
     """Of a GPU in the table, by the name that CUDA gives it; None for any other device."""
     if device.type != "cuda":
         return None
-    return named_peak(torch.cuda.get_device_name(device))
+    return peak_tflops_by_name(torch.cuda.get_device_name(device))
 
 
-def named_peak(name: str) -> float | None:
+def peak_tflops_by_name(name: str) -> float | None:
     """``NVIDIA H100 80GB HBM3`` -> 989.5. None for a GPU that is not in the table, and for the slower PCIe boards."""
     if "PCIe" in name or "NVL" in name:
         return None

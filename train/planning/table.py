@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.planning.duration import LINKS
+from train.planning.duration import LINK_EFFICIENCY
 
 GIGA = 1e9
-SIZES = (80, 48)  # GB, of the cards that one-GPU settings are held to
+CARD_SIZES = (80, 48)  # GB, of the cards that one-GPU settings are held to
 
 
-def text(plan: dict[str, Any]) -> str:
-    parts = [_head(plan), _memory(plan)]
+def format_plan(plan: dict[str, Any]) -> str:
+    parts = [_header(plan), _memory(plan)]
     parts += [_one_gpu(plan)] if plan["gpus"] == 1 else []
     return "\n\n".join([*parts, _step(plan), _report(plan)])
 
 
-def _head(plan: dict[str, Any]) -> str:
+def _header(plan: dict[str, Any]) -> str:
     gpu, sample = plan["gpu_stated"], plan["sample"]
     shares = ", ".join(f"{n.replace('_', ' ')} {s['value']:.3g} ({s['from']})" for n, s in plan["shares"].items())
     return "\n".join(
@@ -25,7 +25,7 @@ def _head(plan: dict[str, Any]) -> str:
             f"{plan['trained']:,} trained",
             f"a GPU as stated: {gpu['tflops']:,g} TFLOP/s, {gpu['memory']:g} GB, {gpu['bandwidth']:,.0f} GB/s; to "
             f"others {gpu['nvlink']:g} GB/s in a node of {gpu['node']}, {gpu['network']:g} GB/s outside, of which "
-            f"{LINKS:.0%} are assumed reached",
+            f"{LINK_EFFICIENCY:.0%} are assumed reached",
             f"rows of {plan['sequence_length']:,} tokens, {plan['global_batch']:,} samples a step, "
             f"{sample['tokens']:,.0f} tokens a sample (the report's), {sample['patches']:,.0f} of them patches",
             shares,
@@ -42,8 +42,8 @@ def _memory(plan: dict[str, Any]) -> str:
     for row in rows:
         cells = [f"{row['memory'][kind] / GIGA:.1f}" for kind in kinds]
         cells += [f"{row['total'] / GIGA:.1f}", f"{row['step_seconds']:.2f}"]
-        said = "".join(f"{cell:>12}" for cell in cells)
-        lines.append(f"{row['options']:{width}}{said}  {'yes' if row['fits'] else 'no'}")
+        cells_text = "".join(f"{cell:>12}" for cell in cells)
+        lines.append(f"{row['options']:{width}}{cells_text}  {'yes' if row['fits'] else 'no'}")
     memory = plan["gpu_stated"]["memory"]
     first = plan["first_fit"]
     lines.append(f"the first that fits {memory:g} GB: {first}" if first else f"nothing here fits {memory:g} GB")
@@ -58,10 +58,10 @@ def _one_gpu(plan: dict[str, Any]) -> str:
     for row in plan["settings"]:
         ways.setdefault(row["options"].split(" --checkpointing")[0], []).append(row)
     width = max(map(len, ways))
-    lines = ["on one GPU of" + " " * max(0, width - 13) + "".join(f"{f'{size} GB':>26}" for size in SIZES)]
+    lines = ["on one GPU of" + " " * max(0, width - 13) + "".join(f"{f'{size} GB':>26}" for size in CARD_SIZES)]
     for way, rows in ways.items():
         cells = []
-        for size in SIZES:
+        for size in CARD_SIZES:
             fit = next((row for row in rows if row["total"] <= size * GIGA), None)
             kind = fit and fit["setting"]["checkpointing"]
             cells.append(f"{f'--checkpointing {kind}' if fit else 'no':>26}")

@@ -11,9 +11,9 @@ from train.synthetic import drawing
 
 LABELS = (("Mon", "Tue", "Wed", "Thu", "Fri"), ("A", "B", "C", "D", "E"), ("Ann", "Bob", "Eva", "Jim", "Zoe"))
 TITLES = ("Sales", "Rain", "Visits", "Points")
-TOP = 10  # of the scale
+SCALE_MAX = 10  # of the scale
 MARGIN_LEFT, MARGIN_TOP, MARGIN_BOTTOM = 18, 18, 15  # pixels around the bars
-MOST = 4  # things to count
+MAX_COUNT = 4  # things to count
 NUMBERS = ("no", "one", "two", "three", "four")
 
 
@@ -34,7 +34,7 @@ class Chart:
 
     def questions(self, rng: Random) -> list[tuple[str, str]]:
         """One or two turns of different kinds: (question, answer)."""
-        reading = readings(self.bars)
+        reading = describe_bars(self.bars)
         tallest = max(self.bars, key=lambda bar: bar.value).colour
         shortest = min(self.bars, key=lambda bar: bar.value).colour
         one, other = rng.choice(self.bars), rng.choice(self.bars)
@@ -42,7 +42,7 @@ class Chart:
         larger = max(this, that, key=lambda bar: bar.value).colour
         mark = rng.randint(3, 7)
         above = [bar.colour for bar in self.bars if bar.value > mark]
-        high = drawing.listed(above) if above else "none"
+        high = drawing.join_words(above) if above else "none"
         ask_value = rng.choice(("What is the value of the {} bar?", "How high is the {} bar?"))
         turns = [
             (
@@ -63,7 +63,7 @@ class Chart:
             ),
             (
                 f"Which is larger, {this.colour} or {that.colour}?",
-                f"<think>{readings([this, that])} The larger is {larger}.</think>{larger}",
+                f"<think>{describe_bars([this, that])} The larger is {larger}.</think>{larger}",
             ),
             (
                 f"How many bars are above {mark}?",
@@ -75,31 +75,33 @@ class Chart:
     def caption(self, detailed: bool) -> str:
         if detailed:
             parts = [f"{bar.label} {bar.value} in {bar.colour}" for bar in self.bars]
-            return f"A bar chart of {self.title}: {drawing.listed(parts)}."
-        return f"A bar chart with {drawing.listed([drawing.article(f'{bar.colour} bar') for bar in self.bars])}."
+            return f"A bar chart of {self.title}: {drawing.join_words(parts)}."
+        return (
+            f"A bar chart with {drawing.join_words([drawing.with_article(f'{bar.colour} bar') for bar in self.bars])}."
+        )
 
     def draw(self) -> Image.Image:
         image = self.style.canvas()
         pen = ImageDraw.Draw(image)
         width, height = self.style.size
         base = height - MARGIN_BOTTOM
-        unit = (base - MARGIN_TOP) / TOP
-        drawing.write(pen, (width / 2, 7), self.title, 11, self.style.ink, "mm")
-        for value in range(0, TOP + 1, 2):
+        unit = (base - MARGIN_TOP) / SCALE_MAX
+        drawing.draw_text(pen, (width / 2, 7), self.title, 11, self.style.ink, "mm")
+        for value in range(0, SCALE_MAX + 1, 2):
             y = round(base - value * unit)
             pen.line((MARGIN_LEFT, y, width - drawing.GAP, y), fill=self.style.line)
-            drawing.write(pen, (MARGIN_LEFT - 3, y), str(value), 10, self.style.ink, "rm")
+            drawing.draw_text(pen, (MARGIN_LEFT - 3, y), str(value), 10, self.style.ink, "rm")
         step = (width - MARGIN_LEFT - drawing.GAP) / len(self.bars)
         for i, bar in enumerate(self.bars):
             middle = MARGIN_LEFT + (i + 0.5) * step
             left, right = round(middle - 0.34 * step), round(middle + 0.34 * step)
             pen.rectangle((left, round(base - bar.value * unit), right, base), fill=drawing.COLOURS[bar.colour])
-            drawing.write(pen, (middle, base + 7), bar.label, 10, self.style.ink, "mm")
+            drawing.draw_text(pen, (middle, base + 7), bar.label, 10, self.style.ink, "mm")
         return image
 
 
-def readings(bars: Sequence[Bar]) -> str:
-    return f"The bars reach {drawing.listed([f'{bar.colour} {bar.value}' for bar in bars])}."
+def describe_bars(bars: Sequence[Bar]) -> str:
+    return f"The bars reach {drawing.join_words([f'{bar.colour} {bar.value}' for bar in bars])}."
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Scene:
             found.setdefault(self.shapes[i].name, []).append(self.shapes[i])
         return found
 
-    def count(self, noun: str) -> tuple[str, str] | None:
+    def count_question(self, noun: str) -> tuple[str, str] | None:
         """Asks how many there are of "red star", "red shape" or "star"; None where there are too many."""
         named = [
             (name, shape)
@@ -136,13 +138,13 @@ class Scene:
             for shape in shapes
             if noun in (name, shape.glyph, f"{shape.colour} shape")
         ]
-        if len(named) > MOST:
+        if len(named) > MAX_COUNT:
             return None
         order = drawing.reading_order([shape.box for _, shape in named], self.style.size)
         size = self.style.size
-        places = [drawing.place(*drawing.centre(named[i][1].box, size)) for i in order]
-        thought = f"I see: {drawing.listed(places)}. That makes {len(places)}." if places else "I see none."
-        return f"How many {plural(noun)} are there?", f"<think>{thought}</think>{len(places)}"
+        regions = [drawing.region(*drawing.centre(named[i][1].box, size)) for i in order]
+        thought = f"I see: {drawing.join_words(regions)}. That makes {len(regions)}." if regions else "I see none."
+        return f"How many {plural(noun)} are there?", f"<think>{thought}</think>{len(regions)}"
 
     def questions(self, rng: Random) -> list[tuple[str, str]]:
         """One to three turns: (question, answer)."""
@@ -153,7 +155,7 @@ class Scene:
         nouns = [*groups, *(f"{colour} shape" for colour in sorted(colours)), *sorted(glyphs)]
         if absent:
             nouns.append(rng.choice(absent))
-        counts = [turn for noun in nouns if (turn := self.count(noun))]
+        counts = [turn for noun in nouns if (turn := self.count_question(noun))]
         compares = list(self.comparisons(rng))
         turns = rng.sample(counts, min(len(counts), rng.randint(1, 2)))
         if compares:
@@ -167,7 +169,7 @@ class Scene:
             if len(these) != len(those):
                 yield (
                     f"Are there more {plural(this)} or {plural(that)}?",
-                    f"<think>I count {counted(len(these), this)} and {counted(len(those), that)}.</think>"
+                    f"<think>I count {count_phrase(len(these), this)} and {count_phrase(len(those), that)}.</think>"
                     f"{plural(this if len(these) > len(those) else that)}",
                 )
             elif len(these) == 1 and these[0].side != those[0].side:
@@ -180,21 +182,20 @@ class Scene:
 
     def caption(self, detailed: bool) -> str:
         if not detailed:
-            parts = [counted(len(shapes), name) for name, shapes in self.groups().items()]
-            return f"A scene with {drawing.listed(parts)}."
+            parts = [count_phrase(len(shapes), name) for name, shapes in self.groups().items()]
+            return f"A scene with {drawing.join_words(parts)}."
         size = self.style.size
         where = []
         for i in drawing.reading_order([shape.box for shape in self.shapes], size):
             shape = self.shapes[i]
-            where.append(
-                f"{drawing.article(shape.name)} {drawing.at_place(drawing.place(*drawing.centre(shape.box, size)))}"
-            )
-        return f"A {'dark' if self.style.dark else 'light'} scene with {drawing.listed(where)}."
+            phrase = drawing.region_phrase(drawing.region(*drawing.centre(shape.box, size)))
+            where.append(f"{drawing.with_article(shape.name)} {phrase}")
+        return f"A {'dark' if self.style.dark else 'light'} scene with {drawing.join_words(where)}."
 
     def draw(self) -> Image.Image:
         image = self.style.canvas()
         for shape in self.shapes:
-            drawing.stamp(image, shape.glyph, shape.side, shape.colour, shape.box[:2])
+            drawing.paste_glyph(image, shape.glyph, shape.side, shape.colour, shape.box[:2])
         return image
 
 
@@ -205,15 +206,15 @@ def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-def counted(number: int, noun: str) -> str:
-    return drawing.article(noun) if number == 1 else f"{NUMBERS[number]} {plural(noun)}"
+def count_phrase(number: int, noun: str) -> str:
+    return drawing.with_article(noun) if number == 1 else f"{NUMBERS[number]} {plural(noun)}"
 
 
 def random_chart(rng: Random, heldout: bool) -> Chart:
     number = rng.randint(3, 5)
     colours = rng.sample(list(drawing.COLOURS), number)
     labels = rng.choice(LABELS)[:number]
-    values = rng.sample(range(1, TOP + 1), number)
+    values = rng.sample(range(1, SCALE_MAX + 1), number)
     bars = tuple(Bar(*bar) for bar in zip(colours, labels, values, strict=True))
     return Chart(drawing.random_style(rng, heldout), rng.choice(TITLES), bars)
 
@@ -225,9 +226,9 @@ def random_scene(rng: Random, heldout: bool) -> Scene:
     kinds = rng.sample([(colour, glyph) for colour in colours for glyph in glyphs], rng.randint(2, 3))
     shapes: list[Shape] = []
     for colour, glyph in kinds:
-        for _ in range(rng.choices(range(1, MOST + 1), (3, 2, 2, 2))[0]):
+        for _ in range(rng.choices(range(1, MAX_COUNT + 1), (3, 2, 2, 2))[0]):
             side = rng.choice(SIDES)
             taken = [shape.box for shape in shapes]
-            if box := drawing.free_spot(rng, style.size, drawing.glyph(glyph, side).size, taken):
+            if box := drawing.free_box(rng, style.size, drawing.glyph(glyph, side).size, taken):
                 shapes.append(Shape(glyph, side, colour, box))
     return Scene(style, tuple(shapes))

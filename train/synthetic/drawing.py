@@ -17,7 +17,7 @@ RGB = tuple[int, int, int]
 
 # Width and height in pixels, whole 16-pixel patches: 56 to 64 of them a picture.
 SIZES = ((128, 112), (112, 128), (128, 128))
-SNAP = 16  # corners lie on a 16-pixel layout grid, as those of interfaces do, and so on the corners of patches
+GRID = 16  # corners lie on a 16-pixel layout grid, as those of interfaces do, and so on the corners of patches
 GAP = 4  # pixels kept free between neighbours
 
 COLOURS: dict[str, RGB] = {
@@ -34,7 +34,7 @@ COLUMNS, ROWS = ("left", "", "right"), ("top", "", "bottom")
 ORDINALS = ("first", "second", "third")
 
 
-class Picture(Protocol):
+class Drawable(Protocol):
     """A laid-out picture; drawing it uses no randomness."""
 
     def draw(self) -> Image.Image: ...
@@ -75,7 +75,7 @@ def random_style(rng: Random, heldout: bool) -> Style:
     return Style(rng.choice(SIZES), dark, shade)
 
 
-def mixed(a: RGB, b: RGB, share: float) -> RGB:
+def blend(a: RGB, b: RGB, share: float) -> RGB:
     """``a`` with ``share`` of ``b`` in it."""
     red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
     return red, green, blue
@@ -91,12 +91,12 @@ def text_width(text: str, size: int) -> int:
     return round(font(size).getlength(text))
 
 
-def write(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, fill: RGB, anchor: str) -> None:
+def draw_text(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, fill: RGB, anchor: str) -> None:
     """`anchor` is Pillow's: "lm" is left and middle, "mm" the middle of the text."""
     draw.text(at, text, fill=fill, font=font(size), anchor=anchor)
 
 
-def contrast(colour: RGB) -> RGB:
+def contrasting(colour: RGB) -> RGB:
     """Black or white, whichever reads better on `colour` (ITU-R BT.601 luma)."""
     red, green, blue = colour
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
@@ -136,7 +136,7 @@ def glyph(name: str, side: int) -> Image.Image:
     return small.crop(small.point(lambda value: 255 * (value > 127)).getbbox())
 
 
-def stamp(image: Image.Image, name: str, side: int, colour: str, at: tuple[int, int]) -> None:
+def paste_glyph(image: Image.Image, name: str, side: int, colour: str, at: tuple[int, int]) -> None:
     image.paste(COLOURS[colour], at, glyph(name, side))
 
 
@@ -145,52 +145,52 @@ def centre(box: Box, size: tuple[int, int]) -> tuple[float, float]:
     return (box[0] + box[2]) / 2 / size[0], (box[1] + box[3]) / 2 / size[1]
 
 
-def place(x: float, y: float) -> str:
+def region(x: float, y: float) -> str:
     """The third of width and height that a point in [0, 1] lies in: "top left", "right", "centre"."""
     column, row = COLUMNS[min(int(3 * x), 2)], ROWS[min(int(3 * y), 2)]
     return f"{row} {column}".strip() or "centre"
 
 
-def at_place(name: str) -> str:
+def region_phrase(name: str) -> str:
     """A place as a phrase: "at the top left", "on the right", "in the centre"."""
     return f"{ {'left': 'on', 'right': 'on', 'centre': 'in'}.get(name, 'at') } the {name}"
 
 
-def normalised(box: Box, size: tuple[int, int]) -> str:
+def box_text(box: Box, size: tuple[int, int]) -> str:
     """The answer to a question of where: "[0.12, 0.34, 0.40, 0.52]", fractions of width and height."""
     sides = (size[0], size[1]) * 2
     return "[" + ", ".join(f"{min(max(v / s, 0.0), 1.0):.2f}" for v, s in zip(box, sides, strict=True)) + "]"
 
 
-def free_spot(
+def free_box(
     rng: Random, size: tuple[int, int], shape: tuple[int, int], taken: Sequence[Box], top: int = 0
 ) -> Box | None:
     """A random box of `shape` (width, height) on the grid, below `top`, clear of `taken`; None if none is found."""
     width, height = shape
-    columns, rows = range(0, size[0] - width + 1, SNAP), range(rounded_up(top, SNAP), size[1] - height + 1, SNAP)
+    columns, rows = range(0, size[0] - width + 1, GRID), range(round_up(top, GRID), size[1] - height + 1, GRID)
     if not columns or not rows:
         return None
     for _ in range(40):
         x, y = rng.choice(columns), rng.choice(rows)
         box = (x, y, x + width, y + height)
-        if all(apart(box, other) for other in taken):
+        if all(is_disjoint(box, other) for other in taken):
             return box
     return None
 
 
-def rounded_up(value: int, step: int) -> int:
+def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def apart(a: Box, b: Box) -> bool:
+def is_disjoint(a: Box, b: Box) -> bool:
     return a[2] + GAP <= b[0] or b[2] + GAP <= a[0] or a[3] + GAP <= b[1] or b[3] + GAP <= a[1]
 
 
-def article(phrase: str) -> str:
+def with_article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def listed(parts: Sequence[str]) -> str:
+def join_words(parts: Sequence[str]) -> str:
     """ "a, b and c"."""
     return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
 

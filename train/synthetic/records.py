@@ -13,13 +13,13 @@ from random import Random
 from phi4rv.errors import UserError
 from train.synthetic import drawing
 from train.synthetic.charts import Chart, Scene, random_chart, random_scene
-from train.synthetic.screens import Description, Screen, ask, change, random_screen
+from train.synthetic.screens import Description, Screen, location_question, random_change, random_screen
 
 STAGES = (1, 2, 3)
-EASY = 6500  # training records of stage 2 that come first and show one element each
+CURRICULUM_RECORDS = 6500  # training records of stage 2 that come first and show one element each
 SPLITS = ("train", "heldout")
-BRIEF = ("Describe the picture.", "What is in the picture?", "Write a caption.")
-DETAILED = ("Describe the picture in detail.", "What is where in the picture?")
+BRIEF_REQUESTS = ("Describe the picture.", "What is in the picture?", "Write a caption.")
+DETAILED_REQUESTS = ("Describe the picture in detail.", "What is where in the picture?")
 CITIES = ("Berlin", "Paris", "Rome", "Oslo", "Madrid", "Lima", "Cairo", "Tokyo")
 PEOPLE = ("Ann", "Bob", "Eva", "Jim", "Zoe", "Tom")
 VERBS = ("keeps", "wants", "paints", "needs", "moves", "finds", "sells")
@@ -38,7 +38,7 @@ TIMES = ("in the morning", "after lunch", "every Monday", "before the meeting", 
 class Record:
     """One conversation: `turns` are (question, answer), with one mark `<image>` for each of `pictures`."""
 
-    pictures: tuple[drawing.Picture, ...]
+    images: tuple[drawing.Drawable, ...]
     turns: list[tuple[str, str]]
 
 
@@ -48,51 +48,52 @@ def make_record(stage: int, split: str, seed: int, index: int) -> Record:
     heldout = split == "heldout"
     if stage == 1:
         return caption_record(rng, heldout)
-    if stage == 2 and not heldout and index < EASY:
-        return easy_record(rng)
+    if stage == 2 and not heldout and index < CURRICULUM_RECORDS:
+        return curriculum_record(rng)
     if stage == 2 or rng.random() < 0.75:  # of stage 3 too, so that it does not forget
-        return single_picture_record(rng, heldout)
-    several = (changed_record, which_picture_record, nth_picture_record, long_text_record)
+        return single_image_record(rng, heldout)
+    several = (difference_record, which_image_record, nth_image_record, long_text_record)
     return rng.choices(several, (1, 1, 2, 2))[0](rng, heldout)
 
 
-def easy_record(rng: Random) -> Record:
+def curriculum_record(rng: Random) -> Record:
     """A screen with one element, and where it is. Shown several at once from the start, a model that has not yet
     learned to say where anything is finds nothing to hold on to: a curriculum (Bengio et al. 2009).
     """
-    screen = random_screen(rng, heldout=False, most=1)
+    screen = random_screen(rng, heldout=False, max_elements=1)
     (element,) = screen.elements
-    return Record((screen,), opened("<image>\n", [(ask(rng, screen.name_for(rng, element)), screen.answer(element))]))
+    question = location_question(rng, screen.describe(rng, element))
+    return Record((screen,), with_opening("<image>\n", [(question, screen.answer(element))]))
 
 
 def caption_record(rng: Random, heldout: bool) -> Record:
-    picture = random_picture(rng, heldout)
-    return Record((picture,), opened("<image>\n", [caption_turn(rng, picture)]))
+    image = random_image(rng, heldout)
+    return Record((image,), with_opening("<image>\n", [caption_turn(rng, image)]))
 
 
-def single_picture_record(rng: Random, heldout: bool) -> Record:
+def single_image_record(rng: Random, heldout: bool) -> Record:
     """Questions. A tenth of the training pictures are described first, as the report's are in records of their own."""
-    picture = random_picture(rng, heldout)
+    image = random_image(rng, heldout)
     described = not heldout and rng.random() < 0.1
-    turns = [caption_turn(rng, picture)] if described else []
-    return Record((picture,), opened("<image>\n", turns + picture.questions(rng)))
+    turns = [caption_turn(rng, image)] if described else []
+    return Record((image,), with_opening("<image>\n", turns + image.questions(rng)))
 
 
-def random_picture(rng: Random, heldout: bool) -> Screen | Chart | Scene:
+def random_image(rng: Random, heldout: bool) -> Screen | Chart | Scene:
     make = rng.choices((random_screen, random_chart, random_scene), (90, 5, 5))[0]
     return make(rng, heldout)
 
 
-def caption_turn(rng: Random, picture: Screen | Chart | Scene) -> tuple[str, str]:
+def caption_turn(rng: Random, image: Screen | Chart | Scene) -> tuple[str, str]:
     detailed = rng.random() < 0.5
-    return rng.choice(DETAILED if detailed else BRIEF), "<nothink>" + picture.caption(detailed)
+    return rng.choice(DETAILED_REQUESTS if detailed else BRIEF_REQUESTS), "<nothink>" + image.caption(detailed)
 
 
-def changed_record(rng: Random, heldout: bool) -> Record:
+def difference_record(rng: Random, heldout: bool) -> Record:
     """Two screens that differ in one thing."""
     while True:
-        before = random_screen(rng, heldout, fewest=2)
-        if changed := change(rng, before):
+        before = random_screen(rng, heldout, min_elements=2)
+        if changed := random_change(rng, before):
             break
     after, said = changed
     question = rng.choice(
@@ -105,34 +106,34 @@ def changed_record(rng: Random, heldout: bool) -> Record:
     return Record((before, after), [(question, f"<nothink>{said}")])
 
 
-def which_picture_record(rng: Random, heldout: bool) -> Record:
+def which_image_record(rng: Random, heldout: bool) -> Record:
     """Two or three screens, one of which has the element asked for; then where it is."""
     while True:
         screens = [random_screen(rng, heldout) for _ in range(rng.randint(2, 3))]
         number = rng.randrange(len(screens))
         element = rng.choice(screens[number].elements)
         wanted = Description(rng.choice(element.nouns), element.colour)
-        if [len(screen.fitting(wanted)) for screen in screens] == [int(i == number) for i in range(len(screens))]:
+        if [len(screen.matching(wanted)) for screen in screens] == [int(i == number) for i in range(len(screens))]:
             break
     screen, ordinal = screens[number], drawing.ORDINALS[number]
     thought = f"{str(wanted).capitalize()} is {screen.where(element)} of the {ordinal} picture."
     answer = (f"<think>{thought}</think>" if rng.random() < 0.5 else "<nothink>") + f"The {ordinal} picture."
-    thing = drawing.article(str(wanted).removeprefix("the "))
+    thing = drawing.with_article(str(wanted).removeprefix("the "))
     marks = " ".join(["<image>"] * len(screens))
     question = rng.choice(("In which picture is there {}? {}", "{1}\nWhich picture has {0}?")).format(thing, marks)
     return Record(tuple(screens), [(question, answer), ("Where is it?", screen.answer(element))])
 
 
-def nth_picture_record(rng: Random, heldout: bool) -> Record:
+def nth_image_record(rng: Random, heldout: bool) -> Record:
     """Two or three screens and questions of where something is in one of them."""
-    screens = [random_screen(rng, heldout, fewest=2) for _ in range(rng.randint(2, 3))]
+    screens = [random_screen(rng, heldout, min_elements=2) for _ in range(rng.randint(2, 3))]
     turns = []
     for screen, ordinal in zip(screens, drawing.ORDINALS, strict=False):
         for element in rng.sample(screen.elements, 2):
             where = f" in the {ordinal} picture"
-            turns.append((ask(rng, screen.name_for(rng, element), where), screen.answer(element)))
+            turns.append((location_question(rng, screen.describe(rng, element), where), screen.answer(element)))
     rng.shuffle(turns)
-    return Record(tuple(screens), opened("<image>\n" * len(screens), turns))
+    return Record(tuple(screens), with_opening("<image>\n" * len(screens), turns))
 
 
 def long_text_record(rng: Random, heldout: bool) -> Record:
@@ -148,10 +149,10 @@ def long_text_record(rng: Random, heldout: bool) -> Record:
     screen = random_screen(rng, heldout)
     turns = screen.questions(rng)
     turns.insert(rng.randint(0, len(turns)), (f"What is the code of {city}?", f"<nothink>{facts[city]}"))
-    return Record((screen,), opened(" ".join(sentences) + "\n<image>\n", turns))
+    return Record((screen,), with_opening(" ".join(sentences) + "\n<image>\n", turns))
 
 
-def opened(opening: str, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def with_opening(opening: str, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """The same turns, with `opening` before the first question."""
     (question, answer), *rest = turns
     return [(opening + question, answer), *rest]
@@ -178,9 +179,9 @@ def write_dataset(folder: Path, stage: int, split: str, count: int, seed: int) -
     for index in range(count):
         record = make_record(stage, split, seed, index)
         paths = []
-        for number, picture in enumerate(record.pictures):
+        for number, image in enumerate(record.images):
             paths.append(f"images/{name}/{index:06}-{number}.png")
-            picture.draw().save(folder / paths[-1], compress_level=1)
+            image.draw().save(folder / paths[-1], compress_level=1)
         lines.append(json.dumps(as_json(record, paths)) + "\n")
     path = folder / f"{name}.jsonl"
     path.write_text("".join(lines), encoding="utf-8")
@@ -195,7 +196,7 @@ def as_json(record: Record, paths: list[str]) -> dict[str, object]:
     return {"image": paths[0] if len(paths) == 1 else paths, "conversations": [turns]}
 
 
-def texts(count: int = 500, seed: int = 0) -> Iterator[str]:
+def tokenizer_corpus(count: int = 500, seed: int = 0) -> Iterator[str]:
     """The questions and answers of `count` training records of each stage, to train a tokenizer on."""
     for stage in STAGES:
         for index in range(count):

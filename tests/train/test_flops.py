@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from phi4rv.batch import NO_LABEL, Sample, pack
 from phi4rv.config import Config
 from tests.small import small_model
-from train.data.flops import Operations, operations, operations_by_part
+from train.data.flops import Flops, flops, flops_by_part
 from train.recipe import STAGES, stage
-from train.trainer import trainable
+from train.trainable import set_trainable
 
 GRIDS = [(2, 3), (3, 4)]
 
@@ -31,7 +31,7 @@ def sample(words: int, grids: list[tuple[int, int]], labelled: int) -> Sample:
 def counted(trains: tuple[str, ...], samples: list[Sample]) -> tuple[dict[str, int], dict[str, int]]:
     """PyTorch's forward and backward operations, by operator: plain attention, so that its products show too."""
     model, _ = small_model()
-    trainable(model, stage(2, False, {}) if len(trains) == 3 else stage(1, False, {}))
+    set_trainable(model, stage(2, False, {}) if len(trains) == 3 else stage(1, False, {}))
     passes: list[dict[str, int]] = []
 
     def run(function: Any) -> Any:
@@ -60,7 +60,7 @@ def test_as_pytorch_counts_them(number: int, pictures: bool, monkeypatch: pytest
     trains, config = STAGES[number].trains, small_model()[0].config
     tokens, labelled = [len(s) for s in samples], sum(int((s.labels[1:] != NO_LABEL).sum()) for s in samples)
     patches = [int(grid.prod()) for s in samples for grid in s.grids]
-    parts = operations_by_part(config, tokens, patches, labelled, trains)
+    parts = flops_by_part(config, tokens, patches, labelled, trains)
     for direction, found in zip(("forward", "backward"), counted(trains, samples), strict=True):
         linear, attention = split(found)
         ours = {name: getattr(part, direction) for name, part in parts.items()}
@@ -76,29 +76,27 @@ def test_the_published_model() -> None:
     embeddings multiply nothing and the output layer works on labelled tokens alone.
     """
     config = Config()
-    made = operations(config, [1] * 1000)
+    made = flops(config, [1] * 1000)
     weights = 14.66e9 - 2 * config.vocab_size * config.hidden_size
     assert made.total / 1000 == pytest.approx(6 * weights, rel=1e-3)
     assert made.backward == 2 * made.forward
-    tower = operations(config, [], [256])
-    assert operations(config, [2048], [256]) == operations(config, [2048]) + tower
+    tower = flops(config, [], [256])
+    assert flops(config, [2048], [256]) == flops(config, [2048]) + tower
     # 26 of 27 layers of 15.2 M parameters, each with attention to 256 patches, and the projector's 32.1 M.
     assert tower.forward / 256 == pytest.approx(2 * (26 * (15.2e6 + 2 * 256 * 1152) + 32.1e6), rel=0.01)
 
 
 def test_what_attention_sees_is_the_document_and_not_the_row() -> None:
     config = Config()
-    assert operations(config, [4096]).total > operations(config, [2048, 2048]).total
-    assert operations(config, [], [3600]).total > operations(config, [], [1800, 1800]).total
-    assert operations(config, [100, 50], [4, 6], 9) == operations(config, [100], [4], 2) + operations(
-        config, [50], [6], 7
-    )
-    assert operations(config, []) == Operations()
+    assert flops(config, [4096]).total > flops(config, [2048, 2048]).total
+    assert flops(config, [], [3600]).total > flops(config, [], [1800, 1800]).total
+    assert flops(config, [100, 50], [4, 6], 9) == flops(config, [100], [4], 2) + flops(config, [50], [6], 7)
+    assert flops(config, []) == Flops()
 
 
 def test_nothing_trained_runs_nothing_backward() -> None:
-    assert operations(Config(), [100], [50], 1, ()).backward == 0
-    assert operations(Config(), [100], [], 1, ("projector",)).backward == 0
-    frozen = operations_by_part(Config(), [100], [50], 1, ("projector",))
+    assert flops(Config(), [100], [50], 1, ()).backward == 0
+    assert flops(Config(), [100], [], 1, ("projector",)).backward == 0
+    frozen = flops_by_part(Config(), [100], [50], 1, ("projector",))
     assert frozen["vision_linear"].backward == frozen["vision_attention"].backward == 0
     assert frozen["decoder_linear"].backward == frozen["decoder_linear"].forward

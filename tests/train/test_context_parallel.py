@@ -16,14 +16,20 @@ from phi4rv.checkpoint.huggingface import empty_model
 from phi4rv.errors import UserError
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.processing.images import PATCH_INPUTS
-from tests.processes import finish, run, start, told, until_step_three
+from tests.processes import finish, read_log, run, start, until_step_three
 from tests.small import mixed_records, picture, record, saved_bytes, small_checkpoint, small_config, write_jsonl
-from tests.train.test_parallel import assert_close
-from train.distributed.context_parallel import check_heads, cut, heads_of, join_context, keys_by_query
-from train.distributed.fsdp import with_image
-from train.distributed.ranks import Ranks, join_ranks
+from tests.train.test_fsdp import assert_close
+from train.distributed.context_parallel import (
+    check_heads,
+    init_context_parallel,
+    kv_head_index,
+    local_heads,
+    shard_sequence,
+)
+from train.distributed.fsdp import with_dummy_image
+from train.distributed.ranks import Ranks, init_distributed
 from train.figures.metrics import read_metrics
-from train.synthetic.tiny_model import initialise
+from train.synthetic.tiny_model import init_weights
 
 # Documents of a row: tokens, and where in it images begin, with their rows and columns.
 ROWS: dict[str, list[tuple[int, list[tuple[int, int, int]]]]] = {
@@ -60,7 +66,7 @@ def text(length: int) -> Sample:
 @pytest.mark.parametrize(("name", "count"), [*product(ROWS, (2, 3, 4))])
 def test_parts_make_the_row(name: str, count: int) -> None:
     row = made(name)
-    parts = cut(row, count)
+    parts = shard_sequence(row, count)
     assert max(len(p.input_ids) for p in parts) - min(len(p.input_ids) for p in parts) <= 1
     for field in ("input_ids", "positions", "labels"):
         assert torch.equal(torch.cat([getattr(p, field) for p in parts]), getattr(row, field)), field
@@ -89,8 +95,8 @@ def test_parts_make_the_row(name: str, count: int) -> None:
 def test_each_query_head_reads_its_key_head(heads: int, keys: int, size: int) -> None:
     seen = []
     for rank in range(size):
-        queries, keyed = heads_of(rank, size, heads, keys)
-        read = keys_by_query(rank, size, heads, keys)
+        queries, keyed = local_heads(rank, size, heads, keys)
+        read = kv_head_index(rank, size, heads, keys)
         each, rest = divmod(heads // size, len(read))  # attention's rule: query head h reads key head h // each
         assert rest == 0
         for number, head in enumerate(range(queries.start, queries.stop)):
@@ -105,18 +111,18 @@ def test_wrong_numbers_of_heads_and_processes() -> None:
     with pytest.raises(UserError, match="--context: 4 processes cannot share 2 query heads evenly; give one of 1, 2"):
         check_heads(small_config(), 4)
     with pytest.raises(UserError, match=r"--context: 6 process.es. cannot share rows 4 at a time; give a divisor of 6"):
-        join_context(4, Ranks(0, 6))
-    with pytest.raises(UserError, match=r"12 process.es. in 2 copies of the model .* 4 at a time; give a divisor of 6"):
-        join_context(4, Ranks(0, 12), replicas=2)
+        init_context_parallel(4, Ranks(0, 6))
+    with pytest.raises(UserError, match=r"12 process.es. in 2 replicas .* 4 at a time; give a divisor of 6"):
+        init_context_parallel(4, Ranks(0, 12), replicas=2)
     with pytest.raises(UserError, match=r"--context: 1 process.es. cannot share rows 0 at a time"):
-        join_context(0, Ranks())
-    assert join_context(1, Ranks(0, 6), replicas=4).size == 1
+        init_context_parallel(0, Ranks())
+    assert init_context_parallel(1, Ranks(0, 6), replicas=4).size == 1
 
 
 def model_of(heads: int, keys: int, trains: str) -> Phi4RV:
     config = replace(small_config(), hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=keys)
     model = empty_model(config, "cpu", torch.float32).to_empty(device="cpu")
-    initialise(model, 0)
+    init_weights(model, 0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name.startswith(trains))
     return model.double()
@@ -143,14 +149,14 @@ def compare(arguments: Any) -> int:
 
 def compare_parts(size: int, cases: list[tuple[int, int, str, str]]) -> None:
     """In each process: the sums over all of them are what one has of the whole row."""
-    context = join_context(size, join_ranks(torch.device("cpu")))
+    cp = init_context_parallel(size, init_distributed(torch.device("cpu")))
     for heads, keys, trains, checkpointing in cases:
         model = model_of(heads, keys, trains)
         for name in ROWS:
             row = made(name)
-            expected = gradients(model, with_image(row))
+            expected = gradients(model, with_dummy_image(row))
             model.set_checkpointing(checkpointing)
-            found = gradients(model, with_image(context.own(row)))
+            found = gradients(model, with_dummy_image(cp.shard(row)))
             model.set_checkpointing("none")
             summed = torch.cat([ours.flatten() for ours in found.values()])
             dist.all_reduce(summed)
@@ -165,7 +171,7 @@ def compare_parts(size: int, cases: list[tuple[int, int, str, str]]) -> None:
                     msg=lambda m, what=f"{name}, {heads} heads, {keys} keys, {trains}, {parameter}": f"{what}: {m}",
                 )
     model, long = model_of(4 * size, size, ""), pack([text(300), text(212)])
-    kept = [saved_bytes(partial(model.loss_sum, with_image(b)), model) for b in (long, context.own(long))]
+    kept = [saved_bytes(partial(model.loss_sum, with_dummy_image(b)), model) for b in (long, cp.shard(long))]
     assert kept[1] < 1.02 / size * kept[0], "a part keeps more than its share of the activations"
     dist.destroy_process_group()
 
@@ -181,7 +187,7 @@ def compare_parts(size: int, cases: list[tuple[int, int, str, str]]) -> None:
 def test_loss_and_gradients_are_those_of_the_whole_row(size: int, cases: list[Any], tmp_path: Path) -> None:
     """Key heads that the ranks divide, and that they do not; the projector alone, whose gradient comes from others."""
     status = finish(start(size, tmp_path / "log", (size, cases), compare))
-    assert status == [0] * size, told(tmp_path / "log")
+    assert status == [0] * size, read_log(tmp_path / "log")
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +209,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 @pytest.fixture(scope="module")
 def single(inputs: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("single")
-    assert run(1, output / "log", [*inputs, "--output", output / "out"]) == [0], told(output / "log")
+    assert run(1, output / "log", [*inputs, "--output", output / "out"]) == [0], read_log(output / "log")
     return output / "out"
 
 
@@ -222,10 +228,10 @@ def test_processes_that_share_rows_are_one(
     """float32; the tolerances are ``test_parallel``'s: sums over ranks, in another order."""
     log, output = tmp_path / "log", tmp_path / "out"
     argv = [*inputs, "--output", output, "--context", 2, *options]
-    assert run(world, log, argv) == [0] * world, "".join(told(log, rank) for rank in range(world))
+    assert run(world, log, argv) == [0] * world, "".join(read_log(log, rank) for rank in range(world))
     assert_close(output, single)
-    assert "context: 2 process(es) share a row" in told(log)
-    assert "data: 1 bad" in told(log), "a row is read by one of the ranks that share it"
+    assert "context parallel: 2 processes share each packed row" in read_log(log)
+    assert "data: 1 bad" in read_log(log), "a row is read by one of the ranks that share it"
     pairs = zip(read_metrics(output / "metrics.jsonl"), read_metrics(single / "metrics.jsonl"), strict=True)
     for ours, theirs in pairs:
         for name in ("labelled", "labelled_reasoning", "tokens", "images", "operations"):
@@ -243,9 +249,9 @@ def test_goes_on_under_another_context(
         return [str(a) for a in [*inputs, "--output", output, "--resume", "--context", context, "--shard", shard]]
 
     terminated = start(before[0], log, argv(*before[1:]), until_step_three)
-    assert finish(terminated) == [143] * before[0], told(log)
+    assert finish(terminated) == [143] * before[0], read_log(log)
     assert (output / "step-3").is_dir() and not (output / "model").exists()
-    assert run(after[0], log, argv(*after[1:])) == [0] * after[0], told(log)
+    assert run(after[0], log, argv(*after[1:])) == [0] * after[0], read_log(log)
     assert_close(output, single)
 
 
@@ -256,7 +262,7 @@ def test_what_a_stage_trains_alone(inputs: list[Any], tmp_path: Path, options: l
     for world in (1, 2):
         log, output = tmp_path / f"log-{world}", tmp_path / str(world)
         argv = [*inputs, "--output", output, "--context", world, "--max-steps", 3, *options]
-        assert run(world, log, argv) == [0] * world, told(log)
+        assert run(world, log, argv) == [0] * world, read_log(log)
         figures.append([(e["loss"], e["grad_norm"]) for e in read_metrics(output / "metrics.jsonl") if "loss" in e])
     assert len(figures[0]) == 3
     for ours, theirs in zip(*figures, strict=True):
@@ -270,5 +276,5 @@ def test_wrong_options(inputs: list[Any], tmp_path: Path) -> None:
     ):
         log = tmp_path / f"log-{world}"
         argv = [*inputs, "--output", tmp_path / f"out-{world}", "--context", context]
-        assert run(world, log, argv) == [2] * world, told(log)
-        assert words in told(log) and "Traceback" not in told(log)
+        assert run(world, log, argv) == [2] * world, read_log(log)
+        assert words in read_log(log) and "Traceback" not in read_log(log)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from phi4rv.model.activation_checkpointing import CHECKPOINTING
-from tests.processes import finish, run, start, told, until_step_three
+from tests.processes import finish, read_log, run, start, until_step_three
 from tests.small import mixed_records, record, small_checkpoint, timeless, weights, write_jsonl
 
 
@@ -25,7 +25,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 @pytest.fixture(scope="module")
 def single(inputs: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("single")
-    assert run(1, output / "log", [*inputs, "--output", output / "out"]) == [0], told(output / "log")
+    assert run(1, output / "log", [*inputs, "--output", output / "out"]) == [0], read_log(output / "log")
     return output / "out"
 
 
@@ -45,17 +45,17 @@ def assert_close(output: Path, single: Path, steps: int = 5) -> None:
 @pytest.mark.parametrize("shard", ["none", "optimizer", "gradients", "full"])
 def test_two_processes_are_one(inputs: list[Any], single: Path, tmp_path: Path, shard: str) -> None:
     log, output = tmp_path / "log", tmp_path / "out"
-    assert run(2, log, [*inputs, "--output", output, "--shard", shard]) == [0, 0], told(log) + told(log, 1)
+    assert run(2, log, [*inputs, "--output", output, "--shard", shard]) == [0, 0], read_log(log) + read_log(log, 1)
     assert_close(output, single)
     if shard != "none":
-        assert f"sharded: {shard}, over 2 process(es), 1 time(s)" in told(log)
+        assert f"sharded: {shard}, 1 replica(s) of 2 process(es)" in read_log(log)
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTING[1:])
 def test_recomputing_gathers_again(inputs: list[Any], single: Path, tmp_path: Path, kind: str) -> None:
     log, output = tmp_path / "log", tmp_path / "out"
     argv = [*inputs, "--output", output, "--shard", "full", "--checkpointing", kind]
-    assert run(2, log, argv) == [0, 0], told(log) + told(log, 1)
+    assert run(2, log, argv) == [0, 0], read_log(log) + read_log(log, 1)
     assert_close(output, single)
 
 
@@ -64,7 +64,7 @@ def test_unequal_shares_with_loader_processes(inputs: list[Any], tmp_path: Path)
     log, output = tmp_path / "log", tmp_path / "out"
     argv = [*inputs, "--output", output, "--shard", "full", "--workers", 4, "--sequence-multiple", 3]
     argv += ["--global-batch", 3, "--max-steps", 24, "--save-every", 100]
-    assert finish(start(2, log, [str(a) for a in argv]), 90) == [0, 0], told(log)
+    assert finish(start(2, log, [str(a) for a in argv]), 90) == [0, 0], read_log(log)
 
 
 def test_bfloat16(inputs: list[Any], tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_bfloat16(inputs: list[Any], tmp_path: Path) -> None:
     for world, shard in ((1, "none"), (2, "full")):
         log, output = tmp_path / f"log-{shard}", tmp_path / shard
         argv = [*inputs, "--output", output, "--shard", shard, "--dtype", "bfloat16"]
-        assert run(world, log, argv) == [0] * world, told(log)
+        assert run(world, log, argv) == [0] * world, read_log(log)
     ours, theirs = timeless(tmp_path / "full" / "metrics.jsonl"), timeless(tmp_path / "none" / "metrics.jsonl")
     assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], rel=2e-3)
     assert weights(tmp_path / "full" / "model")["decoder.norm.weight"].dtype == torch.bfloat16
@@ -81,9 +81,9 @@ def test_bfloat16(inputs: list[Any], tmp_path: Path) -> None:
 def test_sharded_inside_and_replicated_across(inputs: list[Any], single: Path, tmp_path: Path) -> None:
     log, output = tmp_path / "log", tmp_path / "out"
     argv = [*inputs, "--output", output, "--shard", "full", "--replicas", 2, "--max-steps", 5]
-    assert run(4, log, argv) == [0] * 4, told(log)
+    assert run(4, log, argv) == [0] * 4, read_log(log)
     assert_close(output, single)
-    assert "sharded: full, over 2 process(es), 2 time(s)" in told(log)
+    assert "sharded: full, 2 replica(s) of 2 process(es)" in read_log(log)
 
 
 def test_stage_one_sharded(inputs: list[Any], tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_stage_one_sharded(inputs: list[Any], tmp_path: Path) -> None:
     for world, output in enumerate(outputs, 1):
         log = tmp_path / f"log-{world}"
         argv = [*inputs, "--output", output, "--stage", 1, "--shard", "gradients"]
-        assert run(world, log, argv) == [0] * world, told(log)
+        assert run(world, log, argv) == [0] * world, read_log(log)
     assert_close(outputs[1], outputs[0])
     ours, start = weights(outputs[1] / "model"), weights(Path(inputs[1]))
     assert [n for n in start if not torch.equal(ours[n], start[n])] == [n for n in start if n.startswith("projector.")]
@@ -105,22 +105,22 @@ def test_another_number_of_processes_goes_on(
     log, output = tmp_path / "log", tmp_path / "out"
     argv = [*inputs, "--output", output, "--resume", "--shard"]
     terminated = start(before[0], log, [str(a) for a in [*argv, before[1]]], until_step_three)
-    assert finish(terminated) == [143] * before[0], told(log)
+    assert finish(terminated) == [143] * before[0], read_log(log)
     assert (output / "step-3").is_dir() and not (output / "model").exists()
-    assert run(after[0], log, [*argv, after[1]]) == [0] * after[0], told(log)
+    assert run(after[0], log, [*argv, after[1]]) == [0] * after[0], read_log(log)
     assert_close(output, single)
 
 
 @pytest.mark.parametrize(
     ("options", "world", "words"),
     [
-        (["--shard", "full", "--replicas", 2], 3, "--replicas: 2 copies cannot share 3 process(es) evenly"),
-        (["--shard", "full", "--replicas", 2], 1, "--replicas: 2 copies cannot share 1 process(es) evenly"),
+        (["--shard", "full", "--replicas", 2], 3, "--replicas: 2 replicas cannot share 3 process(es) evenly"),
+        (["--shard", "full", "--replicas", 2], 1, "--replicas: 2 replicas cannot share 1 process(es) evenly"),
         (["--replicas", 2], 1, "nothing is sharded between them; give --shard too"),
         (["--keep", -1], 1, "--keep: -1 must be 0 or more"),
     ],
 )
 def test_wrong_options(inputs: list[Any], tmp_path: Path, options: list[Any], world: int, words: str) -> None:
     assert run(world, tmp_path / "log", [*inputs, "--output", tmp_path / "out", *options]) == [2] * world
-    assert words in told(tmp_path / "log")
-    assert "Traceback" not in told(tmp_path / "log")
+    assert words in read_log(tmp_path / "log")
+    assert "Traceback" not in read_log(tmp_path / "log")

@@ -18,17 +18,19 @@ from phi4rv.model.phi4rv import Phi4RV
 from tests.small import mixed_data, small_checkpoint, small_model, timeless
 from tests.train.test_resume import stop_at
 from train import anomalies
-from train.anomalies import DEVIATIONS, LEAST, PATIENCE, Spikes, Streak, check_weights
-from train.data.corpus import Corpus
+from train.anomalies import DEVIATIONS, MIN_WINDOW, PATIENCE, LossSpikes, SkippedSteps, check_weights
+from train.data.packed_dataset import PackedDataset
+from train.distributed.ranks import Ranks
 from train.export import export
 from train.main import main
-from train.optimizers.adamw import Optimizer
+from train.optimizers.adamw import AdamW
 from train.recipe import stage
-from train.trainer import Ranks, take_step, trainable
+from train.trainable import set_trainable
+from train.trainer import train_step
 
 
-def snapshot(model: Phi4RV, optimizer: Optimizer) -> dict[str, Tensor]:
-    everything = {**dict(model.named_parameters()), **optimizer.state(), "gradients": optimizer.flat}
+def snapshot(model: Phi4RV, optimizer: AdamW) -> dict[str, Tensor]:
+    everything = {**dict(model.named_parameters()), **optimizer.state_dict(), "gradients": optimizer.flat_grads}
     return {name: tensor.detach().clone() for name, tensor in everything.items()}
 
 
@@ -56,13 +58,13 @@ def train_with_and_without(rank: int, world: int, folder: Path, dtype: torch.dty
     for faults in ((loss_nan, gradient_inf), ()):
         model, processor = small_model()
         model = model.to(dtype)
-        optimizer = Optimizer(trainable(model, chosen), chosen, model.ops)
-        corpus = Corpus([folder / "data.jsonl"], processor, chosen)
-        planned = [p for line in corpus.lines[0] for p in corpus.plan(line)]
-        batches = [corpus.load([p]) for p in planned[rank::world]]
+        optimizer = AdamW(set_trainable(model, chosen), chosen, model.ops)
+        dataset = PackedDataset([folder / "data.jsonl"], processor, chosen)
+        info = [p for line in dataset.lines[0] for p in dataset.measure(line)]
+        batches = [dataset.load_row([p]) for p in info[rank::world]]
 
-        def step(model: Phi4RV = model, optimizer: Optimizer = optimizer, batches: Any = batches) -> dict[str, Any]:
-            return take_step(model, optimizer, batches, 1e-3, Ranks(rank, world))
+        def step(model: Phi4RV = model, optimizer: AdamW = optimizer, batches: Any = batches) -> dict[str, Any]:
+            return train_step(model, optimizer, batches, 1e-3, Ranks(rank, world))
 
         step()
         for number, fault in enumerate(faults, 1):
@@ -114,10 +116,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, wanted: Callable[[int], bool]) -> No
 
     def counting(*arguments: Any) -> dict[str, Any]:
         number[0] = arguments[1].steps + 1
-        return take_step(*arguments)
+        return train_step(*arguments)
 
     monkeypatch.setattr(Phi4RV, "loss_sum_by_mode", broken)
-    monkeypatch.setattr("train.trainer.take_step", counting)
+    monkeypatch.setattr("train.trainer.train_step", counting)
 
 
 def test_a_skipped_step_is_counted_and_logged(
@@ -188,35 +190,35 @@ def entry(step: int, loss: float = 1.0, norm: float = 1.0) -> dict[str, Any]:
 
 
 def test_a_streak_ends_with_a_finite_step() -> None:
-    streak = Streak(lambda: None)
+    skipped = SkippedSteps(lambda: None)
     for step in range(1, PATIENCE):
-        streak.add(entry(step, norm=math.inf))
-    streak.add(entry(PATIENCE))
+        skipped.add(entry(step, norm=math.inf))
+    skipped.add(entry(PATIENCE))
     for step in range(PATIENCE + 1, 2 * PATIENCE):
-        streak.add(entry(step, loss=math.nan))
+        skipped.add(entry(step, loss=math.nan))
     with pytest.raises(UserError, match=r"steps 11 to 20: .*no checkpoint was saved"):
-        streak.add(entry(2 * PATIENCE, norm=math.nan))
+        skipped.add(entry(2 * PATIENCE, norm=math.nan))
 
 
 def test_a_streak_says_where_the_weights_are_broken() -> None:
     def check() -> None:
         check_weights([("a", torch.zeros(2)), ("b", torch.tensor([1.0, math.nan]))], "the model in memory")
 
-    streak = Streak(lambda: Path("step-3"), check)
+    skipped = SkippedSteps(lambda: Path("step-3"), check)
     with pytest.raises(UserError, match="the model in memory: b holds NaN"):
         for step in range(PATIENCE):
-            streak.add(entry(step, math.nan))
+            skipped.add(entry(step, math.nan))
 
 
 def test_spikes() -> None:
     """By hand: of 16 losses 1.0, 1.2, 1.0, 1.2, … the median is 1.1 and the median deviation 0.1."""
-    spikes, usual = Spikes(), [1.0, 1.2] * (LEAST // 2)
-    assert [spikes.add(x) for x in usual] == [None] * LEAST
+    spikes, usual = LossSpikes(), [1.0, 1.2] * (MIN_WINDOW // 2)
+    assert [spikes.add(x) for x in usual] == [None] * MIN_WINDOW
     limit = 1.1 + DEVIATIONS * 0.1
-    assert Spikes(usual).add(limit - 0.01) is None
-    assert Spikes(usual).add(limit + 0.01) == pytest.approx(limit)
-    assert Spikes(usual[1:]).add(100.0) is None, "too few to compare with"
-    assert Spikes(usual).add(0.0) is None, "a loss that falls is no spike"
-    falling = Spikes()
+    assert LossSpikes(usual).add(limit - 0.01) is None
+    assert LossSpikes(usual).add(limit + 0.01) == pytest.approx(limit)
+    assert LossSpikes(usual[1:]).add(100.0) is None, "too few to compare with"
+    assert LossSpikes(usual).add(0.0) is None, "a loss that falls is no spike"
+    falling = LossSpikes()
     assert all(falling.add(10 * 0.9**i) is None for i in range(100))
     assert len(falling.recent) == anomalies.WINDOW
