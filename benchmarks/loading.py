@@ -25,12 +25,12 @@ import torch
 from safetensors.torch import load_file
 
 import phi4rv
-from benchmarks.report.result_files import write
+from benchmarks.report.result_files import write_results
 from benchmarks.report.rows import Row
 from infer.quantization import weight_loader
 from phi4rv.checkpoint.huggingface import empty_model
-from phi4rv.checkpoint.huggingface import write as write_checkpoint
-from phi4rv.checkpoint.tensor_reader import PIECE
+from phi4rv.checkpoint.huggingface import write_checkpoint as write_checkpoint
+from phi4rv.checkpoint.tensor_reader import CHUNK_BYTES
 from phi4rv.config import Config
 from train.synthetic import texts
 from train.synthetic.tiny_model import tiny_model
@@ -41,7 +41,7 @@ ROUNDS = 3
 COPIES = 256  # of PIECE bytes
 
 
-def write_folder(folder: Path, config: Config) -> int:
+def write_zero_checkpoint(folder: Path, config: Config) -> int:
     """A checkpoint of zeros in bfloat16; its bytes."""
     model = empty_model(config, "cpu", torch.bfloat16, "torch")
     _, processor = tiny_model(0, texts(), "torch")
@@ -51,17 +51,17 @@ def write_folder(folder: Path, config: Config) -> int:
 
 def copy_rate(device: torch.device) -> float:
     """Bytes a second from a pinned buffer to the device."""
-    buffer = torch.zeros(PIECE, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    target = torch.empty(PIECE, dtype=torch.uint8, device=device)
+    buffer = torch.zeros(CHUNK_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device=device)
 
     def copies() -> None:
         for _ in range(COPIES):
             target.copy_(buffer, non_blocking=True)
 
-    return COPIES * PIECE / fastest(copies, device)
+    return COPIES * CHUNK_BYTES / fastest_seconds(copies, device)
 
 
-def fastest(load: Callable[[], Any], device: torch.device) -> float:
+def fastest_seconds(load: Callable[[], Any], device: torch.device) -> float:
     """Seconds of the fastest of ROUNDS calls, after one that warms up."""
     taken = []
     for _ in range(ROUNDS + 1):
@@ -77,14 +77,14 @@ def run(config: Config, device: torch.device) -> list[dict[str, Any]]:
     """The loads in turn; each rate is of the published bytes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = write_folder(folder, config)
+        size = write_zero_checkpoint(folder, config)
         copies = copy_rate(device)
         cases: dict[str, Callable[[], Any]] = {
             "ours": lambda: phi4rv.load(folder, device),
             "int4": lambda: weight_loader.load(folder, device, weights="int4"),
             "safetensors": lambda: [load_file(file, device=str(device)) for file in folder.glob("*.safetensors")],
         }
-        seconds = {case: fastest(load, device) for case, load in cases.items()}
+        seconds = {case: fastest_seconds(load, device) for case, load in cases.items()}
     met = size / seconds["ours"] >= GOAL * copies
     goal = {"goal": GOAL, "verdict": "met" if met else "missed"}
     return [
@@ -104,7 +104,7 @@ def run(config: Config, device: torch.device) -> list[dict[str, Any]]:
     ]
 
 
-def rows(records: list[dict[str, Any]]) -> list[Row]:
+def table_rows(records: list[dict[str, Any]]) -> list[Row]:
     """GB/s beside safetensors, and with the decoder quantised on the way."""
     found = {record["case"]: record for record in records}
     ours, others = found["ours"], found["safetensors"]
@@ -139,7 +139,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     records = run(replace(Config(), num_hidden_layers=args.layers), device)
     if args.json:
-        write(args.json, {"loading": records})
+        write_results(args.json, {"loading": records})
     print(table(records))
 
 

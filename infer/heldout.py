@@ -14,7 +14,7 @@ from infer.engine.engine import Engine
 from infer.requests.request import Generation, Options
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.processing.answers import Answer, Box, parse_answer
-from phi4rv.processing.chat_template import IMAGE_MARK, THINK
+from phi4rv.processing.chat_template import IMAGE_TOKEN, THINK
 from phi4rv.processing.image_files import ImageFiles
 from phi4rv.processing.processor import Processor, Prompt
 from phi4rv.processing.records import Record
@@ -37,7 +37,7 @@ class Question:
         number = next(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
         *before, asked = record.turns[:number]
         said = record.turns[number].content
-        images = [FILES.source(path) for path in record.images[: asked.content.count(IMAGE_MARK)]]
+        images = [FILES.source(path) for path in record.images[: asked.content.count(IMAGE_TOKEN)]]
         mode = "think" if said.lstrip().startswith(THINK) else "nothink"
         text = [*before, asked] if before else asked.content
         return Question(Prompt(text, images, mode), parse_answer(said))

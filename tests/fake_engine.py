@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from infer.engine.config import Counters
 from infer.requests.request import Event, Generation, Options
-from phi4rv.errors import WindowError
+from phi4rv.errors import ContextLengthError
 from phi4rv.processing.images import open_image
 from phi4rv.processing.processor import Processor, Prompt
 
@@ -52,7 +52,7 @@ class FakeEngine:
         rendered = self.processor.template.render(prompt.messages(), prompt.mode)
         tokens = len(self.processor.tokenizer.encode(rendered.text, add_special_tokens=False).ids)
         if tokens > self.config.context:
-            raise WindowError(f"the prompt has {tokens} tokens, the model's window holds {self.config.context}")
+            raise ContextLengthError(f"the prompt has {tokens} tokens, the model's window holds {self.config.context}")
         self.seen.append((prompt, options))
         thinking = "Hm." if prompt.mode == "think" else None
         words = deque(re.findall(r"\S+\s*", text.split("echo", 1)[-1])[: options.max_new_tokens])

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from phi4rv.checkpoint.huggingface import fill, outline
+from phi4rv.checkpoint.huggingface import load_meta, load_weights
 from phi4rv.errors import UserError
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.processing.processor import Processor
-from phi4rv.quantization.float8_linear import use_float8
-from phi4rv.quantization.quantized_linear import fill_quantized
+from phi4rv.quantization.float8_linear import convert_to_float8_training
+from phi4rv.quantization.quantized_linear import load_quantized_weights
 from train.distributed.context_parallel import check_heads
 from train.distributed.fsdp import assign, parallelize
 from train.distributed.ranks import Ranks
@@ -45,22 +45,22 @@ def build(
         raise UserError("--linear: fp8 writes bfloat16 on a GPU; give --dtype bfloat16")
     adapted = bool(stage.lora_rank)
     if source := args.checkpoint if adapted else step or args.checkpoint:
-        model, processor = outline(source, device, dtype, args.kernels)
+        model, processor = load_meta(source, device, dtype, args.kernels)
     else:
         model, processor = tiny_model(args.seed, texts(), args.kernels)
         model = model.to(device, dtype)
     check_heads(model.config, args.context)
     if stage.linear == "fp8":
-        use_float8(model)
+        convert_to_float8_training(model)
     trainable(model, stage)
     if mesh:
         parallelize(model, mesh, args.shard, dtype)
     if step and not adapted:
         model.to_empty(device=device)
     elif stage.frozen_weights != "dtype":
-        fill_quantized(model, args.checkpoint, device, {"decoder": stage.frozen_weights})
+        load_quantized_weights(model, args.checkpoint, device, {"decoder": stage.frozen_weights})
     elif args.checkpoint:
-        fill(model, args.checkpoint, device, assign if mesh else None)
+        load_weights(model, args.checkpoint, device, assign if mesh else None)
     if adapted:
         adapt(model, stage, args.seed)
     model.set_checkpointing(args.checkpointing)

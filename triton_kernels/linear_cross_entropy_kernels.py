@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from triton_kernels.common.tuning import Config, Space
+from triton_kernels.common.tuning import Config, SearchSpace
 
 # Rows and columns of the buffer of logit gradients come in this many: every tile divides it.
 ALIGN = 256
@@ -50,10 +50,10 @@ _HIDDEN = [
     _config(128, 128, 64, 16, 4, 3),
 ]
 # BLOCK_K of WEIGHT and HIDDEN divides BLOCK_M and BLOCK_N of LOGITS: what they read, it has written.
-FORWARD = Space("linear_cross_entropy.forward", {"short": _FORWARD, "float32": _FLOAT32})
-LOGITS = Space("linear_cross_entropy.logits", {"short": _LOGITS, "float32": _FLOAT32})
-WEIGHT = Space("linear_cross_entropy.weight", {"short": _WEIGHT, "float32": _FLOAT32})
-HIDDEN = Space("linear_cross_entropy.hidden", {"short": _HIDDEN, "float32": _FLOAT32})
+FORWARD = SearchSpace("linear_cross_entropy.forward", {"short": _FORWARD, "float32": _FLOAT32})
+LOGITS = SearchSpace("linear_cross_entropy.logits", {"short": _LOGITS, "float32": _FLOAT32})
+WEIGHT = SearchSpace("linear_cross_entropy.weight", {"short": _WEIGHT, "float32": _FLOAT32})
+HIDDEN = SearchSpace("linear_cross_entropy.hidden", {"short": _HIDDEN, "float32": _FLOAT32})
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def compact(targets, index, count, T, padded, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _place(tile, down, across, GROUP: tl.constexpr):
+def _grouped_tile(tile, down, across, GROUP: tl.constexpr):
     """Row and column of a tile: down GROUP rows before the next column, so that the rows' operand stays in L2."""
     band = tile // (GROUP * across)
     rows = tl.minimum(down - band * GROUP, GROUP)
@@ -127,7 +127,7 @@ def forward(
     labelled = tl.load(count).to(tl.int32)
     down, across = tl.cdiv(labelled, BLOCK_M), tl.cdiv(V, BLOCK_N)
     for tile in range(tl.program_id(0), down * across, tl.num_programs(0)):
-        m, n = _place(tile, down, across, GROUP)
+        m, n = _grouped_tile(tile, down, across, GROUP)
         row, col = m * BLOCK_M, n * BLOCK_N
         s = _logits(
             hidden, weight, index, hidden_stride, weight_stride, row, col, V, C, BLOCK_M, BLOCK_N, BLOCK_K, EVEN
@@ -186,7 +186,7 @@ def logits_gradient(
     present = tl.maximum(tl.minimum(V - before, columns), 0).to(tl.int32)
     down, across = tl.cdiv(labelled, BLOCK_M), tl.cdiv(present, BLOCK_N)
     for tile in range(tl.program_id(0), down * across, tl.num_programs(0)):
-        m, n = _place(tile, down, across, GROUP)
+        m, n = _grouped_tile(tile, down, across, GROUP)
         row, col = m * BLOCK_M, n * BLOCK_N
         first = before.to(tl.int32) + col
         s = _logits(
@@ -217,7 +217,7 @@ def weight_gradient(
     factor = tl.load(scale)
     down, across = tl.cdiv(present, BLOCK_M), tl.cdiv(C, BLOCK_N)
     for tile in range(tl.program_id(0), down * across, tl.num_programs(0)):
-        m, n = _place(tile, down, across, GROUP)
+        m, n = _grouped_tile(tile, down, across, GROUP)
         k = tl.arange(0, BLOCK_K)
         rows, cols = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
         a = dlogits + k.to(tl.int64)[:, None] * columns + rows[None, :]
@@ -264,7 +264,7 @@ def hidden_gradient(
     down, across = tl.cdiv(labelled, BLOCK_M), tl.cdiv(C, BLOCK_N)
     tiles = tl.where(present > 0, down * across, 0)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        m, n = _place(tile, down, across, GROUP)
+        m, n = _grouped_tile(tile, down, across, GROUP)
         k = tl.arange(0, BLOCK_K)
         rows, cols = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
         a = dlogits + rows.to(tl.int64)[:, None] * columns + k[None, :]

@@ -29,11 +29,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.data.mixture import Lengths, mixture
-from benchmarks.images import MAX_PATCHES, MIN_PATCHES, picture
-from benchmarks.kernels.timing import spread
-from benchmarks.parts import ROOT
-from benchmarks.report.result_files import write
+from benchmarks.data.mixture import SampleLengths, mixture
+from benchmarks.images import MAX_PATCHES, MIN_PATCHES, synthetic_image
+from benchmarks.jobs import ROOT
+from benchmarks.kernels.timing import relative_iqr
+from benchmarks.report.result_files import write_results
 from benchmarks.report.rows import Row
 from phi4rv.batch import NO_LABEL
 from phi4rv.config import Config
@@ -47,15 +47,15 @@ from train.data.stream import run_steps
 
 CHECKPOINT = ROOT / "tests" / "data" / "tiny-checkpoint"
 SIZES = [(1280, 720), (1024, 680), (640, 480), (300, 200)]
-TOGETHER = 4  # samples of a padded micro-batch; of this mixture a sequence of 8192 holds 3.7
-PICTURES, ROUNDS = 24, 5
+MICRO_BATCH = 4  # samples of a padded micro-batch; of this mixture a sequence of 8192 holds 3.7
+IMAGES, ROUNDS = 24, 5
 WORLDS = (2, 8, 64)
 
 
-def padding(samples: list[Lengths]) -> dict[str, Any]:
+def padding(samples: list[SampleLengths]) -> dict[str, Any]:
     """Shares of padding, and the operations of a padded step over those of a packed one."""
     config = Config()
-    groups = [samples[i : i + TOGETHER] for i in range(0, len(samples), TOGETHER)]
+    groups = [samples[i : i + MICRO_BATCH] for i in range(0, len(samples), MICRO_BATCH)]
     patches = [n for s in samples for n in s.patches]
     labelled = sum(s.labelled for s in samples)
     ours = operations(config, [s.length for s in samples], patches, labelled)
@@ -106,18 +106,18 @@ def make_data(folder: Path) -> Path:
     """JPEG pictures of four sizes, each with a question and an answer of 60 words."""
     path = folder / "data.jsonl"
     with path.open("w") as lines:
-        for i in range(PICTURES):
+        for i in range(IMAGES):
             name = f"{i}.jpg"
-            picture(*SIZES[i % len(SIZES)]).save(folder / name, quality=90)
+            synthetic_image(*SIZES[i % len(SIZES)]).save(folder / name, quality=90)
             turns = [("human", f"<image>\nWhat is in picture {i}?"), ("gpt", "<nothink>" + "A thing of note. " * 15)]
             said = [{"from": who, "value": text} for who, text in turns]
             lines.write(json.dumps({"image": name, "conversations": [said]}) + "\n")
     return path
 
 
-def ours(path: Path, processor: Processor, workers: int) -> Iterator[int]:
+def phi4rv_loader(path: Path, processor: Processor, workers: int) -> Iterator[int]:
     """The number of pictures of each row."""
-    stage = recipe.stage(2, False, {"sequence_length": 8192, "global_batch": PICTURES, "max_steps": 10**6})
+    stage = recipe.stage(2, False, {"sequence_length": 8192, "global_batch": IMAGES, "max_steps": 10**6})
     corpus = Corpus([path], processor, stage, workers=workers)
     try:
         for ready in prefetch(run_steps(corpus, 0)(), corpus, 0, 1):
@@ -127,7 +127,7 @@ def ours(path: Path, processor: Processor, workers: int) -> Iterator[int]:
         corpus.close()
 
 
-class Plain(Dataset):
+class PlainDataset(Dataset):
     """What one would write with transformers: a sample is tensors, its picture padded to 3600 patches."""
 
     def __init__(self, path: Path):
@@ -163,10 +163,10 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     }
 
 
-def plain(path: Path, workers: int) -> Iterator[int]:
+def plain_loader(path: Path, workers: int) -> Iterator[int]:
     loader = DataLoader(
-        Plain(path),
-        batch_size=TOGETHER,
+        PlainDataset(path),
+        batch_size=MICRO_BATCH,
         shuffle=True,
         num_workers=workers,
         collate_fn=collate,
@@ -183,7 +183,7 @@ def _rates(counts: Iterator[int], clock: Callable[[], float]) -> list[float]:
     rates = []
     for _ in range(1 + ROUNDS):
         begun, total = clock(), 0
-        while total < PICTURES:
+        while total < IMAGES:
             total += next(counts)
         rates.append(total / (clock() - begun))
     counts.close()  # type: ignore[attr-defined]
@@ -199,7 +199,10 @@ def loading(workers: int) -> dict[str, Any]:
         )
         processor = Processor.from_folder(CHECKPOINT, config)
         clock = time.perf_counter if workers else time.process_time
-        rates = {"ours": _rates(ours(path, processor, workers), clock), "peer": _rates(plain(path, workers), clock)}
+        rates = {
+            "ours": _rates(phi4rv_loader(path, processor, workers), clock),
+            "peer": _rates(plain_loader(path, workers), clock),
+        }
     found = {side: statistics.median(taken) for side, taken in rates.items()}
     return {
         "benchmark": "data",
@@ -208,7 +211,7 @@ def loading(workers: int) -> dict[str, Any]:
         "ours_images_per_second": found["ours"],
         "peer_images_per_second": found["peer"],
         "ratio": found["ours"] / found["peer"],
-        "spread": spread(rates["ours"]),
+        "spread": relative_iqr(rates["ours"]),
     }
 
 
@@ -228,12 +231,12 @@ def run() -> list[dict[str, Any]]:
         torch.set_num_threads(threads)
 
 
-def rows(records: list[dict[str, Any]]) -> list[Row]:
+def table_rows(records: list[dict[str, Any]]) -> list[Row]:
     """Shares in percent. What is counted has no noise."""
     found = []
     for r in records:
         if r["case"] == "padding":
-            padded, exact = (f"to the longest of {TOGETHER}", f"to {MAX_PATCHES} patches"), {"noise": 0.0}
+            padded, exact = (f"to the longest of {MICRO_BATCH}", f"to {MAX_PATCHES} patches"), {"noise": 0.0}
             found += [
                 Row("data", "padded tokens", 0.0, "%", peer=padded[0], theirs=100 * r["tokens"], **exact),
                 Row("data", "padded patches", 0.0, "%", peer=padded[1], theirs=100 * r["patches"], **exact),
@@ -266,8 +269,8 @@ def table(records: list[dict[str, Any]]) -> str:
     for record in records:
         if record["case"] == "padding":
             lines += [
-                f"padding, {record['samples']} samples: ours 0; to the longest of {TOGETHER} {record['tokens']:.1%} of "
-                f"the tokens; to {MAX_PATCHES} patches {record['patches']:.1%} of the patches",
+                f"padding, {record['samples']} samples: ours 0; to the longest of {MICRO_BATCH} {record['tokens']:.1%} "
+                f"of the tokens; to {MAX_PATCHES} patches {record['patches']:.1%} of the patches",
                 f"operations of the padded step: {record['operations']:.2f} times ours",
             ]
         elif record["case"] == "packing":
@@ -290,7 +293,7 @@ def main() -> None:
     args = parser.parse_args()
     records = run()
     if args.json:
-        write(args.json, {"data": records})
+        write_results(args.json, {"data": records})
     print(table(records))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.inference.rows import Record, format_of
+from benchmarks.inference.roofline import Record, weight_format
 from benchmarks.report.rows import Row
 from phi4rv.config import Config
 
@@ -15,7 +15,7 @@ OVER_PEER = {"decode": 3.0, "first token": 2.0}
 TOWER_MS, SECOND, AT_ONCE = 10.0, 5.0, 15.0
 UNITS = {"s": 1.0, "ms": 1e3}
 CEILINGS = {"decode": "copy", "first token": "product", "load": "upload"}
-ALIKE = 0.1  # by how much the log-probability of the first token may differ from the peer's
+LOGPROB_TOLERANCE = 0.1  # by how much the log-probability of the first token may differ from the peer's
 PEERS = ("transformers", "transformers, static cache", "transformers, flash-attn")
 
 
@@ -43,7 +43,7 @@ def goals(result: Record) -> list[Record]:
 
 
 def _ours(sides: dict[str, Record], case: str, form: str = "bf16") -> dict[str, Record]:
-    own = {s: c[case] for s, c in sides.items() if s not in (*PEERS, "vLLM") and format_of(s) == form and case in c}
+    own = {s: c[case] for s, c in sides.items() if s not in (*PEERS, "vLLM") and weight_format(s) == form and case in c}
     return {side: r for side, r in own.items() if "reason" not in r}
 
 
@@ -55,17 +55,17 @@ def _best(sides: dict[str, Record], case: str, key: str, form: str = "bf16", lea
 def over_peer(sides: dict[str, Record], case: str) -> float | None:
     """The fastest peer's time over ours; of ours only those count that make the first token as the peer does."""
     peers = [sides[p][case] for p in PEERS if case in sides.get(p, {}) and "reason" not in sides[p][case]]
-    ours = [r for r in _ours(sides, case).values() if any(alike(r, p) for p in peers)]
+    ours = [r for r in _ours(sides, case).values() if any(same_first_token(r, p) for p in peers)]
     return min(p["seconds"] for p in peers) / min(r["seconds"] for r in ours) if ours else None
 
 
-def alike(ours: Record, peer: Record) -> bool:
+def same_first_token(ours: Record, peer: Record) -> bool:
     """Whether our first token is among the peer's most probable ones, and as probable."""
     token, logprob = ours["top"][0]
-    return any(token == other and abs(logprob - its) <= ALIKE for other, its in peer["top"])
+    return any(token == other and abs(logprob - its) <= LOGPROB_TOLERANCE for other, its in peer["top"])
 
 
-def rows(result: Record) -> list[Row]:
+def table_rows(result: Record) -> list[Row]:
     """The fastest of our sides in each case beside the fastest peer; a share that has a goal of its own once more."""
     sides, judged = result["sides"], {goal["name"]: goal for goal in goals(result)}
     cut = "" if result["layers"] == Config().num_hidden_layers else f", {result['layers']} decoder layers"
@@ -80,7 +80,7 @@ def rows(result: Record) -> list[Row]:
             "inference", what + cut, ours[0] if ours else None, unit, least=unit in ("ms", "s"),
             peer=peer[2] if peer else None, theirs=peer[0] if peer else None,
             share=record.get("share"), ceiling=CEILINGS.get(case), goal=goal, verdict=judged[named]["verdict"],
-            noise=record.get("spread"), reason=None if ours else _why_none(sides, case, form),
+            noise=record.get("spread"), reason=None if ours else _missing_reason(sides, case, form),
             tiny=result["device"] == "cpu", first=True,
         )  # fmt: skip
         if percent:
@@ -119,8 +119,8 @@ def _peers(sides: dict[str, Record], case: str, form: str) -> dict[str, Record]:
     return {side: r for side, r in given.items() if "reason" not in r}
 
 
-def _why_none(sides: dict[str, Record], case: str, form: str) -> str:
-    own = {s: c for s, c in sides.items() if s not in (*PEERS, "vLLM") and format_of(s) == form}
+def _missing_reason(sides: dict[str, Record], case: str, form: str) -> str:
+    own = {s: c for s, c in sides.items() if s not in (*PEERS, "vLLM") and weight_format(s) == form}
     own = {s: c for s, c in own.items() if (s == "load") == (case == "load")}
     said = {side: cases.get("reason") or cases.get(case, {}).get("reason") for side, cases in own.items()}
     return "; ".join(f"{side}: {reason}" for side, reason in said.items() if reason) or "no side has it"
@@ -140,7 +140,7 @@ def table(result: Record) -> str:
             continue
         for case, r in cases.items():
             lines.append(f"  {side:27} {case:16} {r['reason'] if 'reason' in r else FIGURES[case](r)}")
-    lines += [line for case in OVER_PEER for line in _unlike(result["sides"], case)]
+    lines += [line for case in OVER_PEER for line in _first_token_mismatches(result["sides"], case)]
     for goal in goals(result):
         value = "-" if goal["value"] is None else f"{goal['value']:.3g}"
         bound = "at most" if goal["at_most"] else "at least"
@@ -184,8 +184,8 @@ def _rate(value: float) -> str:
     return f"{value / power:.3g} {unit}"
 
 
-def _unlike(sides: dict[str, Record], case: str) -> list[str]:
+def _first_token_mismatches(sides: dict[str, Record], case: str) -> list[str]:
     """Of sides of ours whose first token is not the peers': they do not count against them."""
     peers = [sides[p][case] for p in PEERS if "top" in sides.get(p, {}).get(case, {})]
-    ours = [side for side, r in _ours(sides, case).items() if peers and not any(alike(r, p) for p in peers)]
+    ours = [side for side, r in _ours(sides, case).items() if peers and not any(same_first_token(r, p) for p in peers)]
     return [f"  {case}: {side} and transformers do not agree on the first token" for side in ours]

@@ -42,12 +42,16 @@ def draw_newest(rows: Sequence[Row], title: str, file: Path) -> None:
         left, right = sorted((across(1.0), across(row.ratio)))
         pen.rectangle((left, y + 4, right, y + BAR - 5), VERDICTS[row.verdict])
         pen.text(
-            (LABEL - 8, y + BAR / 2), _fitting(pen, f"{row.benchmark}: {row.what}", font, LABEL - 20), INK, font, "rm"
+            (LABEL - 8, y + BAR / 2),
+            _shorten_to_fit(pen, f"{row.benchmark}: {row.what}", font, LABEL - 20),
+            INK,
+            font,
+            "rm",
         )
         _, ours, peer, ratio, *_ = cells(row)
         pen.text(
             (LABEL + PLANE + 8, y + BAR / 2),
-            _fitting(pen, f"{ratio}  {ours}; {peer}", font, NOTE - 16),
+            _shorten_to_fit(pen, f"{ratio}  {ours}; {peer}", font, NOTE - 16),
             INK,
             font,
             "lm",
@@ -55,7 +59,7 @@ def draw_newest(rows: Sequence[Row], title: str, file: Path) -> None:
     image.save(file)
 
 
-def _fitting(
+def _shorten_to_fit(
     pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
 ) -> str:
     while pen.textlength(text, font) > width:
@@ -63,7 +67,7 @@ def _fitting(
     return text
 
 
-def draw_course(courses: Sequence[Sequence[tuple[str, Row]]], file: Path, columns: int = 2) -> None:
+def draw_history(courses: Sequence[Sequence[tuple[str, Row]]], file: Path, columns: int = 2) -> None:
     """PNG: a panel for each row, its figure and its best peer's over (commit, row) in order of time."""
     head = 26
     columns = min(columns, len(courses))

@@ -58,7 +58,7 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def described() -> dict[str, dict[str, str]]:
+def peer_versions() -> dict[str, dict[str, str]]:
     """Of each peer its version, or ``not installed``, and its settings."""
     return {name: {"version": _version(found), "settings": settings} for name, (found, settings) in PEERS.items()}
 

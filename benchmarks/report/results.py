@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parts import ROOT
-from benchmarks.report.charts import draw_course, draw_newest
+from benchmarks.jobs import ROOT
+from benchmarks.report.charts import draw_history, draw_newest
 from benchmarks.report.result_files import FOLDER
-from benchmarks.report.rows import HEADS, Row, cells, figure, markdown
-from benchmarks.run import MODULES, rows
+from benchmarks.report.rows import HEADERS, Row, cells, figure, markdown
+from benchmarks.run import MODULES, table_rows
 from phi4rv.command_line import Parser, exit_status
 from phi4rv.errors import UserError
 
@@ -64,7 +64,7 @@ def read(file: Path) -> Result:
     try:
         about = json.loads(file.read_text())
         results = about.pop("results")
-        found = rows(results)
+        found = table_rows(results)
         if missing := {"device", "date", "commit", "torch"} - set(about):
             raise ValueError(f"no {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -90,7 +90,7 @@ def read_all(folder: Path) -> tuple[dict[str, list[Result]], list[str]]:
     return found, broken
 
 
-def courses(results: Sequence[Result]) -> dict[tuple[str, str], list[Point]]:
+def histories(results: Sequence[Result]) -> dict[tuple[str, str], list[Point]]:
     """By benchmark and row its points in order of time, of the rows that the newest result of their benchmark has."""
     newest = {row.benchmark: result for result in results for row in result.rows}
     keys = [(row.benchmark, row.what) for name in MODULES if name in newest for row in newest[name].rows
@@ -113,7 +113,7 @@ def noise(row: Row) -> float:
     return max(LEAST_NOISE, NOISE if row.noise is None else row.noise)
 
 
-def slower(points: Sequence[Point]) -> tuple[Point, float] | None:
+def regression(points: Sequence[Point]) -> tuple[Point, float] | None:
     """The best earlier point and by how much the newest figure is worse, if by more than both their noises."""
     now = latest(points)
     earlier = [p for p in points[: points.index(now)] if p.row.ours]
@@ -127,14 +127,18 @@ def slower(points: Sequence[Point]) -> tuple[Point, float] | None:
 
 def device_text(name: str, results: Sequence[Result]) -> str:
     """The part of RESULTS.md about one device."""
-    found = courses(results)
+    found = histories(results)
     parts = [f"## {results[-1].about['device']}", _versions(results[-1]), f"![ratios](results/{name}/newest.png)"]
     for benchmark in dict.fromkeys(benchmark for benchmark, _ in found):
         mine = {what: points for (b, what), points in found.items() if b == benchmark}
         parts += [f"### {benchmark}", newest_table([latest(points) for points in mine.values()])]
         if several := {what: points for what, points in mine.items() if len(points) > 1}:
-            parts += [f"#### Course of {benchmark}", course_table(several), f"![course]({_course(name, benchmark)})"]
-    lines = [_slower(what, points) for (_, what), points in found.items()]
+            parts += [
+                f"#### Course of {benchmark}",
+                history_table(several),
+                f"![course]({_history_chart(name, benchmark)})",
+            ]
+    lines = [_regression_line(what, points) for (_, what), points in found.items()]
     said = [line for line in lines if line] or ["Nothing, or nothing was measured twice."]
     return "\n\n".join([*parts, "### Slower than the best earlier result by more than the noise", *said])
 
@@ -151,10 +155,10 @@ def newest_table(points: Sequence[Point], named: bool = False) -> str:
     for point in points:
         what, *others = cells(point.row)
         lines.append((f"{point.row.benchmark}: {what}" if named else what, *others, point.result.when))
-    return markdown((*HEADS, "measured"), lines)
+    return markdown((*HEADERS, "measured"), lines)
 
 
-def course_table(found: dict[str, list[Point]]) -> str:
+def history_table(found: dict[str, list[Point]]) -> str:
     """Of each row its figures in the newest COLUMNS results that have any of them."""
     every = {p.result.when: p.result for points in found.values() for p in points}
     shown = sorted(every.values(), key=lambda r: (r.about["date"], r.about.get("time", ""), r.name))[-COLUMNS:]
@@ -166,8 +170,8 @@ def course_table(found: dict[str, list[Point]]) -> str:
     return markdown(("what", *(result.when for result in shown)), lines)
 
 
-def _slower(what: str, points: Sequence[Point]) -> str | None:
-    if (found := slower(points)) is None:
+def _regression_line(what: str, points: Sequence[Point]) -> str | None:
+    if (found := regression(points)) is None:
         return None
     (best, worse), now = found, latest(points)
     assert now.row.ours is not None and best.row.ours is not None
@@ -177,7 +181,7 @@ def _slower(what: str, points: Sequence[Point]) -> str | None:
     )
 
 
-def _course(name: str, benchmark: str) -> str:
+def _history_chart(name: str, benchmark: str) -> str:
     return f"results/{name}/course-{benchmark}.png"
 
 
@@ -193,7 +197,7 @@ def readme_table(devices: dict[str, list[Result]]) -> str:
     """What stands between the marks: of each device the rows that are ``first``."""
     parts = []
     for results in devices.values():
-        points = [point for points in courses(results).values() if (point := latest(points)).row.first]
+        points = [point for points in histories(results).values() if (point := latest(points)).row.first]
         parts += [f"{results[-1].about['device']}:", newest_table(points, named=True)]
     return "\n\n".join(parts)
 
@@ -211,15 +215,15 @@ def draw_all(devices: dict[str, list[Result]], folder: Path) -> list[Path]:
     """The charts that RESULTS.md names."""
     files = []
     for name, results in devices.items():
-        found = courses(results)
+        found = histories(results)
         files.append(folder / name / "newest.png")
         title = f"{results[-1].about['device']}: how many times better than the best peer"
         draw_newest([latest(points).row for points in found.values()], title, files[-1])
         for benchmark in dict.fromkeys(benchmark for benchmark, _ in found):
             several = [points for (b, _), points in found.items() if b == benchmark and len(points) > 1]
             if several:
-                files.append(folder.parent / _course(name, benchmark))
-                draw_course([[(p.result.about["commit"], p.row) for p in points] for points in several], files[-1])
+                files.append(folder.parent / _history_chart(name, benchmark))
+                draw_history([[(p.result.about["commit"], p.row) for p in points] for points in several], files[-1])
     return files
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-MARKS = {"met": "met", "missed": "MISSED", "not measured": "not measured", None: ""}
+VERDICTS = {"met": "met", "missed": "MISSED", "not measured": "not measured", None: ""}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Row:
         return self.theirs / self.ours if self.least else self.ours / self.theirs
 
 
-HEADS = ("what", "ours", "best peer", "ratio", "of the ceiling", "goal", "")
+HEADERS = ("what", "ours", "best peer", "ratio", "of the ceiling", "goal", "")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ def cells(row: Row) -> tuple[str, ...]:
     peer = f"{row.peer}: {figure(row.theirs, row.unit)}" if row.peer and row.theirs is not None else "-"
     share = "-" if row.share is None else f"{row.share:.1%} {row.ceiling}"
     ratio = "-" if row.ratio is None else f"{row.ratio:.2f}x"
-    return row.what, ours, peer, ratio, share, row.goal or "-", MARKS[row.verdict]
+    return row.what, ours, peer, ratio, share, row.goal or "-", VERDICTS[row.verdict]
 
 
 def figure(value: float, unit: str) -> str:
@@ -62,13 +62,13 @@ def figure(value: float, unit: str) -> str:
 def table(rows: Iterable[Row], width: int = 60) -> str:
     """For a terminal: rows under the name of their benchmark."""
     rows = list(rows)
-    lines = [HEADS, *map(cells, rows)]
-    widths = [min(max(len(line[i]) for line in lines), width) for i in range(len(HEADS))]
+    lines = [HEADERS, *map(cells, rows)]
+    widths = [min(max(len(line[i]) for line in lines), width) for i in range(len(HEADERS))]
 
     def text(line: Sequence[str]) -> str:
-        return "  " + "  ".join(_cut(cell, n).ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip()
+        return "  " + "  ".join(_truncate(cell, n).ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip()
 
-    out, benchmark = [text(HEADS)], None
+    out, benchmark = [text(HEADERS)], None
     for row, line in zip(rows, lines[1:], strict=True):
         if row.benchmark != benchmark:
             benchmark = row.benchmark
@@ -77,7 +77,7 @@ def table(rows: Iterable[Row], width: int = 60) -> str:
     return "\n".join(out)
 
 
-def _cut(text: str, width: int) -> str:
+def _truncate(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 

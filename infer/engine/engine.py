@@ -67,7 +67,7 @@ class Engine:
         on_gpu = self.model.device.type == "cuda"
         self.overlap = on_gpu if limits.overlap is None else limits.overlap
         # The definition of attention asks the host for lengths, which no graph can hold.
-        capturable = on_gpu and self.model.ops.chosen["paged_decode_attention"] != "torch"
+        capturable = on_gpu and self.model.ops.backends["paged_decode_attention"] != "torch"
         if limits.graphs and not capturable:
             raise UserError("graphs: need a GPU and --kernels triton or cuda for paged_decode_attention")
         graphs = Graphs(capturable if limits.graphs is None else limits.graphs)

@@ -8,7 +8,7 @@ from torch import Tensor
 from infer.engine.config import Limits
 from phi4rv.config import Config
 from phi4rv.errors import UserError
-from phi4rv.model.decoder import Attend
+from phi4rv.model.decoder import AttentionFn
 from phi4rv.ops.low_precision import FP8_MAX
 from phi4rv.ops.registry import Operations
 
@@ -59,7 +59,7 @@ class PagedCache:
                 flat, new = flat.view(torch.uint8), scaled.to(pages.dtype).view(torch.uint8)
             flat.index_copy_(0, rows, new)
 
-    def decode(self, page_table: Tensor, lengths: Tensor, rows: Tensor) -> Attend:
+    def decode(self, page_table: Tensor, lengths: Tensor, rows: Tensor) -> AttentionFn:
         """Attention of the last M tokens of B documents, packed as (B · M) rows. lengths (B,): these included."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class PagedCache:
 
     def prefill(
         self, page_table: Tensor, lengths: Tensor, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int, whole: bool
-    ) -> Attend:
+    ) -> AttentionFn:
         """Attention of packed runs of new tokens, the last of ``lengths`` (B,) each. whole: the runs are all there is
         of their documents, and need not be read back.
         """
@@ -87,7 +87,7 @@ class PagedCache:
 
         return attend
 
-    def calibrate(self) -> Attend:
+    def calibrate(self) -> AttentionFn:
         """Causal attention of one document that writes nothing, and sets the scales to twice what its keys and values
         need: later ones may be larger.
         """

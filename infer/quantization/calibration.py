@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from infer.requests.request import Generation
 from phi4rv.batch import pack
 from phi4rv.model.phi4rv import Phi4RV
-from phi4rv.ops.low_precision import GROUP, QuantizedWeight, dequantize, part, quantize
+from phi4rv.ops.low_precision import GROUP_SIZE, QuantizedWeight, dequantize, quantize, slice_weight
 from phi4rv.processing.processor import Processor
-from phi4rv.quantization.quantized_linear import ROWS, chosen_layers, quantize_rows
+from phi4rv.quantization.quantized_linear import CHUNK_ROWS, layers_to_quantize, quantize_in_chunks
 
 # Factors of a scale that are tried: AWQ's range (Lin et al. 2023, whose search clips by the same criterion).
 FACTORS = tuple(1 - 0.05 * i for i in range(11))
@@ -31,7 +31,7 @@ class Inputs:
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
-        self.products = torch.zeros(-(-columns // GROUP), GROUP, GROUP, device=device)
+        self.products = torch.zeros(-(-columns // GROUP_SIZE), GROUP_SIZE, GROUP_SIZE, device=device)
         self.rows: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
@@ -45,7 +45,7 @@ class Inputs:
 
 def in_groups(x: Tensor) -> Tensor:
     """(R, K) -> (R, G, GROUP), the last group filled up with zeros."""
-    return F.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    return F.pad(x, (0, -x.shape[1] % GROUP_SIZE)).unflatten(1, (-1, GROUP_SIZE))
 
 
 def observe(
@@ -58,7 +58,7 @@ def observe(
         (x,) = given
         seen.setdefault(name, Inputs(x.shape[-1], x.device)).add(x)
 
-    layers = {name: model.get_submodule(name) for name in chosen_layers(model, formats)}
+    layers = {name: model.get_submodule(name) for name in layers_to_quantize(model, formats)}
     hooks = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers.items()]
     try:
         logits_of(model, processor, answered)
@@ -86,10 +86,10 @@ def calibrated(weight: Tensor, format: str, products: Tensor) -> QuantizedWeight
     weight (N, K); products: ``Inputs.products`` of the layer.
     """
     shrinks = []
-    for block in weight.split(ROWS):
+    for block in weight.split(CHUNK_ROWS):
         errors = torch.stack([scale_errors(block, _shrunk(block, format, f), products) for f in FACTORS])
         shrinks.append(errors.new_tensor(FACTORS)[errors.argmin(0)])
-    return quantize_rows(weight, format, torch.cat(shrinks))
+    return quantize_in_chunks(weight, format, torch.cat(shrinks))
 
 
 def scale_errors(weight: Tensor, quantized: QuantizedWeight, products: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def scale_errors(weight: Tensor, quantized: QuantizedWeight, products: Tensor) -
 
 
 def _shrunk(weight: Tensor, format: str, factor: float) -> QuantizedWeight:
-    groups = -(-weight.shape[1] // GROUP)
+    groups = -(-weight.shape[1] // GROUP_SIZE)
     shape = (len(weight), groups) if format.startswith("int4") else (len(weight),)
     return quantize(weight, format, torch.full(shape, factor, device=weight.device))
 
@@ -121,9 +121,9 @@ def layer_error(path: str, weight: Tensor, quantized: QuantizedWeight, rows: Ten
     """Of the layer with published ``path``; the bias, which both have, is left out."""
     off = total = off_output = total_output = 0.0
     rows = rows.float()
-    for start in range(0, len(weight), ROWS):
-        w = weight[start : start + ROWS].float()
-        d = w - dequantize(part(quantized, 0, start, start + len(w)), torch.float32)
+    for start in range(0, len(weight), CHUNK_ROWS):
+        w = weight[start : start + CHUNK_ROWS].float()
+        d = w - dequantize(slice_weight(quantized, 0, start, start + len(w)), torch.float32)
         off, total = off + float(d.square().sum()), total + float(w.square().sum())
         off_output += float((rows @ d.T).square().sum())
         total_output += float((rows @ w.T).square().sum())

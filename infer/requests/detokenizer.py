@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tokenizers import decoders
 
 from phi4rv.errors import UserError
-from phi4rv.processing.answers import DIRECT_SPELLINGS, ENDS, THINK_END, strip_direct, strip_ends
+from phi4rv.processing.answers import END_TOKENS, NOTHINK_SPELLINGS, THINK_END, strip_end_tokens, strip_nothink
 from phi4rv.processing.chat_template import THINK, check_mode
 from phi4rv.processing.processor import TOKENIZER, Processor
 
@@ -80,8 +80,8 @@ class TextStream:
             self._open(last)
         thinking = self._read_thought(last) if self._stage == "thought" else ""
         if self._stage == "start":
-            self._held = strip_direct(self._held)
-            if last or not _may_become(self._held, DIRECT_SPELLINGS):
+            self._held = strip_nothink(self._held)
+            if last or not _may_become(self._held, NOTHINK_SPELLINGS):
                 self._stage = "answer"
         text = self._read_answer(last) if self._stage == "answer" else ""
         return Delta(thinking, text, self._stage == "stopped")
@@ -102,7 +102,7 @@ class TextStream:
             self._held, self._stage = after, "start"
             return self._thought.push(before) + self._thought.finish(str.rstrip)
         told = self._thought.push(self._take(last, (THINK_END,)))
-        return told + self._thought.finish(strip_ends) if last else told
+        return told + self._thought.finish(strip_end_tokens) if last else told
 
     def _read_answer(self, last: bool) -> str:
         # The first to be complete, so that it is the same one whatever tokens the text comes in.
@@ -110,7 +110,7 @@ class TextStream:
         if found:
             self._held, self._stage, last = self._held[: min(found)[1]], "stopped", True
         told = self._answer.push(self._take(last, self._stop))
-        return told + self._answer.finish(strip_ends) if last else told
+        return told + self._answer.finish(strip_end_tokens) if last else told
 
     def _take(self, last: bool, patterns: Sequence[str]) -> str:
         """What is held, up to where one of ``patterns`` may begin; all of it if nothing follows."""
@@ -131,9 +131,9 @@ class _Trimmed:
         text = self._held + new
         if not self.told and not self._behind:
             text = text.lstrip()
-        cut = _beginning(text, ENDS)
+        cut = _beginning(text, END_TOKENS)
         whole, self._held = text[:cut], text[cut:]
-        kept = strip_ends(whole)
+        kept = strip_end_tokens(whole)
         told = self._tell("".join([*self._behind, kept])) if kept else ""
         if rest := whole[len(kept) :]:
             self._behind.append(rest)

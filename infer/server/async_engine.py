@@ -14,7 +14,7 @@ from infer.engine.engine import Engine
 from infer.requests.prepare import Request
 from infer.requests.request import Event, Options
 from infer.server.errors import ApiError, of_user_error
-from phi4rv.errors import UserError, WindowError
+from phi4rv.errors import ContextLengthError, UserError
 from phi4rv.processing.processor import Processor, Prompt
 
 MOST_UNREAD = 1024
@@ -230,7 +230,7 @@ def check_length(processor: Processor, prompt: Prompt) -> None:
         for begin in range(0, len(text), PIECE):
             count += len(processor.tokenizer.encode_batch_fast([text[begin : begin + PIECE]])[0].ids)
             if count > window + window // 4:
-                raise WindowError(f"the prompt has more than {count} tokens, the model's window holds {window}")
+                raise ContextLengthError(f"the prompt has more than {count} tokens, the model's window holds {window}")
 
 
 def _broken() -> ApiError:

@@ -12,7 +12,7 @@ from uuid import uuid4
 import numpy as np
 
 
-def cached(file: Path, cache: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+def cached_index(file: Path, cache: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """``make()``, the index of ``file``, or what an earlier call left of it in ``cache``; read-only, mapped.
 
     Name, place, size and date of the file are in the index's name. A full disk is an OSError and ends the run: it is

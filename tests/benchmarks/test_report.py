@@ -12,11 +12,11 @@ from PIL import Image
 
 from benchmarks import kernels, loading, run, server_load, train_step
 from benchmarks.inference.table import PEERS as INFERENCE_PEERS
-from benchmarks.kernels.report import rows as kernel_rows
+from benchmarks.kernels.report import table_rows as kernel_rows
 from benchmarks.report import results
-from benchmarks.report.peers import PEERS, described
+from benchmarks.report.peers import PEERS, peer_versions
 from benchmarks.report.result_files import FOLDER
-from benchmarks.report.results import MARKS, Point, Result, latest, read_all, slower
+from benchmarks.report.results import MARKS, Point, Result, latest, read_all, regression
 from benchmarks.report.rows import Row, table
 from phi4rv.errors import UserError
 
@@ -107,7 +107,7 @@ def point(ours: float | None, **more: Any) -> Point:
     ],
 )
 def test_noise(figures: list[float | None], more: dict[str, Any], worse: float | None) -> None:
-    found = slower([point(ours, **more) for ours in figures])
+    found = regression([point(ours, **more) for ours in figures])
     assert (found and found[1]) == (worse and pytest.approx(worse))
 
 
@@ -190,13 +190,13 @@ def test_every_peer_has_a_version_and_settings() -> None:
     for tiny in (True, False):
         cases = [
             case
-            for name in kernels.operations()
+            for name in kernels.operation_names()
             for case in importlib.import_module(f"benchmarks.kernels.cases.{name}").cases(tiny)
         ]
         assert {peer for case in cases for peer in case.peers} <= set(PEERS)
         assert len({(case.operation, case.shape) for case in cases}) == len(cases)
-    assert {*train_step.THEIRS, *INFERENCE_PEERS, "vLLM"} <= set(PEERS)
-    for peer in described().values():
+    assert {*train_step.PEERS, *INFERENCE_PEERS, "vLLM"} <= set(PEERS)
+    for peer in peer_versions().values():
         assert peer["version"] and peer["settings"]
 
 
@@ -210,10 +210,10 @@ def test_rows_of_loading_and_of_the_server() -> None:
     records = [
         {"case": case, "rate": rate * 1e9, **share} for case, rate in (("ours", 40), ("int4", 30), ("safetensors", 8))
     ]
-    whole, int4 = loading.rows([{**records[0], "verdict": "missed"}, *records[1:]])
+    whole, int4 = loading.table_rows([{**records[0], "verdict": "missed"}, *records[1:]])
     assert (whole.what, whole.ours, whole.ratio, whole.verdict) == ("8 decoder layers to cuda", 40, 5, "missed")
     assert int4.what.endswith(", int4") and int4.ours == 30 and int4.verdict is None
     made = {"clients": 5, "requests": 9, "requests_per_second": 3.5, "seconds_to_first_token": {"p50": 1.0, "p99": 2.0},
             "dropped": {"refused": 1}, "different": 2, "answers_lost_by_sigterm": 3}  # fmt: skip
-    rate, *first, wrong = server_load.rows(made)
+    rate, *first, wrong = server_load.table_rows(made)
     assert (rate.ours, [row.ours for row in first], wrong.ours) == (3.5, [1, 2], 6)

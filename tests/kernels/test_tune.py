@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks import tune
 from benchmarks.kernels.case import Case, Draw
-from benchmarks.tune import Trial
-from triton_kernels.common.tuning import Config, Space
+from benchmarks.tune import Candidate
+from triton_kernels.common.tuning import Config, SearchSpace
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ class Kernel:
 
     def __init__(self, times: dict[int, float], effects: dict[int, Callable[[Tensor], Tensor]] | None = None):
         self.times, self.effects, self.runs = times, effects or {}, 0
-        self.space = Space("toy.kernel", {"row": [{"SIZE": size} for size in times], "other": [{"SIZE": 0}]})
+        self.space = SearchSpace("toy.kernel", {"row": [{"SIZE": size} for size in times], "other": [{"SIZE": 0}]})
 
     def __call__(self, x: Tensor) -> Tensor:
         size = self.space.pick("row", CPU)["SIZE"]
@@ -43,7 +43,7 @@ class Kernel:
             "toy", shape, lambda draw: (draw.normal(8, dtype=torch.float32, grad=True),), self, backward=backward
         )
 
-    def trials(self, *cases: Case) -> list[Trial]:
+    def trials(self, *cases: Case) -> list[Candidate]:
         found = tune.tune(cases or [self.case()], "cpu", self.timer)
         assert found.keys() == {("toy.kernel", "row")}
         return found["toy.kernel", "row"]
@@ -52,13 +52,13 @@ class Kernel:
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     """Leaves the list of spaces as it was."""
-    spaces = list(Space.all)
+    spaces = list(SearchSpace.all)
     yield
-    Space.all[:] = spaces
+    SearchSpace.all[:] = spaces
 
 
-def chosen(trials: list[Trial]) -> Config | None:
-    best = tune.fastest(trials)
+def chosen(trials: list[Candidate]) -> Config | None:
+    best = tune.fastest_candidate(trials)
     return best.config if best else None
 
 
@@ -86,20 +86,20 @@ def test_nothing_is_chosen_if_the_default_fails() -> None:
         raise RuntimeError
 
     kernel = Kernel({1: 1.0, 2: 2.0})
-    trials = [Trial({"SIZE": size}) for size in (1, 2)]
+    trials = [Candidate({"SIZE": size}) for size in (1, 2)]
     kernel.effects[1] = fail
     tune._measure(kernel.case(), "cpu", kernel.space, trials, kernel.timer)
     assert chosen(trials) is None
-    assert list(tune.report({("toy.kernel", "row"): trials}))[2] == "         -  SIZE=2"
+    assert list(tune.report_lines({("toy.kernel", "row"): trials}))[2] == "         -  SIZE=2"
 
 
 def test_shapes_count_alike() -> None:
     """Half the time of a short shape is worth more than a tenth less of a long one."""
     trials = [
-        Trial({"SIZE": 1}, {"short": 1.0, "long": 100.0}),
-        Trial({"SIZE": 2}, {"short": 0.5, "long": 101.0}),
-        Trial({"SIZE": 3}, {"short": 1.0, "long": 90.0}),
-        Trial({"SIZE": 4}, {"short": 0.1}, fault="differs at the other"),
+        Candidate({"SIZE": 1}, {"short": 1.0, "long": 100.0}),
+        Candidate({"SIZE": 2}, {"short": 0.5, "long": 101.0}),
+        Candidate({"SIZE": 3}, {"short": 1.0, "long": 90.0}),
+        Candidate({"SIZE": 4}, {"short": 0.1}, fault="differs at the other"),
     ]
     assert chosen(trials) == {"SIZE": 2}
 
@@ -134,8 +134,8 @@ def test_table_keeps_what_was_not_measured(tmp_path: Path) -> None:
     file = tmp_path / "tuned.json"
     file.write_text('{"A": {"x.y": {"row": {"SIZE": 1}}}, "B": {"x.y": {"row": {"SIZE": 1}, "old": {"SIZE": 7}}}}')
     trials = {
-        ("x.y", "row"): [Trial({"SIZE": 1}, {"8": 2.0}), Trial({"SIZE": 2, "num_warps": 8}, {"8": 1.0})],
-        ("x.z", "row"): [Trial({"SIZE": 1}, fault="failed")],
+        ("x.y", "row"): [Candidate({"SIZE": 1}, {"8": 2.0}), Candidate({"SIZE": 2, "num_warps": 8}, {"8": 1.0})],
+        ("x.z", "row"): [Candidate({"SIZE": 1}, fault="failed")],
     }
     tune.write(trials, "B", file)
     assert json.loads(file.read_text()) == {
@@ -146,7 +146,7 @@ def test_table_keeps_what_was_not_measured(tmp_path: Path) -> None:
 
 
 def test_report_marks_the_chosen() -> None:
-    lines = list(tune.report(tune.tune([(kernel := Kernel({1: 2.0, 2: 1.0})).case()], "cpu", kernel.timer)))
+    lines = list(tune.report_lines(tune.tune([(kernel := Kernel({1: 2.0, 2: 1.0})).case()], "cpu", kernel.timer)))
     assert lines == ["toy.kernel row: toy 8 2 ms", "     1.000  SIZE=1", "  *  0.500  SIZE=2"]
 
 

@@ -137,7 +137,7 @@ def test_the_published_sizes_on_meta(folder: Path) -> None:
     rounded = {name: round(number / 1e9, 2) for name, number in count.items()}
     assert rounded == {"decoder": 14.66, "vision": 0.43, "projector": 0.03}
     assert round(2 * sum(count.values()) / 1e9, 1) == 30.2  # GB in bfloat16
-    shapes = {checkpoint_module.published_name(n): tuple(p.shape) for n, p in model.named_parameters()}
+    shapes = {checkpoint_module.hf_name(n): tuple(p.shape) for n, p in model.named_parameters()}
     assert shapes["model.layers.39.self_attn.qkv_proj.weight"] == (7680, 5120)
     assert shapes["model.mm_projector.0.weight"] == (5120, 1152)
     assert shapes[TOWER + "encoder.layers.26.mlp.fc1.weight"] == (4304, 1152)

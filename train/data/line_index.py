@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from phi4rv.errors import UserError
-from phi4rv.processing.index_cache import cached
+from phi4rv.processing.index_cache import cached_index
 
 INDEXED = 64 << 20  # bytes of a file from which its index is kept
 
@@ -77,7 +77,7 @@ class _File:
         self.file, self.path = file, path
         try:
             self.size = path.stat().st_size
-            index = _index(path) if self.size < INDEXED else cached(path, cache, lambda: _index(path))
+            index = _index(path) if self.size < INDEXED else cached_index(path, cache, lambda: _index(path))
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}; give a JSON Lines file") from None
         blank = int(index[0])

@@ -27,7 +27,7 @@ from torch import Tensor
 from phi4rv.batch import PackedBatch
 from phi4rv.config import Config
 from phi4rv.errors import UserError
-from phi4rv.model.decoder import Attend
+from phi4rv.model.decoder import AttentionFn
 from train.distributed.ranks import PATIENCE, Ranks
 
 
@@ -108,10 +108,10 @@ class Slice(PackedBatch):
     def reasoning_rows(self) -> Tensor:
         return self.reasoned
 
-    def placed(self, features: Tensor) -> Tensor:
+    def drop_dummy_patches(self, features: Tensor) -> Tensor:
         return features[self.first_patch : self.first_patch + len(self.image_positions)]
 
-    def spread(self, attend: Attend) -> Attend:
+    def distribute_attention(self, attend: AttentionFn) -> AttentionFn:
         return exchanged(attend, self.context, [stop - start for start, stop in pairwise(self.bounds)])
 
 
@@ -153,7 +153,7 @@ def cut(row: PackedBatch, count: int) -> list[Slice]:
     return slices
 
 
-def exchanged(attend: Attend, context: Context, lengths: Sequence[int]) -> Attend:
+def exchanged(attend: AttentionFn, context: Context, lengths: Sequence[int]) -> AttentionFn:
     """``attend``, which takes a whole row, for this rank's ``lengths[rank]`` tokens of it: q (t, H, D), k and v
     (t, G, D) -> (t, H, D). Every rank of the group calls it, forward and backward, in the same order.
     """

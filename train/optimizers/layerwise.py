@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from phi4rv.errors import UserError
-from phi4rv.ops.low_precision import BLOCK, Moment8, mix
+from phi4rv.ops.low_precision import MOMENT_BLOCK, Moment8, hash32
 from phi4rv.ops.registry import Operations
 from train.optimizers.adamw import EPS
 from train.recipe import Stage
@@ -41,7 +41,7 @@ class Layerwise:
         number = 0
         for name, parameter in named.items():
             slices = math.ceil(parameter.numel() / SLICE)
-            self.seeds[name] = [mix(mix(seed) ^ i) for i in range(number, number + slices)]
+            self.seeds[name] = [hash32(hash32(seed) ^ i) for i in range(number, number + slices)]
             number += slices
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))
         self._waiting: set[str] = set()
@@ -128,5 +128,5 @@ class Layerwise:
 
 def _slices(moment: Moment8) -> list[Moment8]:
     """Views of a moment by SLICE elements."""
-    parts = zip(moment.codes.split(SLICE), moment.scales.split(SLICE // BLOCK), strict=True)
+    parts = zip(moment.codes.split(SLICE), moment.scales.split(SLICE // MOMENT_BLOCK), strict=True)
     return [Moment8(codes, scales) for codes, scales in parts]

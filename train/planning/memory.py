@@ -14,16 +14,16 @@ from torch import nn
 
 from phi4rv.checkpoint.huggingface import empty_model
 from phi4rv.config import DTYPES, Config
-from phi4rv.ops.low_precision import BLOCK, GROUP
+from phi4rv.ops.low_precision import GROUP_SIZE, MOMENT_BLOCK
 from train.distributed.fsdp import SHARDS
 from train.recipe import Stage
 from train.trainer import trainable
 
 # Bytes of a decoder weight that stays as it is, by ``recipe.FROZEN``: with a float32 scale a row, counted as nothing,
 # or with a bfloat16 scale, and a byte for the zero, a group.
-FROZEN = {"dtype": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5 + 2 / GROUP, "int4_zero": 0.5 + 3 / GROUP}
+FROZEN = {"dtype": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5 + 2 / GROUP_SIZE, "int4_zero": 0.5 + 3 / GROUP_SIZE}
 WEIGHT, SUM, MASTER, MOMENTS = 2, 4, 4, 8  # bytes of a bfloat16 weight, a float32 gradient sum, master, two moments
-MOMENTS8 = 2 * (1 + 4 / BLOCK)
+MOMENTS8 = 2 * (1 + 4 / MOMENT_BLOCK)
 LOSS_COLUMNS = 4096  # of the vocabulary, whose logits' gradients are held at one time (linear_cross_entropy)
 
 

@@ -26,7 +26,7 @@ def _blocks(cu_seqlens, lengths, documents, N, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "slots"])
-def _schedule(
+def _schedule_kernel(
     cu_seqlens, lengths, tiles, N, slots,
     CAUSAL: tl.constexpr, REVERSED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def _schedule(
             tl.store(tiles + 2 * rest, -1, mask=rest < slots)
 
 
-def schedule(
+def schedule_tiles(
     cu_seqlens: Tensor,
     T: int,
     max_seqlen: int,
@@ -86,13 +86,13 @@ def schedule(
     if slots:
         costs = max(most, triton.cdiv(max_length, rows))
         with torch.cuda.device_of(cu_seqlens):
-            _schedule[(costs,)](
+            _schedule_kernel[(costs,)](
                 cu_seqlens, lengths, tiles, N, slots, causal, causal and reverse, rows, CHUNK=256, num_warps=4
             )
     return tiles
 
 
-def widths(D: int) -> tuple[int, int]:
+def split_head_dim(D: int) -> tuple[int, int]:
     """A head's channels as two powers of two, at least 16 each: 72 is 64 + 16. One and 0 where two save nothing."""
     whole = max(16, triton.next_power_of_2(D))
     main = max(16, whole // 2)
@@ -100,21 +100,21 @@ def widths(D: int) -> tuple[int, int]:
     return (main, tail) if main + tail < whole else (whole, 0)
 
 
-def case(D: int, dtype: torch.dtype) -> str:
+def head_dim_case(D: int, dtype: torch.dtype) -> str:
     """The case of a head in the spaces of candidates. float32 takes twice the memory and no tensor cores."""
     if dtype == torch.float32:
         return "float32"
     return str(D) if D in (64, 72, 128) else "other"
 
 
-def heads(x: Tensor) -> Tensor:
+def contiguous_heads(x: Tensor) -> Tensor:
     """x (T, heads, D) with its heads side by side, as in a row of queries, keys and values; copied only if not."""
     D = x.shape[2]
     return x if x.stride(2) == 1 and x.stride(1) == D else x.contiguous()
 
 
 @triton.jit
-def tile(tiles, cu_seqlens):
+def load_tile(tiles, cu_seqlens):
     """This program's tile: block (-1: nothing to do), first row of its document in the packed row, its length."""
     slot = tl.program_id(0)
     document = tl.load(tiles + 2 * slot)
@@ -125,7 +125,7 @@ def tile(tiles, cu_seqlens):
 
 
 @triton.jit
-def visible(rows, start, length, key_ends, CAUSAL: tl.constexpr, EXTENDED: tl.constexpr):
+def num_visible_keys(rows, start, length, key_ends, CAUSAL: tl.constexpr, EXTENDED: tl.constexpr):
     """How many keys of their document these rows of it see; does not decrease with the row."""
     seen = rows * 0 + length
     if CAUSAL:
@@ -137,7 +137,7 @@ def visible(rows, start, length, key_ends, CAUSAL: tl.constexpr, EXTENDED: tl.co
 
 
 @triton.jit
-def softmax_step(s, total, peak, scale, dtype: tl.constexpr):
+def online_softmax_step(s, total, peak, scale, dtype: tl.constexpr):
     """Takes the scores s of a block of keys into the running sum and maximum of each row: their weights in dtype, by
     what the sums so far shrink, the new sum and maximum. scale, a row's: of scores to exponents of 2, positive."""
     higher = tl.maximum(peak, tl.max(s, 1))
@@ -151,7 +151,7 @@ def softmax_step(s, total, peak, scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def load(x, rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+def load_head(x, rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
     """Channels FIRST to FIRST + WIDTH of a head at x, of rows at these offsets; 0 past D and, if MASKED, outside."""
     channels = FIRST + tl.arange(0, WIDTH)
     pointers = x + rows[:, None] + channels[None, :]
@@ -165,8 +165,8 @@ def load(x, rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.conste
 
 
 @triton.jit
-def store(x, value, rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """The counterpart of ``load``, in the dtype of x."""
+def store_head(x, value, rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """The counterpart of ``load_head``, in the dtype of x."""
     channels = FIRST + tl.arange(0, WIDTH)
     mask = inside[:, None] & (channels < D)[None, :]
     tl.store(x + rows[:, None] + channels[None, :], value.to(x.dtype.element_ty), mask=mask)

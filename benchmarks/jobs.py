@@ -26,7 +26,7 @@ Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class Job:
     """``command(file, seconds)``: what to run; it may write its records to ``file``, as ``records.write`` does, and
     should end within ``seconds``. ``gpu``: there is nothing to run without one."""
 
@@ -36,12 +36,12 @@ class Part:
     gpu: bool = False
 
 
-def python(*arguments: str) -> list[str]:
+def python_module(*arguments: str) -> list[str]:
     """This Python, running a module."""
     return [sys.executable, "-m", *arguments]
 
 
-def run_parts(parts: Sequence[Part], logs: Path, have_gpu: bool) -> tuple[dict[str, Outcome], dict[str, Any]]:
+def run_jobs(parts: Sequence[Job], logs: Path, have_gpu: bool) -> tuple[dict[str, Outcome], dict[str, Any]]:
     """Outcomes by part, and results by benchmark. What the commands print goes to ``logs/<part>.log``."""
     outcomes: dict[str, Outcome] = {}
     results: dict[str, Any] = {}
@@ -51,7 +51,7 @@ def run_parts(parts: Sequence[Part], logs: Path, have_gpu: bool) -> tuple[dict[s
         if part.gpu and not have_gpu:
             outcome = {"state": "skipped", "exit": None, "seconds": 0.0, "last": "no CUDA device is here"}
         else:
-            outcome, found = run_part(part, logs)
+            outcome, found = run_job(part, logs)
             results |= found
         outcomes[part.name] = outcome
         print(f"{part.name}: {outcome['state']} after {outcome['seconds']:.1f} s. {outcome['last']}", flush=True)
@@ -60,7 +60,7 @@ def run_parts(parts: Sequence[Part], logs: Path, have_gpu: bool) -> tuple[dict[s
     return outcomes, results
 
 
-def run_part(part: Part, logs: Path) -> tuple[Outcome, dict[str, Any]]:
+def run_job(part: Job, logs: Path) -> tuple[Outcome, dict[str, Any]]:
     """Runs one part; ends it and all that it started when its time is up."""
     log, file = logs / f"{part.name}.log", logs / f"{part.name}.json"
     for stale in (file, file.with_suffix(".png")):
@@ -87,14 +87,14 @@ def run_part(part: Part, logs: Path) -> tuple[Outcome, dict[str, Any]]:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            _end(process)
+            _kill_session(process)
     state = {0: "passed", SKIPPED: "skipped", None: "out of time"}.get(code, "failed")
     found = _results(file)
     last = "" if found else _tail(log, 1)  # a table's last line is only its legend
     return {"state": state, "exit": code, "seconds": round(time.monotonic() - begun, 1), "last": last}, found
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _kill_session(process: subprocess.Popen[bytes]) -> None:
     """Kills what is left of the command's session."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -124,7 +124,7 @@ def summary(outcomes: dict[str, Outcome]) -> str:
     )
 
 
-def apart(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> tuple[Any, str | None]:
+def run_in_process(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> tuple[Any, str | None]:
     """``function(*arguments)`` in a new process: (result, None), or (None, why there is none)."""
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
@@ -141,8 +141,8 @@ def apart(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: flo
         process.join()
 
 
-def here(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> tuple[Any, str | None]:
-    """As ``apart``, but in this process and without a limit: where nothing hangs, and memory is not short."""
+def run_inline(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> tuple[Any, str | None]:
+    """As ``run_in_process``, but in this process and without a limit: where nothing hangs, and memory is not short."""
     return function(*arguments), None
 
 

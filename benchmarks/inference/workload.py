@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.inference.rows import Shapes
+from benchmarks.inference.roofline import Shapes
 from benchmarks.models import random_model
-from benchmarks.training.rows import grid
+from benchmarks.training.batches import grid
 from phi4rv.config import Config
 from phi4rv.model.phi4rv import Phi4RV
-from phi4rv.processing.chat_template import IMAGE_MARK
-from phi4rv.processing.images import PATCH
+from phi4rv.processing.chat_template import IMAGE_TOKEN
+from phi4rv.processing.images import PATCH_SIZE
 from phi4rv.processing.processor import Processor, Prompt
 from train.synthetic import texts
 from train.synthetic.tiny_model import tiny_model
 
 
 @dataclass(frozen=True)
-class Place:
+class Workload:
     """Where and at what size a side runs."""
 
     config: Config
@@ -73,18 +73,18 @@ def _processor(config: Config) -> Processor:
     return Processor(files, config)
 
 
-def question(place: Place, tokens: int, seed: int, image: bool = False) -> Prompt:
+def random_prompt(place: Workload, tokens: int, seed: int, image: bool = False) -> Prompt:
     """A prompt of ``tokens`` tokens and, with ``image``, as many patches as the configuration allows, in front."""
     processor = place.processor
     vocabulary = processor.tokenizer.get_vocab(with_added_tokens=False)
     words = sorted(w.removeprefix("Ġ") for w in vocabulary if w.startswith("Ġ") and w[1:].isalpha() and w[1:].isascii())
     generator = torch.Generator().manual_seed(seed)
     chosen = [words[i] for i in torch.randint(len(words), (tokens,), generator=generator).tolist()]
-    pictures = [picture(place.config, generator)] if image else []
+    pictures = [noise_image(place.config, generator)] if image else []
     grids = [processor.grid(*p.size) for p in pictures]
 
     def made(count: int) -> Prompt:
-        return Prompt(IMAGE_MARK * len(pictures) + "".join(f" {word}" for word in chosen[:count]), pictures)
+        return Prompt(IMAGE_TOKEN * len(pictures) + "".join(f" {word}" for word in chosen[:count]), pictures)
 
     def length(prompt: Prompt) -> int:
         return len(processor.tokens(prompt.messages(), grids)) - sum(map(math.prod, grids))
@@ -95,13 +95,13 @@ def question(place: Place, tokens: int, seed: int, image: bool = False) -> Promp
     return prompt
 
 
-def picture(config: Config, generator: torch.Generator) -> Image.Image:
+def noise_image(config: Config, generator: torch.Generator) -> Image.Image:
     """Noise of the size that gives most patches."""
     rows, columns = grid(config.max_num_patches)
-    pixels = torch.randint(256, (rows * PATCH, columns * PATCH, 3), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(256, (rows * PATCH_SIZE, columns * PATCH_SIZE, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 
-def patches_of(place: Place) -> int:
-    size = picture(place.config, torch.Generator()).size
+def patches_per_image(place: Workload) -> int:
+    size = noise_image(place.config, torch.Generator()).size
     return math.prod(place.processor.grid(*size))

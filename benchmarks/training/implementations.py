@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.models import Transformers, random_model
 from phi4rv.batch import NO_LABEL, PackedBatch
 from phi4rv.config import Config
-from phi4rv.quantization.float8_linear import use_float8
+from phi4rv.quantization.float8_linear import convert_to_float8_training
 from train import recipe
 from train.distributed.ranks import Ranks
 from train.optimizers.adamw import EPS, Optimizer
@@ -23,7 +23,7 @@ from train.trainer import take_step, trainable
 STAGE = recipe.stage(2, False, {})
 
 
-class Ours:
+class Phi4RVTrainer:
     """The trainer's step, with the kernels of one kind (``ops.KERNELS``); ``float8``: as with ``--linear fp8``."""
 
     def __init__(
@@ -31,7 +31,7 @@ class Ours:
     ):  # fmt: skip
         self.model = random_model(config, kernels, device, dtype)
         if float8:
-            use_float8(self.model)
+            convert_to_float8_training(self.model)
         self.optimizer = Optimizer(trainable(self.model, STAGE), STAGE, self.model.ops)
 
     def step(self, rows: Sequence[PackedBatch]) -> float:
@@ -39,7 +39,7 @@ class Ours:
         return float(take_step(self.model, self.optimizer, rows, STAGE.lr, Ranks())["loss"])
 
 
-class Theirs(Transformers):
+class TransformersTrainer(Transformers):
     """``Transformers``, trained.
 
     Documents are kept apart by their position ids: by flash-attn's offsets, or by a mask for PyTorch's SDPA. ``how``:
