@@ -5,8 +5,8 @@ their own: the engine with each kind of kernels, with weights in bf16, fp8 and i
 weights (``benchmarks/inference/implementations.py`` says how). vLLM takes part where it is installed.
 
 - decode: tokens/s at 4096 tokens of context, GB/s of the bytes that a step must read
-  (``benchmarks/inference/roofline.py``) and their share of the copy rate measured in the same run, time between tokens (median, 99th percentile), joules a
-  token by the driver's counter.
+  (``benchmarks/inference/roofline.py``) and their share of the copy rate measured in the same run, time between
+  tokens (median, 99th percentile), joules a token by the driver's counter.
 - first token: of one image of 3600 patches and 256 tokens of text, and the share of the measured product rate.
 - tower: tower and projector on 3600 patches.
 - second question: the first token of another question about the same picture.

@@ -140,7 +140,7 @@ def write_checkpoint(
     full_tensor: Callable[[str, Tensor], Tensor] = lambda name, p: p.cpu(),
 ) -> None:
     """The files of ``save`` into an existing folder. ``full_tensor`` gives a parameter's tensor on the CPU, in the
-    order of ``named_parameters``; its results are held for one file at a time, so the parameters may be on the meta device.
+    order of ``named_parameters``; its results are held one file at a time, so the parameters may be on the meta device.
 
     ValueError for a model with adapters or quantised layers.
     """
