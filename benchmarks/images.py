@@ -104,7 +104,7 @@ def table_rows(records: list[dict]) -> list[Row]:
             found.append(
                 Row(
                     "images", what, record["ours_n_ms"], "ms",
-                    peer="transformers", theirs=record[peer], noise=noise, first=peer == "peer_n_ms",
+                    peer="transformers", peer_value=record[peer], noise=noise, headline=peer == "peer_n_ms",
                 )
             )  # fmt: skip
     return found

@@ -41,28 +41,28 @@ def python_module(*arguments: str) -> list[str]:
     return [sys.executable, "-m", *arguments]
 
 
-def run_jobs(parts: Sequence[Job], logs: Path, have_gpu: bool) -> tuple[dict[str, Outcome], dict[str, Any]]:
-    """Outcomes by part, and results by benchmark. What the commands print goes to ``logs/<part>.log``."""
+def run_jobs(jobs: Sequence[Job], logs: Path, have_gpu: bool) -> tuple[dict[str, Outcome], dict[str, Any]]:
+    """Outcomes by job, and results by benchmark. What the commands print goes to ``logs/<job>.log``."""
     outcomes: dict[str, Outcome] = {}
     results: dict[str, Any] = {}
     logs.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        print(f"{part.name} (at most {part.seconds:.0f} s) ...", flush=True)
-        if part.gpu and not have_gpu:
+    for job in jobs:
+        print(f"{job.name} (at most {job.seconds:.0f} s) ...", flush=True)
+        if job.gpu and not have_gpu:
             outcome = {"state": "skipped", "exit": None, "seconds": 0.0, "last": "no CUDA device is here"}
         else:
-            outcome, found = run_job(part, logs)
+            outcome, found = run_job(job, logs)
             results |= found
-        outcomes[part.name] = outcome
-        print(f"{part.name}: {outcome['state']} after {outcome['seconds']:.1f} s. {outcome['last']}", flush=True)
+        outcomes[job.name] = outcome
+        print(f"{job.name}: {outcome['state']} after {outcome['seconds']:.1f} s. {outcome['last']}", flush=True)
         if outcome["state"] in ("failed", "out of time"):
-            print(_tail(logs / f"{part.name}.log", 40), flush=True)
+            print(_tail(logs / f"{job.name}.log", 40), flush=True)
     return outcomes, results
 
 
-def run_job(part: Job, logs: Path) -> tuple[Outcome, dict[str, Any]]:
-    """Runs one part; ends it and all that it started when its time is up."""
-    log, file = logs / f"{part.name}.log", logs / f"{part.name}.json"
+def run_job(job: Job, logs: Path) -> tuple[Outcome, dict[str, Any]]:
+    """Runs one job; ends it and all that it started when its time is up."""
+    log, file = logs / f"{job.name}.log", logs / f"{job.name}.json"
     for stale in (file, file.with_suffix(".png")):
         stale.unlink(missing_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -72,7 +72,7 @@ def run_job(part: Job, logs: Path) -> tuple[Outcome, dict[str, Any]]:
     with log.open("w") as out:
         try:
             process = subprocess.Popen(
-                part.command(file, part.seconds * MARGIN),
+                job.command(file, job.seconds * MARGIN),
                 cwd=ROOT,
                 env=env,
                 stdin=subprocess.DEVNULL,
@@ -83,7 +83,7 @@ def run_job(part: Job, logs: Path) -> tuple[Outcome, dict[str, Any]]:
         except OSError as error:
             return {"state": "failed", "exit": None, "seconds": 0.0, "last": str(error)}, {}
         try:
-            code: int | None = process.wait(part.seconds)
+            code: int | None = process.wait(job.seconds)
         except subprocess.TimeoutExpired:
             code = None
         finally:
@@ -116,7 +116,7 @@ def _tail(file: Path, lines: int) -> str:
 
 
 def summary(outcomes: dict[str, Outcome]) -> str:
-    """One line a part."""
+    """One line a job."""
     width = max(map(len, outcomes), default=0)
     return "\n".join(
         f"{name:{width}} {outcome['state']:11} {outcome['seconds']:6.1f} s  {outcome['last']}"[:138]

@@ -111,9 +111,9 @@ def table_rows(records: list[dict[str, Any]]) -> list[Row]:
     size = f"{ours['layers']} decoder layers to {ours['device'].partition(':')[0]}"
     return [
         Row(
-            "loading", size + ("" if case == "ours" else f", {case}"), found[case]["rate"] / 1e9, "GB/s", least=False,
-            peer="safetensors", theirs=others["rate"] / 1e9, share=found[case]["share"], ceiling="upload",
-            goal=f"{GOAL:.0%} of upload" if case == "ours" else None, verdict=found[case].get("verdict"), first=True,
+            "loading", size + ("" if case == "ours" else f", {case}"), found[case]["rate"] / 1e9, "GB/s",
+            lower_is_better=False, peer="safetensors", peer_value=others["rate"] / 1e9, share=found[case]["share"], ceiling="upload",
+            goal=f"{GOAL:.0%} of upload" if case == "ours" else None, verdict=found[case].get("verdict"), headline=True,
         )
         for case in ("ours", "int4")
     ]  # fmt: skip

@@ -58,17 +58,17 @@ JOBS = [
 ]
 
 
-def run_and_report(parts: Sequence[Job], folder: Path | None) -> int:
-    """Runs the parts, prints their tables and merges them into the results file in ``folder``. Exit status."""
+def run_and_report(jobs: Sequence[Job], folder: Path | None) -> int:
+    """Runs the jobs, prints their tables and merges them into the results file in ``folder``. Exit status."""
     about = environment()
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    outcomes, results = run_jobs(parts, LOGS, torch.cuda.is_available())
+    outcomes, results = run_jobs(jobs, LOGS, torch.cuda.is_available())
     if folder:
         file = file_for(about, folder)
         results = merge(file, about, outcomes, results)
-        for part in parts:
-            if (picture := LOGS / f"{part.name}.png").exists():
-                shutil.copy(picture, file.with_name(f"{file.stem}-{part.name}.png"))
+        for job in jobs:
+            if (picture := LOGS / f"{job.name}.png").exists():
+                shutil.copy(picture, file.with_name(f"{file.stem}-{job.name}.png"))
         print(f"written: {file}; python -m benchmarks.report takes it up")
     print(f"\n{table(table_rows(results))}\n\n{summary(outcomes)}\nin full: {LOGS}")
     return 1 if any(outcome["state"] in ("failed", "out of time") for outcome in outcomes.values()) else 0
@@ -83,24 +83,24 @@ def table_rows(results: dict[str, Any]) -> list[Row]:
 
 
 def merge(file: Path, about: dict[str, str], outcomes: dict[str, Outcome], results: dict[str, Any]) -> dict[str, Any]:
-    """Writes the parts that were run over those in the file, keeps the others, and returns all results."""
+    """Writes the jobs that were run over those in the file, keeps the others, and returns all results."""
     earlier = json.loads(file.read_text()) if file.exists() else {}
     outcomes, results = earlier.get("parts", {}) | outcomes, earlier.get("results", {}) | results
     write_results(file, results, about, parts=outcomes)
     return results
 
 
-def select_jobs(parts: Sequence[Job], names: Sequence[str], seconds: float | None = None) -> list[Job]:
-    """The named parts in their usual order, all if none is named, each with the limit ``seconds`` if that is given."""
-    unknown = set(names) - {part.name for part in parts}
+def select_jobs(jobs: Sequence[Job], names: Sequence[str], seconds: float | None = None) -> list[Job]:
+    """The named jobs in their usual order, all if none is named, each with the limit ``seconds`` if that is given."""
+    unknown = set(names) - {job.name for job in jobs}
     if unknown:
-        raise ValueError(f"no part {', '.join(sorted(unknown))}; there are {', '.join(part.name for part in parts)}")
-    return [replace(part, seconds=seconds or part.seconds) for part in parts if not names or part.name in names]
+        raise ValueError(f"no part {', '.join(sorted(unknown))}; there are {', '.join(job.name for job in jobs)}")
+    return [replace(job, seconds=seconds or job.seconds) for job in jobs if not names or job.name in names]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Every benchmark, beside its peers.")
-    names = [part.name for part in JOBS]
+    names = [job.name for job in JOBS]
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=names, help="these benchmarks")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="write FOLDER/<device>/<date>-<commit>.json")
     args = parser.parse_args()

@@ -157,7 +157,7 @@ def table_rows(records: list[dict[str, Any]]) -> list[Row]:
         found.append(
             Row(
                 "saving", f"stall of a save of {r['bytes'] / 1e6:.1f} MB", r["ours_ms"], "ms",
-                peer=peer.replace("_", "."), theirs=r[f"{peer}_ms"], noise=r.get("spread"), first=True,
+                peer=peer.replace("_", "."), peer_value=r[f"{peer}_ms"], noise=r.get("spread"), headline=True,
                 goal=f"≤ {r['goal']:.0%} of {r['save_every']} steps", verdict=r["verdict"],
             )
         )  # fmt: skip

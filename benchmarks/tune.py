@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels import operation_names
 from benchmarks.kernels.case import Case, Draw, differentiable_outputs
 from triton_kernels.common.tuning import TABLE, Config, SearchSpace
 
-FOLDER = Path(__file__).parent / "kernels" / "cases"
 # A candidate must save this much: less is noise, and a table that changes with every run tells nothing.
 MIN_GAIN = 0.01
 # By how much of the largest value candidates may differ, who add in different orders: units in its last place, and
@@ -40,11 +40,11 @@ Timer = Callable[[MakeCall], float]
 
 @dataclass
 class Candidate:
-    """One candidate of one case of a space. ``ms``: by shape; ``fault``: why it cannot be chosen."""
+    """One candidate of one case of a space. ``ms``: by shape; ``error``: why it cannot be chosen."""
 
     config: Config
     ms: dict[str, float] = field(default_factory=dict)
-    fault: str | None = None
+    error: str | None = None
 
 
 # Candidates, the first the default, by (space, case).
@@ -56,11 +56,6 @@ def milliseconds(make: MakeCall) -> float:
     from benchmarks.kernels.timing import median_ms
 
     return median_ms(make)
-
-
-def operations() -> list[str]:
-    """The files of ``benchmarks/kernels/cases`` that have cases."""
-    return sorted(file.stem for file in FOLDER.glob("*.py") if "\ndef cases(" in file.read_text())
 
 
 def prepare(case: Case, device: str) -> MakeCall:
@@ -102,16 +97,16 @@ def mismatch(ours: Results, expected: Results) -> str | None:
 
 def tune(cases: Sequence[Case], device: str, timer: Timer = milliseconds, deadline: float = math.inf) -> Candidates:
     """Times every candidate at every shape. No shape is begun after ``deadline`` (time.monotonic)."""
-    trials: Candidates = {}
+    found: Candidates = {}
     for case in cases:
         if time.monotonic() > deadline:
             break
         for space, key in _spaces_used(case, device):
-            mine = trials.setdefault((space.name, key), [Candidate(config) for config in space.cases[key]])
+            mine = found.setdefault((space.name, key), [Candidate(config) for config in space.cases[key]])
             if len(mine) > 1:
                 _measure(case, device, space, mine, timer)
                 print(f"{case.operation} {case.shape}: {space.name} {key}", file=sys.stderr, flush=True)
-    return trials
+    return found
 
 
 def _spaces_used(case: Case, device: str) -> list[tuple[SearchSpace, str]]:
@@ -122,66 +117,67 @@ def _spaces_used(case: Case, device: str) -> list[tuple[SearchSpace, str]]:
     return [(space, key) for space in SearchSpace.all for key in space.cases if (space.name, key) in SearchSpace.picked]
 
 
-def _measure(case: Case, device: str, space: SearchSpace, trials: list[Candidate], timer: Timer) -> None:
-    """Adds this shape's time to every trial that is right so far."""
+def _measure(case: Case, device: str, space: SearchSpace, candidates: list[Candidate], timer: Timer) -> None:
+    """Adds this shape's time to every candidate that is right so far."""
     make, expected = prepare(case, device), None
-    for trial in trials:
-        if trial.fault:
+    for candidate in candidates:
+        if candidate.error:
             continue
-        with space.forced(trial.config):
+        with space.forced(candidate.config):
             try:
                 results = [x.clone() for x in make()()]
                 if expected is None:
                     expected = results
-                trial.fault = mismatch(results, expected)
-                if not trial.fault:
-                    trial.ms[f"{case.operation} {case.shape}"] = timer(make)
+                candidate.error = mismatch(results, expected)
+                if not candidate.error:
+                    candidate.ms[f"{case.operation} {case.shape}"] = timer(make)
             except Exception as error:  # whatever a compiler or a driver says of a configuration
-                trial.fault = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+                candidate.error = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         if expected is None:  # nothing to hold the others to
             return
 
 
-def fastest_candidate(trials: list[Candidate]) -> Candidate | None:
+def fastest_candidate(candidates: list[Candidate]) -> Candidate | None:
     """The best by the mean logarithm over all shapes; the default unless ``MIN_GAIN`` is saved; None if it failed."""
-    default = trials[0]
-    if default.fault or not default.ms:
+    default = candidates[0]
+    if default.error or not default.ms:
         return None
-    right = [trial for trial in trials if not trial.fault and trial.ms.keys() == default.ms.keys()]
+    right = [candidate for candidate in candidates if not candidate.error and candidate.ms.keys() == default.ms.keys()]
     best = min(right, key=_time)
     return best if _time(best) < _time(default) * (1 - MIN_GAIN) else default
 
 
-def _time(trial: Candidate) -> float:
+def _time(candidate: Candidate) -> float:
     """Geometric mean over the shapes."""
-    return math.exp(sum(math.log(ms) for ms in trial.ms.values()) / len(trial.ms))
+    return math.exp(sum(math.log(ms) for ms in candidate.ms.values()) / len(candidate.ms))
 
 
-def write(trials: Candidates, device: str, file: Path = TABLE) -> None:
+def write(found: Candidates, device: str, file: Path = TABLE) -> None:
     """Puts the fastest of each case into the table, a configuration a line."""
     table = json.loads(file.read_text())
-    for (space, key), candidates in trials.items():
+    for (space, key), candidates in found.items():
         if best := fastest_candidate(candidates):
             table.setdefault(device, {}).setdefault(space, {})[key] = best.config
     text = json.dumps(table, indent=2, sort_keys=True)
     file.write_text(re.sub(r"\{\s+([^{}]*?)\s+\}", lambda m: "{" + " ".join(m[1].split()) + "}", text) + "\n")
 
 
-def report_lines(trials: Candidates) -> Iterator[str]:
+def report_lines(found: Candidates) -> Iterator[str]:
     """Lines of the table: every candidate's time over that of the default, the chosen one marked."""
-    for (space, key), candidates in trials.items():
+    for (space, key), candidates in found.items():
         default, best = candidates[0], fastest_candidate(candidates)
         yield f"{space} {key}: {', '.join(f'{name} {ms:.4g} ms' for name, ms in default.ms.items())}"
-        for trial in candidates:
-            timed = default.ms and trial.ms.keys() == default.ms.keys() and not trial.fault
-            figure = f"{_time(trial) / _time(default):6.3f}" if timed else f"{'-':>6}"
-            settings = " ".join(f"{name}={value}" for name, value in trial.config.items())
-            yield f"  {'*' if trial is best else ' '} {figure}  {settings}{f'  ({trial.fault})' if trial.fault else ''}"
+        for candidate in candidates:
+            timed = default.ms and candidate.ms.keys() == default.ms.keys() and not candidate.error
+            figure = f"{_time(candidate) / _time(default):6.3f}" if timed else f"{'-':>6}"
+            settings = " ".join(f"{name}={value}" for name, value in candidate.config.items())
+            error = f"  ({candidate.error})" if candidate.error else ""
+            yield f"  {'*' if candidate is best else ' '} {figure}  {settings}{error}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description="Fastest configuration by kernel.")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=operations(), default=operations())
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=operation_names(), default=operation_names())
     parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="begin no shape after N seconds")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -189,9 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     deadline = time.monotonic() + args.seconds
     modules = [importlib.import_module(f"benchmarks.kernels.cases.{name}") for name in args.only]
-    trials = tune([case for module in modules for case in module.cases(tiny=False)], "cuda", deadline=deadline)
-    write(trials, torch.cuda.get_device_name())
-    print("\n".join(report_lines(trials)))
+    found = tune([case for module in modules for case in module.cases(tiny=False)], "cuda", deadline=deadline)
+    write(found, torch.cuda.get_device_name())
+    print("\n".join(report_lines(found)))
     return 0
 
 

@@ -6,7 +6,7 @@
   output layer on every token, over what ours does.
 - **packing**: milliseconds for each sample to fill sequences of 8192 and to share a step out, how full the sequences
   are, and how much longer than the mean the busiest of 2, 8 and 64 ranks works.
-- **loading**: pictures a second and core, from JPEG files and JSON lines to the batch that the model takes: ours
+- **loading**: images a second and core, from JPEG files and JSON lines to the batch that the model takes: ours
   beside a plain PyTorch DataLoader with transformers' image processor and tokenizer, each in its own process
   (0 workers, by the processor's time, which neighbours do not lengthen) and in one worker (by the clock). The peer
   pads to 3600 patches and to the longest sample.
@@ -103,7 +103,7 @@ def packing(steps: int = 2) -> dict[str, Any]:
 
 
 def make_data(folder: Path) -> Path:
-    """JPEG pictures of four sizes, each with a question and an answer of 60 words."""
+    """JPEG images of four sizes, each with a question and an answer of 60 words."""
     path = folder / "data.jsonl"
     with path.open("w") as lines:
         for i in range(IMAGES):
@@ -116,7 +116,7 @@ def make_data(folder: Path) -> Path:
 
 
 def phi4rv_loader(path: Path, processor: Processor, workers: int) -> Iterator[int]:
-    """The number of pictures of each row."""
+    """The number of images of each row."""
     stage = recipe.stage(2, False, {"sequence_length": 8192, "global_batch": IMAGES, "max_steps": 10**6})
     corpus = Corpus([path], processor, stage, workers=workers)
     try:
@@ -128,7 +128,7 @@ def phi4rv_loader(path: Path, processor: Processor, workers: int) -> Iterator[in
 
 
 class PlainDataset(Dataset):
-    """What one would write with transformers: a sample is tensors, its picture padded to 3600 patches."""
+    """What one would write with transformers: a sample is tensors, its image padded to 3600 patches."""
 
     def __init__(self, path: Path):
         from transformers import PreTrainedTokenizerFast
@@ -179,7 +179,7 @@ def plain_loader(path: Path, workers: int) -> Iterator[int]:
 
 
 def _rates(counts: Iterator[int], clock: Callable[[], float]) -> list[float]:
-    """Pictures a second, of each of ROUNDS, after one that starts the workers and fills what is read ahead."""
+    """Images a second, of each of ROUNDS, after one that starts the workers and fills what is read ahead."""
     rates = []
     for _ in range(1 + ROUNDS):
         begun, total = clock(), 0
@@ -191,7 +191,7 @@ def _rates(counts: Iterator[int], clock: Callable[[], float]) -> list[float]:
 
 
 def loading(workers: int) -> dict[str, Any]:
-    """Pictures a second of both sides, one after the other: either reads ahead while nobody asks."""
+    """Images a second of both loaders, one after the other, since either reads ahead while idle."""
     with tempfile.TemporaryDirectory() as folder:
         path = make_data(Path(folder))
         config = dataclasses.replace(
@@ -203,7 +203,7 @@ def loading(workers: int) -> dict[str, Any]:
             "ours": _rates(phi4rv_loader(path, processor, workers), clock),
             "peer": _rates(plain_loader(path, workers), clock),
         }
-    found = {side: statistics.median(taken) for side, taken in rates.items()}
+    found = {name: statistics.median(taken) for name, taken in rates.items()}
     return {
         "benchmark": "data",
         "case": "loading",
@@ -238,15 +238,23 @@ def table_rows(records: list[dict[str, Any]]) -> list[Row]:
         if r["case"] == "padding":
             padded, exact = (f"to the longest of {MICRO_BATCH}", f"to {MAX_PATCHES} patches"), {"noise": 0.0}
             found += [
-                Row("data", "padded tokens", 0.0, "%", peer=padded[0], theirs=100 * r["tokens"], **exact),
-                Row("data", "padded patches", 0.0, "%", peer=padded[1], theirs=100 * r["patches"], **exact),
-                Row("data", "operations of a step, over those needed", 1.0, "x", peer="padded", theirs=r["operations"],
-                    first=True, **exact),
+                Row("data", "padded tokens", 0.0, "%", peer=padded[0], peer_value=100 * r["tokens"], **exact),
+                Row("data", "padded patches", 0.0, "%", peer=padded[1], peer_value=100 * r["patches"], **exact),
+                Row("data", "operations of a step, over those needed", 1.0, "x", peer="padded",
+                    peer_value=r["operations"], headline=True, **exact),
             ]  # fmt: skip
         elif r["case"] == "packing":
             found += [
-                Row("data", "packing a sample", r["ms_per_sample"], "ms", first=True),
-                Row("data", "filling of sequences", 100 * r["filling"], "%", least=False, noise=0.0, first=True),
+                Row("data", "packing a sample", r["ms_per_sample"], "ms", headline=True),
+                Row(
+                    "data",
+                    "filling of sequences",
+                    100 * r["filling"],
+                    "%",
+                    lower_is_better=False,
+                    noise=0.0,
+                    headline=True,
+                ),
                 *(
                     Row("data", f"busiest of {n} ranks, above the mean", 100 * r[f"imbalance_{n}"], "%", noise=0.0)
                     for n in WORLDS
@@ -256,9 +264,9 @@ def table_rows(records: list[dict[str, Any]]) -> list[Row]:
             workers = f"{r['workers'] or 'no'} worker{'s' * (r['workers'] != 1)}"
             found.append(
                 Row(
-                    "data", f"loading, {workers}", r["ours_images_per_second"], "pictures/s", least=False,
-                    peer="DataLoader, transformers", theirs=r["peer_images_per_second"], noise=r.get("spread"),
-                    first=True,
+                    "data", f"loading, {workers}", r["ours_images_per_second"], "pictures/s", lower_is_better=False,
+                    peer="DataLoader, transformers", peer_value=r["peer_images_per_second"], noise=r.get("spread"),
+                    headline=True,
                 )
             )  # fmt: skip
     return found
@@ -281,7 +289,7 @@ def table(records: list[dict[str, Any]]) -> str:
             ]
         else:
             lines.append(
-                f"loading, {record['workers']} workers: {record['ours_images_per_second']:.1f} pictures a second, "
+                f"loading, {record['workers']} workers: {record['ours_images_per_second']:.1f} images a second, "
                 f"DataLoader with transformers {record['peer_images_per_second']:.1f}: {record['ratio']:.1f} times"
             )
     return "\n".join(lines)

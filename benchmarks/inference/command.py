@@ -2,7 +2,7 @@
 
 The full-size model with random weights made on the GPU (fewer decoder layers where memory asks for it), in processes of
 their own: the engine with each kind of kernels, with weights in bf16, fp8 and int4, and ``transformers`` on the same
-weights (``benchmarks/inference/implementations.py`` says how). vLLM takes part where it is installed.
+weights (``benchmarks/inference/contenders.py`` says how). vLLM takes part where it is installed.
 
 - decode: tokens/s at 4096 tokens of context, GB/s of the bytes that a step must read
   (``benchmarks/inference/roofline.py``) and their share of the copy rate measured in the same run, time between
@@ -50,14 +50,14 @@ from train.synthetic.tiny_model import tiny_config
 __all__ = ["goals", "main", "run", "table", "table_rows"]
 
 # In this order. The kernels, behind a comma the format of the weights.
-IMPLEMENTATIONS = {
+CONTENDERS = {
     "cuda": (
         "cuda", "transformers", "cuda, fp8", "cuda, int4", "triton", "load", "triton, fp8", "triton, int4",
         "transformers, static cache", "transformers, flash-attn", "vLLM",
     ),
     "cpu": ("torch", "transformers", "torch, fp8", "torch, int8", "torch, int4", "load", "transformers, static cache"),
 }  # fmt: skip
-MAX_SECONDS = 100.0  # seconds of one side
+MAX_SECONDS = 100.0  # seconds of one contender
 RESERVED_BYTES = 6 << 30  # bytes of the GPU's memory for its context, activations and what is not counted
 UPLOAD_BYTES = {"cuda": 1 << 30, "cpu": 1 << 20}  # bytes
 
@@ -102,21 +102,21 @@ def folder_with_space(size: int) -> Path | None:
     return next((f for f in folders if f.is_dir() and shutil.disk_usage(f).free > size), None)
 
 
-def unavailable_reason(side: str, device: torch.device, folder: Path | None) -> str | None:
-    """Why a side cannot run here."""
-    kernels, _, _ = side.partition(", ")
+def unavailable_reason(contender: str, device: torch.device, folder: Path | None) -> str | None:
+    """Why a contender cannot run here."""
+    kernels, _, _ = contender.partition(", ")
     for package in ("transformers", "vllm"):
         if kernels.lower() == package and importlib.util.find_spec(package) is None:
             return f"{kernels} is not installed"
-    if side.endswith("flash-attn") and importlib.util.find_spec("flash_attn") is None:
+    if contender.endswith("flash-attn") and importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed"
-    if side in ("load", "vLLM") and folder is None:
+    if contender in ("load", "vLLM") and folder is None:
         return "neither /dev/shm nor the folder of temporary files has room for a checkpoint"
     return cuda.unavailable_reason(device) if kernels == "cuda" else None
 
 
 def run(seconds: float = math.inf, layers: int = 0, keep: Callable[[Record], None] = lambda result: None) -> Record:
-    """All sides, one after another, within ``seconds``. ``keep`` gets the result so far after each of them."""
+    """All contenders, one after another, within ``seconds``. ``keep`` gets the result so far after each of them."""
     device, deadline = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic() + min(seconds, 1e6)
     config, shapes, call = (Config(), FULL, run_in_process) if device == "cuda" else (tiny_config(), TINY, run_inline)
     about, reason = call(device_rates, (device,), deadline - time.monotonic())
@@ -126,20 +126,22 @@ def run(seconds: float = math.inf, layers: int = 0, keep: Callable[[Record], Non
         layers = layers or layers_that_fit(config, shapes, about["memory"])
         config = dataclasses.replace(config, num_hidden_layers=layers)
     result: Record = {"device": device, "layers": config.num_hidden_layers, **about, **dataclasses.asdict(shapes)}
-    result["sides"] = {side: {"reason": "out of time"} for side in IMPLEMENTATIONS[device]}
+    result["sides"] = {contender: {"reason": "out of time"} for contender in CONTENDERS[device]}
     parent = folder_with_space(
         5 * num_parameters(config, config.num_hidden_layers)
     )  # of 2 or 4 bytes a weight, and some more
     with tempfile.TemporaryDirectory(dir=parent) as folder:
-        for side in IMPLEMENTATIONS[device]:
+        for contender in CONTENDERS[device]:
             left = deadline - time.monotonic()
-            reason = unavailable_reason(side, torch.device(device), parent) or (None if left > 0 else "out of time")
+            reason = unavailable_reason(contender, torch.device(device), parent) or (
+                None if left > 0 else "out of time"
+            )
             if reason is None:
-                arguments = (side, config, device, shapes, Path(folder) / side)
+                arguments = (contender, config, device, shapes, Path(folder) / contender)
                 found, reason = call(measure, arguments, min(left, MAX_SECONDS))
-                shutil.rmtree(Path(folder) / side, ignore_errors=True)
-            cases = {"reason": reason} if reason else with_rates(side, found, config, shapes, about)
-            result["sides"][side] = cases
+                shutil.rmtree(Path(folder) / contender, ignore_errors=True)
+            cases = {"reason": reason} if reason else with_rates(contender, found, config, shapes, about)
+            result["sides"][contender] = cases
             keep(result)
     return result
 

@@ -76,24 +76,24 @@ def part_formats(form: str) -> dict[str, str]:
     return {part: f for part, f in (("decoder", form), ("head", HEAD_FORMAT[form])) if f != "bf16"}
 
 
-def weight_format(side: str) -> str:
+def weight_format(contender: str) -> str:
     """``cuda, fp8`` -> fp8."""
-    _, _, form = side.partition(", ")
+    _, _, form = contender.partition(", ")
     return form if form in WEIGHTS else "bf16"
 
 
 def with_rates(
-    side: str, cases: dict[str, Record], config: Config, shapes: Shapes, ceilings: Record
+    contender: str, cases: dict[str, Record], config: Config, shapes: Shapes, ceilings: Record
 ) -> dict[str, Record]:  # fmt: skip
-    """The times of a side's cases with what they are as rates, and as shares of the measured ``ceilings``."""
-    return {case: {**r, **_rates(case, r, side, config, shapes, ceilings)} for case, r in cases.items()}
+    """The times of a contender's cases with what they are as rates, and as shares of the measured ``ceilings``."""
+    return {case: {**r, **_rates(case, r, contender, config, shapes, ceilings)} for case, r in cases.items()}
 
 
-def _rates(case: str, r: Record, side: str, config: Config, shapes: Shapes, ceilings: Record) -> Record:
+def _rates(case: str, r: Record, contender: str, config: Config, shapes: Shapes, ceilings: Record) -> Record:
     if "reason" in r:
         return {}
     if case == "decode":
-        rate = step_bytes(config, weight_format(side), shapes.context) / r["seconds"]
+        rate = step_bytes(config, weight_format(contender), shapes.context) / r["seconds"]
         return {"tokens_per_second": 1 / r["seconds"], "bytes_per_second": rate, "share": rate / ceilings["copy"]}
     if case == "first token":
         rate = prefill_operations(config, r["patches"] + shapes.text, r["patches"]) / r["seconds"]

@@ -25,7 +25,7 @@ from train.synthetic.tiny_model import tiny_model
 
 @dataclass(frozen=True)
 class Workload:
-    """Where and at what size a side runs."""
+    """Where and at what size a contender runs."""
 
     config: Config
     device: torch.device
@@ -73,14 +73,14 @@ def _processor(config: Config) -> Processor:
     return Processor(files, config)
 
 
-def random_prompt(place: Workload, tokens: int, seed: int, image: bool = False) -> Prompt:
+def random_prompt(workload: Workload, tokens: int, seed: int, image: bool = False) -> Prompt:
     """A prompt of ``tokens`` tokens and, with ``image``, as many patches as the configuration allows, in front."""
-    processor = place.processor
+    processor = workload.processor
     vocabulary = processor.tokenizer.get_vocab(with_added_tokens=False)
     words = sorted(w.removeprefix("Ġ") for w in vocabulary if w.startswith("Ġ") and w[1:].isalpha() and w[1:].isascii())
     generator = torch.Generator().manual_seed(seed)
     chosen = [words[i] for i in torch.randint(len(words), (tokens,), generator=generator).tolist()]
-    pictures = [noise_image(place.config, generator)] if image else []
+    pictures = [noise_image(workload.config, generator)] if image else []
     grids = [processor.grid(*p.size) for p in pictures]
 
     def made(count: int) -> Prompt:
@@ -102,6 +102,6 @@ def noise_image(config: Config, generator: torch.Generator) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def patches_per_image(place: Workload) -> int:
-    size = noise_image(place.config, torch.Generator()).size
-    return math.prod(place.processor.grid(*size))
+def patches_per_image(workload: Workload) -> int:
+    size = noise_image(workload.config, torch.Generator()).size
+    return math.prod(workload.processor.grid(*size))

@@ -27,7 +27,7 @@ LEGEND = (
 
 
 def table_rows(result: dict[str, Any]) -> list[Row]:
-    """Each case beside the peer that its goal names, else the fastest. ``first``: of every operation, direction and
+    """Each case beside the peer that its goal names, else the fastest. ``headline``: of every operation, direction and
     kind of kernel the first case with a goal.
     """
     seen: set[tuple[Any, ...]] = set()
@@ -39,10 +39,10 @@ def table_rows(result: dict[str, Any]) -> list[Row]:
         found.append(
             Row(
                 "kernels", f"{r['operation']}: {r['shape']}" if r["shape"] else r["operation"], r["ms"], "ms",
-                peer=peer, theirs=r["peers"][peer]["ms"] if peer else None, share=r["share"], ceiling=r["ceiling"],
+                peer=peer, peer_value=r["peers"][peer]["ms"] if peer else None, share=r["share"], ceiling=r["ceiling"],
                 goal=_goal(r["goal"]), verdict=r["verdict"], noise=r.get("spread"),
                 reason=None if r["status"] == "ok" else f"{r['status']}: {r['reason']}",
-                tiny=result["device"] == "cpu", first=bool(r["goal"]) and kind not in seen,
+                tiny=result["device"] == "cpu", headline=bool(r["goal"]) and kind not in seen,
             )
         )  # fmt: skip
         if r["goal"]:

@@ -25,7 +25,7 @@ from phi4rv.errors import UserError
 MARKS = "<!-- measured: by python -m benchmarks.report -->", "<!-- end of measured -->"
 # Relative; of a figure whose record has no spread, and the least that any figure is taken to have.
 NOISE, LEAST_NOISE = 0.10, 0.02
-COLUMNS = 8  # newest results that a table of the course shows; the charts show all
+COLUMNS = 8  # newest results that a history table shows; the charts show all
 HEAD = f"""# Results
 
 Written by `python -m benchmarks.report` from `benchmarks/results/`, where every figure, its peers, their versions and
@@ -105,7 +105,7 @@ def histories(results: Sequence[Result]) -> dict[tuple[str, str], list[Point]]:
 
 def latest(points: Sequence[Point]) -> Point:
     """The newest with a figure; without any the newest."""
-    return next((p for p in reversed(points) if p.row.ours is not None), points[-1])
+    return next((p for p in reversed(points) if p.row.value is not None), points[-1])
 
 
 def noise(row: Row) -> float:
@@ -116,12 +116,12 @@ def noise(row: Row) -> float:
 def regression(points: Sequence[Point]) -> tuple[Point, float] | None:
     """The best earlier point and by how much the newest figure is worse, if by more than both their noises."""
     now = latest(points)
-    earlier = [p for p in points[: points.index(now)] if p.row.ours]
-    if now.row.ours is None or not earlier:
+    earlier = [p for p in points[: points.index(now)] if p.row.value]
+    if now.row.value is None or not earlier:
         return None
-    best = (min if now.row.least else max)(earlier, key=lambda p: p.row.ours)
-    assert best.row.ours
-    worse = now.row.ours / best.row.ours - 1 if now.row.least else best.row.ours / now.row.ours - 1
+    best = (min if now.row.lower_is_better else max)(earlier, key=lambda p: p.row.value)
+    assert best.row.value
+    worse = now.row.value / best.row.value - 1 if now.row.lower_is_better else best.row.value / now.row.value - 1
     return (best, worse) if worse > noise(now.row) + noise(best.row) else None
 
 
@@ -166,7 +166,7 @@ def history_table(found: dict[str, list[Point]]) -> str:
     for what, points in found.items():
         by = {p.result.when: p.row for p in points}
         taken = [by.get(result.when) for result in shown]
-        lines.append((what, *("-" if r is None or r.ours is None else figure(r.ours, r.unit) for r in taken)))
+        lines.append((what, *("-" if r is None or r.value is None else figure(r.value, r.unit) for r in taken)))
     return markdown(("what", *(result.when for result in shown)), lines)
 
 
@@ -174,10 +174,10 @@ def _regression_line(what: str, points: Sequence[Point]) -> str | None:
     if (found := regression(points)) is None:
         return None
     (best, worse), now = found, latest(points)
-    assert now.row.ours is not None and best.row.ours is not None
+    assert now.row.value is not None and best.row.value is not None
     return (
-        f"- {now.row.benchmark}, {what}: {figure(now.row.ours, now.row.unit)} ({now.result.when}), "
-        f"{worse:.0%} worse than {figure(best.row.ours, best.row.unit)} ({best.result.when})"
+        f"- {now.row.benchmark}, {what}: {figure(now.row.value, now.row.unit)} ({now.result.when}), "
+        f"{worse:.0%} worse than {figure(best.row.value, best.row.unit)} ({best.result.when})"
     )
 
 
@@ -194,10 +194,10 @@ def results_text(devices: dict[str, list[Result]], broken: Sequence[str]) -> str
 
 
 def readme_table(devices: dict[str, list[Result]]) -> str:
-    """What stands between the marks: of each device the rows that are ``first``."""
+    """What stands between the marks: of each device the ``headline`` rows."""
     parts = []
     for results in devices.values():
-        points = [point for points in histories(results).values() if (point := latest(points)).row.first]
+        points = [point for points in histories(results).values() if (point := latest(points)).row.headline]
         parts += [f"{results[-1].about['device']}:", newest_table(points, named=True)]
     return "\n\n".join(parts)
 

@@ -35,10 +35,10 @@ class Phi4RV(nn.Module):
         return self.decoder.norm.weight.device
 
     def set_checkpointing(self, kind: str) -> None:
-        """What every layer of tower and decoder saves for its backward pass, one of ``recompute.CHECKPOINTING``:
-        everything, what products and attention put out, only its input, or its input in the CPU's memory. But for
-        ``none`` the loss is computed again too. The numbers are the same, but for the order in which the loss of more
-        than LOSS_ROWS rows is then added up.
+        """What every layer of tower and decoder saves for its backward pass, one of
+        ``activation_checkpointing.CHECKPOINTING``: everything, the outputs of matrix products and attention, only its
+        input, or its input in CPU memory. But for ``none`` the loss is recomputed too. The numbers are the same, but
+        for the order in which the loss of more than LOSS_CHUNK_ROWS rows is then summed.
         """
         self.vision.checkpoint_fn = self.decoder.checkpoint_fn = CHECKPOINT_FNS[kind]
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from benchmarks.inference import cases as timed_cases
-from benchmarks.inference import command, energy, implementations
+from benchmarks.inference import command, contenders, energy
 from benchmarks.inference.cases import percentile
-from benchmarks.inference.implementations import Phi4RVEngine, TransformersEngine
+from benchmarks.inference.contenders import Phi4RVEngine, TransformersEngine
 from benchmarks.inference.roofline import (
     FULL,
     TINY,
@@ -175,14 +175,14 @@ def test_layers_are_chosen_by_memory() -> None:
 
 @pytest.mark.parametrize(("config", "shapes", "patches"), [(Config(), FULL, 3600), (tiny_config(), TINY, 91)])
 def test_questions_have_their_length(config: Config, shapes: Any, patches: int) -> None:
-    place = Workload(config, CPU, shapes)
-    assert patches_per_image(place) == patches
-    asked = random_prompt(place, shapes.text, seed=1, image=True)
-    sample = place.processor.encode(asked)
+    workload = Workload(config, CPU, shapes)
+    assert patches_per_image(workload) == patches
+    asked = random_prompt(workload, shapes.text, seed=1, image=True)
+    sample = workload.processor.encode(asked)
     assert len(sample.image_positions) == patches and len(sample) - patches == shapes.text
-    other = random_prompt(place, shapes.text, seed=2, image=True)
+    other = random_prompt(workload, shapes.text, seed=2, image=True)
     assert other.text != asked.text and other.images[0].tobytes() != asked.images[0].tobytes()
-    assert len(place.processor.encode(random_prompt(place, shapes.prompt, seed=3))) == shapes.prompt
+    assert len(workload.processor.encode(random_prompt(workload, shapes.prompt, seed=3))) == shapes.prompt
 
 
 def test_energy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,19 +226,19 @@ def test_percentile() -> None:
 
 
 def test_the_sides_give_the_same_answer_and_all_of_it() -> None:
-    place = Workload(tiny_config(), CPU, TINY)
-    asked = random_prompt(place, TINY.text, seed=5, image=True)
+    workload = Workload(tiny_config(), CPU, TINY)
+    asked = random_prompt(workload, TINY.text, seed=5, image=True)
     with torch.no_grad():
-        ours = Phi4RVEngine(place, "torch", "bf16")
+        ours = Phi4RVEngine(workload, "torch", "bf16")
         answered = ours.answer(asked, 12)
         for static in (False, True):
-            theirs = TransformersEngine(place, "static cache" if static else "")
+            theirs = TransformersEngine(workload, "static cache" if static else "")
             assert theirs.answer(asked, 12).ids == answered.ids
             assert same_first_token({"top": ours.top(asked)}, {"top": theirs.top(asked)})
         assert len(answered.times) == 12 and answered.times == sorted(answered.times) and answered.joules is None
-        batch = place.processor([asked])
+        batch = workload.processor([asked])
         torch.testing.assert_close(theirs.model.encode_images(batch), ours.encoder(asked)(), rtol=1e-4, atol=1e-5)
-    clock = implementations.TokenRecorder()
+    clock = contenders.TokenRecorder()
     clock.take([1, 2])
     with pytest.raises(RuntimeError, match=r"^an answer has 2 tokens and should have 3$"):
         clock.answered(3)
@@ -250,7 +250,7 @@ def test_everything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     found = json.loads(file.read_text())["results"]["inference"]
     assert "reason" not in json.dumps(found) and table(found) == printed.rstrip("\n")
-    assert set(found["sides"]) == set(command.IMPLEMENTATIONS["cpu"])
+    assert set(found["sides"]) == set(command.CONTENDERS["cpu"])
     for side, cases in found["sides"].items():
         figures = [r[k] for r in cases.values() for k in ("seconds", "ms", "tokens_per_second", "share") if k in r]
         assert figures and all(math.isfinite(f) and f > 0 for f in figures), side

@@ -113,7 +113,7 @@ def test_noise(figures: list[float | None], more: dict[str, Any], worse: float |
 
 def test_a_row_without_a_figure_says_why() -> None:
     points = [point(None, reason="failed: no such kernel")]
-    assert latest(points).row.ours is None
+    assert latest(points).row.value is None
     assert "| 8x4 | failed: no such kernel | - |" in results.newest_table(points)
 
 
@@ -166,7 +166,7 @@ def test_a_goal_that_names_a_peer_shows_that_one() -> None:
 def test_readme_holds_the_newest_rows_alone() -> None:
     measured = [
         Result(f"{n}", {"device": "GPU", "date": "2026-01-01", "commit": f"{n}", "torch": ""},
-               [Row("images", "a", float(n), "ms", first=True), Row("images", "b", 7.5, "ms")])
+               [Row("images", "a", float(n), "ms", headline=True), Row("images", "b", 7.5, "ms")])
         for n in (1, 2)
     ]  # fmt: skip
     before = f"intro\n\n{MARKS[0]}\n\nold 123\n\n{MARKS[1]}\nrest\n"
@@ -179,10 +179,10 @@ def test_readme_holds_the_newest_rows_alone() -> None:
 
 
 def test_ratio_is_how_many_times_better() -> None:
-    assert Row("images", "a", 2.0, "ms", theirs=3.0).ratio == 1.5
-    assert Row("images", "a", 2.0, "tokens/s", least=False, theirs=3.0).ratio == pytest.approx(2 / 3)
-    assert Row("images", "a", 0.0, "%", theirs=3.0).ratio is None
-    assert Row("images", "a", None, "ms", theirs=3.0).ratio is None
+    assert Row("images", "a", 2.0, "ms", peer_value=3.0).ratio == 1.5
+    assert Row("images", "a", 2.0, "tokens/s", lower_is_better=False, peer_value=3.0).ratio == pytest.approx(2 / 3)
+    assert Row("images", "a", 0.0, "%", peer_value=3.0).ratio is None
+    assert Row("images", "a", None, "ms", peer_value=3.0).ratio is None
 
 
 def test_every_peer_has_a_version_and_settings() -> None:
@@ -216,4 +216,4 @@ def test_rows_of_loading_and_of_the_server() -> None:
     made = {"clients": 5, "requests": 9, "requests_per_second": 3.5, "seconds_to_first_token": {"p50": 1.0, "p99": 2.0},
             "dropped": {"refused": 1}, "different": 2, "answers_lost_by_sigterm": 3}  # fmt: skip
     rate, *first, wrong = server_load.table_rows(made)
-    assert (rate.ours, [row.ours for row in first], wrong.ours) == (3.5, [1, 2], 6)
+    assert (rate.ours, [row.value for row in first], wrong.ours) == (3.5, [1, 2], 6)

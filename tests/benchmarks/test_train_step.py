@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import models, train_step
 from benchmarks.jobs import run_in_process
-from benchmarks.training import implementations
+from benchmarks.training import contenders
 from benchmarks.training.batches import CASES, TOKENS, count_work, grid, make_batches
 from phi4rv.batch import NO_LABEL
 from phi4rv.checkpoint.huggingface import HF_PREFIXES, hf_name
@@ -49,7 +49,7 @@ def test_grid() -> None:
     assert all(r * c <= n < r * (c + 1) for n in range(1, 500) for r, c in [grid(n)])
 
 
-def same_weights(ours: implementations.Phi4RVTrainer, theirs: implementations.TransformersTrainer) -> None:
+def same_weights(ours: contenders.Phi4RVTrainer, theirs: contenders.TransformersTrainer) -> None:
     def state(prefix: str, strip: str) -> dict[str, Tensor]:
         named = ours.model.named_parameters()
         return {hf_name(n).removeprefix(strip): p.detach().clone() for n, p in named if n.startswith(prefix)}
@@ -62,11 +62,11 @@ def same_weights(ours: implementations.Phi4RVTrainer, theirs: implementations.Tr
 @pytest.mark.parametrize("case", CASES)
 def test_both_sides_take_the_same_step(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same losses before, and after two updates of a rate that changes them."""
-    monkeypatch.setattr(implementations, "STAGE", dataclasses.replace(implementations.STAGE, lr=3e-3))
+    monkeypatch.setattr(contenders, "STAGE", dataclasses.replace(contenders.STAGE, lr=3e-3))
     monkeypatch.setattr(models, "INIT_STD", 0.3)
     config = train_step.TINY
-    ours = implementations.Phi4RVTrainer(config, "torch", CPU, torch.float32)
-    theirs = implementations.TransformersTrainer(config, CPU, torch.float32)
+    ours = contenders.Phi4RVTrainer(config, "torch", CPU, torch.float32)
+    theirs = contenders.TransformersTrainer(config, CPU, torch.float32)
     same_weights(ours, theirs)
     assert sum(p.numel() for p in theirs.params) == sum(p.numel() for p in ours.optimizer.params.values())
     rows = make_batches(case, config, train_step.TINY_TOKENS, 3)
@@ -78,11 +78,11 @@ def test_both_sides_take_the_same_step(case: str, monkeypatch: pytest.MonkeyPatc
 
 def test_masters_keep_what_bfloat16_weights_lose(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a rate under half a bit of most weights both sides still learn the same."""
-    monkeypatch.setattr(implementations, "STAGE", dataclasses.replace(implementations.STAGE, lr=1e-4))
+    monkeypatch.setattr(contenders, "STAGE", dataclasses.replace(contenders.STAGE, lr=1e-4))
     monkeypatch.setattr(models, "INIT_STD", 0.3)
     config = train_step.TINY
-    ours = implementations.Phi4RVTrainer(config, "torch", CPU, torch.bfloat16)
-    theirs = implementations.TransformersTrainer(config, CPU, torch.bfloat16)
+    ours = contenders.Phi4RVTrainer(config, "torch", CPU, torch.bfloat16)
+    theirs = contenders.TransformersTrainer(config, CPU, torch.bfloat16)
     same_weights(ours, theirs)
     for params, masters in (
         (theirs.params, theirs.masters),
@@ -141,9 +141,9 @@ def test_rows() -> None:
     assert text.ratio == pytest.approx(200 / 120) and text.share == 0.52 and text.noise == 0.01 and not text.tiny
     assert fp8.ours is None and fp8.peer == "triton" and fp8.reason == "cuda: no nvcc" and fp8.verdict == "not measured"
     assert mfu.ours == 52 and mfu.goal == "55%" and mfu.verdict == "missed"
-    late = {side: {"reason": "out of time"} for side in train_step.IMPLEMENTATIONS}
+    late = {side: {"reason": "out of time"} for side in train_step.CONTENDERS}
     for row in train_step.table_rows({**result(), "sides": late, "device": "cpu"}):
-        assert row.ours is None and row.ratio is None and row.tiny
+        assert row.value is None and row.ratio is None and row.tiny
 
 
 def test_a_compiled_peer_learns_the_same() -> None:
@@ -152,7 +152,7 @@ def test_a_compiled_peer_learns_the_same() -> None:
     losses = []
     for how in ("", "compiled"):
         torch.manual_seed(0)
-        side = implementations.TransformersTrainer(train_step.TINY, CPU, torch.float32, how)
+        side = contenders.TransformersTrainer(train_step.TINY, CPU, torch.float32, how)
         layers = [*side.decoder.model.layers, *side.tower.encoder.layers]
         assert all((layer._compiled_call_impl is not None) == bool(how) for layer in layers)
         with torch.compiler.set_stance("force_eager"):
@@ -167,7 +167,7 @@ def test_what_does_not_learn_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> Non
     unsure = result(triton=record(200, 0.9), transformers=record(60, 0.2))  # nothing to hold its losses to
     for found in (wrong, unsure, {**result(triton=record(200, 0.9), **sides), "device": "cpu"}):
         assert set(verdicts(train_step.goals(found)).values()) == {"not measured"}
-    monkeypatch.setattr(implementations.Phi4RVTrainer, "step", lambda self, rows: float("nan"))
+    monkeypatch.setattr(contenders.Phi4RVTrainer, "step", lambda self, rows: float("nan"))
     with pytest.raises(ValueError, match=r"^the losses of text are \[nan, nan\]"):
         train_step.measure("torch", train_step.TINY, "cpu", 64, 1, 1e12)
 
@@ -189,7 +189,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fp8_is_trained_in_fp8() -> None:
-    model = implementations.Phi4RVTrainer(train_step.TINY, "torch", CPU, torch.float32, float8=True).model
+    model = contenders.Phi4RVTrainer(train_step.TINY, "torch", CPU, torch.float32, float8=True).model
     assert sum(isinstance(m, Float8Linear) for m in model.modules()) == 4 * train_step.TINY.num_hidden_layers
 
 
@@ -203,7 +203,7 @@ def test_a_process_of_its_own() -> None:
 def test_everything_runs() -> None:
     kept: list[dict[str, Any]] = []
     found = train_step.run(keep=lambda so_far: kept.append(so_far))
-    assert len(kept) == len(train_step.IMPLEMENTATIONS)
+    assert len(kept) == len(train_step.CONTENDERS)
     sides = found["sides"]
     assert sides["triton"] == sides["cuda"] == {"reason": "not on a CPU"}
     for side in ("transformers", "torch"):

@@ -62,19 +62,19 @@ class Phi4RVEngine:
     earlier requests.
     """
 
-    def __init__(self, place: Workload, kernels: str, form: str):
-        self.place = place
-        model = place.model(kernels)
+    def __init__(self, workload: Workload, kernels: str, form: str):
+        self.workload = workload
+        model = workload.model(kernels)
         quantize_layers(model, part_formats(form), lambda name, weight, f: quantize_in_chunks(weight, f))
-        s, page = place.shapes, Limits().page_size
+        s, page = workload.shapes, Limits().page_size
         limits = Limits(
             max_running=s.many,
-            cache_tokens=max(place.config.context, s.many * (s.prompt + s.answer + page)),
+            cache_tokens=max(workload.config.context, s.many * (s.prompt + s.answer + page)),
             image_cache_bytes=0,
             prefix_cache=False,
             speculate=0,
         )
-        self.engine = Engine((model, place.processor), limits=limits)
+        self.engine = Engine((model, workload.processor), limits=limits)
 
     def answer(self, prompt: Prompt, new: int) -> TimedAnswer:
         return timed_answer(self.engine, prompt, new)
@@ -85,7 +85,7 @@ class Phi4RVEngine:
         return [(token.token_id, token.logprob) for event in events for token in event.logprobs]
 
     def encoder(self, prompt: Prompt) -> Callable[[], Any]:
-        batch = self.place.processor([prompt]).to(self.place.device)
+        batch = self.workload.processor([prompt]).to(self.workload.device)
         return lambda: self.engine.model.encode_images(batch)
 
 
@@ -105,25 +105,25 @@ class TransformersEngine:
     compiles on a GPU.
     """
 
-    def __init__(self, place: Workload, how: str = ""):
-        self.place, self.static = place, how == "static cache"
+    def __init__(self, workload: Workload, how: str = ""):
+        self.workload, self.static = workload, how == "static cache"
         attention = "flash_attention_2" if how == "flash-attn" else "sdpa"
-        self.model = Transformers(place.config, place.device, place.dtype, place.model("torch"), attention)
+        self.model = Transformers(workload.config, workload.device, workload.dtype, workload.model("torch"), attention)
 
     def answer(self, prompt: Prompt, new: int) -> TimedAnswer:
-        batch = self.place.processor([prompt])
+        batch = self.workload.processor([prompt])
         clock = TokenRecorder()
-        x = self.model.embeddings(batch.to(self.place.device))[None]
+        x = self.model.embeddings(batch.to(self.workload.device))[None]
         self.model.generate(x, new, (), clock.take, self.static)
         return clock.answered(new)
 
     def top(self, prompt: Prompt) -> list[tuple[int, float]]:
-        batch = self.place.processor([prompt]).to(self.place.device)
+        batch = self.workload.processor([prompt]).to(self.workload.device)
         x = self.model.embeddings(batch)[None]
         logits = self.model.decoder(inputs_embeds=x, logits_to_keep=1, use_cache=False).logits[0, -1]
         found = logits.float().log_softmax(-1).topk(TOP_LOGPROBS)
         return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
 
     def encoder(self, prompt: Prompt) -> Callable[[], Any]:
-        batch = self.place.processor([prompt]).to(self.place.device)
+        batch = self.workload.processor([prompt]).to(self.workload.device)
         return lambda: self.model.encode_images(batch)
