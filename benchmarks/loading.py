@@ -112,7 +112,8 @@ def table_rows(records: list[dict[str, Any]]) -> list[Row]:
     return [
         Row(
             "loading", size + ("" if case == "ours" else f", {case}"), found[case]["rate"] / 1e9, "GB/s",
-            lower_is_better=False, peer="safetensors", peer_value=others["rate"] / 1e9, share=found[case]["share"], ceiling="upload",
+            lower_is_better=False, peer="safetensors", peer_value=others["rate"] / 1e9, share=found[case]["share"],
+            ceiling="upload",
             goal=f"{GOAL:.0%} of upload" if case == "ours" else None, verdict=found[case].get("verdict"), headline=True,
         )
         for case in ("ours", "int4")

@@ -46,7 +46,7 @@ SHORT = (torch.float16, torch.bfloat16)
 
 @triton.jit
 def _hash32(x):
-    """phi4rv.ops.low_precision.mix, of uint32."""
+    """phi4rv.ops.low_precision.hash32, of uint32."""
     x ^= x >> 16
     x *= 0x85EBCA6B
     x ^= x >> 13

@@ -1,4 +1,4 @@
-"""Attention of a few new tokens against a cache: keys split over the chip, parts merged exactly (Flash-Decoding, Dao et
+"""Attention of a few new tokens against a cache: split-KV, the splits combined exactly (Flash-Decoding, Dao et
 al. 2023). Inference only: there is no gradient.
 
 Memory-bound: every row of the cache is read once. The query heads that share a key head, times the new tokens, are the
@@ -108,8 +108,8 @@ def _split_kernel(
         keys = first + tl.arange(0, BLOCK_N)
         page = tl.load(pages + keys.to(tl.uint32) // PAGE, mask=keys < end, other=0)
 
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for block in range(first, end, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
@@ -131,19 +131,19 @@ def _split_kernel(
             kt = fp8_to_fp16(kt).to(x.dtype)
         s = tl.dot(x, tl.trans(kt), input_precision="ieee") * factor[:, None]
         s = tl.where(keys[None, :] < seen[:, None], s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
-        level = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(s - level[:, None])
-        fade = tl.exp2(top - level)
-        total = total * fade + tl.sum(p, 1)
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2(s - safe_max[:, None])
+        rescale = tl.exp2(row_max - safe_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
         vt = tl.load(v + v_rows[:, None] + cols[None, :], mask=mask, other=0.0)
         if FP8:
             vt = fp8_to_fp16(vt).to(x.dtype)
-        acc = acc * fade[:, None] + tl.dot(p.to(vt.dtype), vt, input_precision="ieee")
-        top = higher
+        acc = acc * rescale[:, None] + tl.dot(p.to(vt.dtype), vt, input_precision="ieee")
+        row_max = new_max
 
-    some = total > 0
-    acc /= tl.where(some, total, 1.0)[:, None]
+    some = row_sum > 0
+    acc /= tl.where(some, row_sum, 1.0)[:, None]
     if v_scale is not None:
         acc *= tl.load(v_scale + g * v_scale_head)
     row = ((b * M + token) * (G * SHARED) + head) * PARTS + part
@@ -152,7 +152,7 @@ def _split_kernel(
         tl.store(place, acc.to(out.dtype.element_ty), mask=real[:, None] & wanted)
     else:
         tl.store(place, acc, mask=(real & some)[:, None] & wanted)
-        tl.store(lse + row, tl.where(some, top + tl.log2(total), float("-inf")), mask=real)
+        tl.store(lse + row, tl.where(some, row_max + tl.log2(row_sum), float("-inf")), mask=real)
 
 
 @triton.jit(do_not_specialize=["PARTS"])
@@ -160,9 +160,9 @@ def _combine_kernel(parts, lse, out, PARTS, D: tl.constexpr, BLOCK_P: tl.constex
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_P)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    level = tl.load(lse + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
-    top = tl.max(level, 0)
-    weight = tl.exp2(level - tl.where(top == float("-inf"), 0.0, top))
+    split_lse = tl.load(lse + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
+    max_lse = tl.max(split_lse, 0)
+    weight = tl.exp2(split_lse - tl.where(max_lse == float("-inf"), 0.0, max_lse))
     # What an empty part did not write is not read.
     mask = (weight > 0)[:, None] & (cols < D)[None, :]
     x = tl.load(parts + (row * PARTS + part)[:, None] * D + cols[None, :], mask=mask, other=0.0)

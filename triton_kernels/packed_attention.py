@@ -64,8 +64,8 @@ FORWARD = SearchSpace(
 
 @triton.jit
 def _attention_inner(
-    acc, acc_tail, total, peak, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride, first, last, seen, length,
-    scale, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    acc, acc_tail, row_sum, row_max, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride, first, last, seen,
+    length, scale, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys from first to last to a tile's state."""
     for n in range(first, last, BLOCK_N):
@@ -79,15 +79,15 @@ def _attention_inner(
             )
         if MASKED:
             s = tl.where(columns[None, :] < seen[:, None], s, float("-inf"))
-        p, shrink, total, peak = online_softmax_step(s, total, peak, scale, q_main.dtype)
+        p, rescale, row_sum, row_max = online_softmax_step(s, row_sum, row_max, scale, q_main.dtype)
         vn = v + tl.cast(n, tl.int64) * v_stride
         acc = tl.dot(
-            p, load_head(vn, v_rows, inside, 0, MAIN, D, MASKED), acc * shrink[:, None], input_precision="ieee"
+            p, load_head(vn, v_rows, inside, 0, MAIN, D, MASKED), acc * rescale[:, None], input_precision="ieee"
         )
         if TAIL:
             v_tail = load_head(vn, v_rows, inside, MAIN, TAIL, D, MASKED)
-            acc_tail = tl.dot(p, v_tail, acc_tail * shrink[:, None], input_precision="ieee")
-    return acc, acc_tail, total, peak
+            acc_tail = tl.dot(p, v_tail, acc_tail * rescale[:, None], input_precision="ieee")
+    return acc, acc_tail, row_sum, row_max
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -120,24 +120,24 @@ def _forward_kernel(
     end = num_visible_keys(last, start, length, key_ends, CAUSAL, EXTENDED)
     acc = tl.zeros((BLOCK_M, MAIN), tl.float32)
     acc_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     scale = tl.zeros((BLOCK_M,), tl.float32) + scale * 1.4426950408889634  # exp(x) = exp2(x / ln 2)
-    acc, acc_tail, total, peak = _attention_inner(
-        acc, acc_tail, total, peak, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride,
+    acc, acc_tail, row_sum, row_max = _attention_inner(
+        acc, acc_tail, row_sum, row_max, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride,
         0, unmasked, seen, length, scale, D, MAIN, TAIL, BLOCK_N, False,
     )  # fmt: skip
-    acc, acc_tail, total, peak = _attention_inner(
-        acc, acc_tail, total, peak, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride,
+    acc, acc_tail, row_sum, row_max = _attention_inner(
+        acc, acc_tail, row_sum, row_max, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride,
         unmasked, end, seen, length, scale, D, MAIN, TAIL, BLOCK_N, True,
     )  # fmt: skip
 
     out += (start * H + head) * D
     out_rows = rows.to(tl.int64) * (H * D)
-    store_head(out, acc / total[:, None], out_rows, inside, 0, MAIN, D)
+    store_head(out, acc / row_sum[:, None], out_rows, inside, 0, MAIN, D)
     if TAIL:
-        store_head(out, acc_tail / total[:, None], out_rows, inside, MAIN, TAIL, D)
-    natural = (peak * scale + tl.log2(total)) * 0.6931471805599453
+        store_head(out, acc_tail / row_sum[:, None], out_rows, inside, MAIN, TAIL, D)
+    natural = (row_max * scale + tl.log2(row_sum)) * 0.6931471805599453
     tl.store(lse + head.to(tl.int64) * T + start + rows, natural, mask=inside)
 
 

@@ -92,8 +92,8 @@ def _load_cache(
 
 @triton.jit
 def _attention_inner(
-    acc, acc_tail, total, peak, q_main, q_tail, k, v, pages, k_page, k_row, v_page, v_row, first, end, seen, factor,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr,
+    acc, acc_tail, row_sum, row_max, q_main, q_tail, k, v, pages, k_page, k_row, v_page, v_row, first, end, seen,
+    scale_log2, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys from first to end to a tile's state."""
@@ -113,13 +113,13 @@ def _attention_inner(
             s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision="ieee")
         if MASKED:
             s = tl.where(keys[None, :] < seen[:, None], s, float("-inf"))
-        p, shrink, total, peak = online_softmax_step(s, total, peak, factor, q_main.dtype)
+        p, rescale, row_sum, row_max = online_softmax_step(s, row_sum, row_max, scale_log2, q_main.dtype)
         v_main = _load_cache(vn, v_rows, inside, 0, MAIN, D, MASKED, q_main.dtype)
-        acc = tl.dot(p, v_main, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(p, v_main, acc * rescale[:, None], input_precision="ieee")
         if TAIL:
             v_tail = _load_cache(vn, v_rows, inside, MAIN, TAIL, D, MASKED, q_main.dtype)
-            acc_tail = tl.dot(p, v_tail, acc_tail * shrink[:, None], input_precision="ieee")
-    return acc, acc_tail, total, peak
+            acc_tail = tl.dot(p, v_tail, acc_tail * rescale[:, None], input_precision="ieee")
+    return acc, acc_tail, row_sum, row_max
 
 
 @triton.jit(do_not_specialize=["pages_document"])
@@ -150,21 +150,21 @@ def _forward_kernel(
     q_main = load_head(q, q_rows, inside, 0, MAIN, D, True)
     q_tail = load_head(q, q_rows, inside, MAIN, TAIL, D, True) if TAIL else q_main
 
-    factor = tl.zeros((BLOCK_M,), tl.float32) + scale
+    scale_log2 = tl.zeros((BLOCK_M,), tl.float32) + scale
     if k.dtype.element_ty == tl.uint8 and q_main.dtype != tl.float32:
         # As in decode_attention: products in float16, each row brought into its range by a power of two.
         wide, wide_tail = q_main.to(tl.float32), q_tail.to(tl.float32)
         unit = floor_to_power_of_two(tl.maximum(tl.max(tl.abs(wide), 1), tl.max(tl.abs(wide_tail), 1)))
         q_main = (wide / unit[:, None]).to(tl.float16)
         q_tail = (wide_tail / unit[:, None]).to(tl.float16)
-        factor *= unit
+        scale_log2 *= unit
     if k_scale is not None:
         by = tl.load(k_scale + g * k_scale_head)
         # The largest score of a row must stay the largest, and what is hidden, at -inf, must stay there.
         q_main = tl.where(by < 0, -q_main, q_main)
         q_tail = tl.where(by < 0, -q_tail, q_tail)
-        factor *= tl.abs(by)
-    factor = tl.maximum(factor, 1.1754944e-38)
+        scale_log2 *= tl.abs(by)
+    scale_log2 = tl.maximum(scale_log2, 1.1754944e-38)
 
     first = before + block * TOKENS + 1  # keys that the tile's first token sees
     end = tl.maximum(tl.minimum(first + TOKENS - 1, before + run), 0)
@@ -172,18 +172,18 @@ def _forward_kernel(
     seen = before + token + 1
     acc = tl.zeros((BLOCK_M, MAIN), tl.float32)
     acc_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    acc, acc_tail, total, peak = _attention_inner(
-        acc, acc_tail, total, peak, q_main, q_tail, k, v, pages, k_page, k_row, v_page, v_row,
-        0, unmasked, seen, factor, D, MAIN, TAIL, PAGE, ALIGN, BLOCK_N, False,
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    acc, acc_tail, row_sum, row_max = _attention_inner(
+        acc, acc_tail, row_sum, row_max, q_main, q_tail, k, v, pages, k_page, k_row, v_page, v_row,
+        0, unmasked, seen, scale_log2, D, MAIN, TAIL, PAGE, ALIGN, BLOCK_N, False,
     )  # fmt: skip
-    acc, acc_tail, total, peak = _attention_inner(
-        acc, acc_tail, total, peak, q_main, q_tail, k, v, pages, k_page, k_row, v_page, v_row,
-        unmasked, end, seen, factor, D, MAIN, TAIL, PAGE, ALIGN, BLOCK_N, True,
+    acc, acc_tail, row_sum, row_max = _attention_inner(
+        acc, acc_tail, row_sum, row_max, q_main, q_tail, k, v, pages, k_page, k_row, v_page, v_row,
+        unmasked, end, seen, scale_log2, D, MAIN, TAIL, PAGE, ALIGN, BLOCK_N, True,
     )  # fmt: skip
 
-    share = 1 / tl.where(total == 0, 1.0, total)  # of a document without keys it is 0
+    share = 1 / tl.where(row_sum == 0, 1.0, row_sum)  # of a document without keys it is 0
     if v_scale is not None:
         share *= tl.load(v_scale + g * v_scale_head)
     out += start * H * D

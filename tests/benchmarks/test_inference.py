@@ -146,14 +146,14 @@ def test_rows() -> None:
     given["sides"]["load"]["load"].update(seconds=0.7)
     found = {row.what: row for row in table_rows(given)}
     decode = found["decode, bf16"]
-    assert (decode.ours, decode.peer, decode.ratio, decode.noise) == (100, "vLLM", 1.25, 0.02)
+    assert (decode.value, decode.peer, decode.ratio, decode.noise) == (100, "vLLM", 1.25, 0.02)
     assert (decode.share, decode.ceiling, decode.goal, decode.verdict) == (0.91, "copy", "3x", "met")
     assert found["decode, fp8"].peer is None and found["decode, fp8"].verdict == "missed"
-    assert found["decode, int4"].ours is None and found["decode, int4"].reason == "cuda, int4: out of time"
-    assert found["decode, bf16: share of the copy rate"].ours == 91
-    assert found["first token"].ours == 200 and found["first token"].ratio == 2.5
-    assert found["second question"].ratio == 4 and found["tower and projector"].ours == 9
-    assert found["64 requests at once"].reason == "cuda: out of memory" and found["load"].ours == 0.7
+    assert found["decode, int4"].value is None and found["decode, int4"].reason == "cuda, int4: out of time"
+    assert found["decode, bf16: share of the copy rate"].value == 91
+    assert found["first token"].value == 200 and found["first token"].ratio == 2.5
+    assert found["second question"].ratio == 4 and found["tower and projector"].value == 9
+    assert found["64 requests at once"].reason == "cuda: out of memory" and found["load"].value == 0.7
     assert not any(row.tiny for row in found.values()) and all(row.verdict for row in found.values())
     assert all(row.what.endswith(", 39 decoder layers") for row in table_rows({**given, "layers": 39}))
 

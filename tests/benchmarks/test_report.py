@@ -96,8 +96,8 @@ def point(ours: float | None, **more: Any) -> Point:
         ([10, 20, 12], {}, 0.2),  # than the best, not the last
         ([10, 12, None], {}, 0.2),  # without a figure the one before counts
         ([10, 8], {}, None),
-        ([10, 9], {"least": False}, 1 / 9),
-        ([10, 12], {"least": False}, None),
+        ([10, 9], {"lower_is_better": False}, 1 / 9),
+        ([10, 12], {"lower_is_better": False}, None),
         ([10, 10.3], {"noise": 0.0}, None),  # no figure is exact
         ([10, 10.5], {"noise": 0.0}, 0.05),
         ([10, 11.9], {"noise": None}, None),  # what is not known is taken to be large
@@ -211,9 +211,9 @@ def test_rows_of_loading_and_of_the_server() -> None:
         {"case": case, "rate": rate * 1e9, **share} for case, rate in (("ours", 40), ("int4", 30), ("safetensors", 8))
     ]
     whole, int4 = loading.table_rows([{**records[0], "verdict": "missed"}, *records[1:]])
-    assert (whole.what, whole.ours, whole.ratio, whole.verdict) == ("8 decoder layers to cuda", 40, 5, "missed")
-    assert int4.what.endswith(", int4") and int4.ours == 30 and int4.verdict is None
+    assert (whole.what, whole.value, whole.ratio, whole.verdict) == ("8 decoder layers to cuda", 40, 5, "missed")
+    assert int4.what.endswith(", int4") and int4.value == 30 and int4.verdict is None
     made = {"clients": 5, "requests": 9, "requests_per_second": 3.5, "seconds_to_first_token": {"p50": 1.0, "p99": 2.0},
             "dropped": {"refused": 1}, "different": 2, "answers_lost_by_sigterm": 3}  # fmt: skip
     rate, *first, wrong = server_load.table_rows(made)
-    assert (rate.ours, [row.value for row in first], wrong.ours) == (3.5, [1, 2], 6)
+    assert (rate.value, [row.value for row in first], wrong.value) == (3.5, [1, 2], 6)

@@ -137,10 +137,12 @@ def test_goals() -> None:
 def test_rows() -> None:
     sides = {"torch": record(90, 0.3), "transformers": record(60, 0.2), "liger": record(120, 0.3)}
     text, fp8, mfu, *_ = train_step.table_rows(result(triton={**record(200, 0.52), "spread": 0.01}, **sides))
-    assert (text.what, text.ours, text.peer, text.verdict) == ("text, 3 decoder layers", 200, train_step.LIGER, "met")
+    assert (text.what, text.value, text.peer, text.verdict) == ("text, 3 decoder layers", 200, train_step.LIGER, "met")
     assert text.ratio == pytest.approx(200 / 120) and text.share == 0.52 and text.noise == 0.01 and not text.tiny
-    assert fp8.ours is None and fp8.peer == "triton" and fp8.reason == "cuda: no nvcc" and fp8.verdict == "not measured"
-    assert mfu.ours == 52 and mfu.goal == "55%" and mfu.verdict == "missed"
+    assert (
+        fp8.value is None and fp8.peer == "triton" and fp8.reason == "cuda: no nvcc" and fp8.verdict == "not measured"
+    )
+    assert mfu.value == 52 and mfu.goal == "55%" and mfu.verdict == "missed"
     late = {side: {"reason": "out of time"} for side in train_step.CONTENDERS}
     for row in train_step.table_rows({**result(), "sides": late, "device": "cpu"}):
         assert row.value is None and row.ratio is None and row.tiny

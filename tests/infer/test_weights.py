@@ -44,7 +44,7 @@ from phi4rv.quantization.quantized_linear import (
 from tests import parity
 from tests.phi4rv import test_tensor_reader
 from tests.phi4rv.test_bad_checkpoints import edit
-from tests.phi4rv.test_checkpoint import INDEX, tensors_of
+from tests.phi4rv.test_checkpoint import INDEX, load_tensors
 from tests.small import small_checkpoint
 
 BOUNDS = {"int8": 0.03, "fp8": 0.1, "int4": 0.4, "int4_zero": 0.35}
@@ -132,7 +132,7 @@ def test_which_layers(checkpoint: Path) -> None:
 def test_each_weight_is_rounded_from_what_is_stored(checkpoint: Path, spec: str, dtype: torch.dtype) -> None:
     """Also where the rest of the model is in fewer bits than the files."""
     model, _ = load(checkpoint, spec, dtype)
-    stored = tensors_of(checkpoint)
+    stored = load_tensors(checkpoint)
     layers = quantized_layers(model)
     assert layers and model.decoder.norm.weight.dtype == dtype
     for path, layer in layers.items():
@@ -179,13 +179,13 @@ def test_what_is_held_while_reading(checkpoint: Path, monkeypatch: pytest.Monkey
 
 MEASURE = """
 import ctypes, sys, torch
-from infer import weight_loader
-from phi4rv import quantized_linear
+from infer.quantization import weight_loader
+from phi4rv.quantization import quantized_linear
 
 def kilobytes(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
 
-quantized_linear.ROWS = 64
+quantized_linear.CHUNK_ROWS = 64
 weight_loader.load(sys.argv[1], "cpu", weights="int4")  # what the first call of anything costs
 for path, spec in ((sys.argv[2], "int4"), (sys.argv[3], None)):
     ctypes.CDLL(None).malloc_trim(0)
@@ -248,7 +248,7 @@ def test_what_was_read_stays_when_the_files_change(saved: Path, checkpoint: Path
 def test_by_way_of_staging_buffers(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As to a GPU: several tensors are on their way at a time, and copies come late."""
     right = load(checkpoint)[0], load(checkpoint, MIXED)[0]
-    monkeypatch.setattr(tensor_reader, "CHUNK_BYTES", test_tensor_reader.PIECE)
+    monkeypatch.setattr(tensor_reader, "CHUNK_BYTES", test_tensor_reader.CHUNK_BYTES)
     monkeypatch.setattr(
         checkpoint_module,
         "read_tensors",

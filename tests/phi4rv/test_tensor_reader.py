@@ -16,7 +16,7 @@ from phi4rv import UserError
 from phi4rv.checkpoint import tensor_reader
 from phi4rv.checkpoint.tensor_reader import StagingBuffers, TensorInfo, read_header, read_staged, read_tensors
 
-PIECE, BUFFERS, AHEAD = 1000, 4, 2500
+CHUNK_BYTES, BUFFERS, PREFETCH_BYTES = 1000, 4, 2500
 CPU = torch.device("cpu")
 KINDS = [*tensor_reader.DTYPES.values()]
 
@@ -39,25 +39,30 @@ class LateStaging(StagingBuffers):
     def __init__(self) -> None:
         self.free: SimpleQueue[Any] = SimpleQueue()
         for _ in range(BUFFERS):
-            self.free.put((torch.full((PIECE,), 0x5A, dtype=torch.uint8), None))
+            self.free.put((torch.full((CHUNK_BYTES,), 0x5A, dtype=torch.uint8), None))
         self.said: list[str] = []
 
-    def order(self) -> None:
-        self.said.append("order")
+    def wait_for_compute(self) -> None:
+        self.said.append("wait_for_compute")
 
-    def send(self, buffer: Tensor, target: Tensor) -> LateCopy:
+    def copy_async(self, buffer: Tensor, target: Tensor) -> LateCopy:
         return LateCopy(buffer, target)
 
-    def arrive(self, event: LateCopy) -> None:
+    def wait_for_copy(self, event: LateCopy) -> None:
         event.synchronize()
 
-    def finish(self) -> None:
-        self.said.append("finish")
+    def synchronize(self) -> None:
+        self.said.append("synchronize")
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in (("PIECE", PIECE), ("BUFFERS", BUFFERS), ("THREADS", 3), ("AHEAD", AHEAD)):
+    for name, value in (
+        ("CHUNK_BYTES", CHUNK_BYTES),
+        ("BUFFERS", BUFFERS),
+        ("THREADS", 3),
+        ("PREFETCH_BYTES", PREFETCH_BYTES),
+    ):
         monkeypatch.setattr(tensor_reader, name, value)
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     yield
@@ -76,8 +81,17 @@ def rubbish(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two files: every dtype, lengths around PIECE, nothing, and a scalar."""
-    shapes = [(3, 5), (40, 50), (), (0, 4), (PIECE - 1,), (PIECE,), (PIECE + 1,), (2 * PIECE + 500,)]
+    """Two files: every dtype, lengths around CHUNK_BYTES, nothing, and a scalar."""
+    shapes = [
+        (3, 5),
+        (40, 50),
+        (),
+        (0, 4),
+        (CHUNK_BYTES - 1,),
+        (CHUNK_BYTES,),
+        (CHUNK_BYTES + 1,),
+        (2 * CHUNK_BYTES + 500,),
+    ]
     made = {
         f"{dtype}-{number}".removeprefix("torch."): rubbish(*shape, dtype=dtype, seed=number)
         for dtype in KINDS
@@ -121,17 +135,17 @@ def test_reads_that_stop_short_go_on(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_is_on_its_way_is_bounded(folder: Path) -> None:
-    """Behind the tensor in hand: less than AHEAD bytes and one more tensor, but at least one."""
+    """Behind the tensor in hand: less than PREFETCH_BYTES bytes and one more tensor, but at least one."""
     items, _ = in_folder(folder)
     sizes, staging = [item.size for item in items], LateStaging()
     most = 0
     for number, _ in enumerate(read_staged(items, CPU, staging)):
-        begun = staging.said.count("order")
+        begun = staging.said.count("wait_for_compute")
         assert begun >= min(len(items), number + 2), "the next one is under way while this one is used"
         behind = sizes[number + 1 : begun]
-        assert sum(behind[:-1]) < AHEAD
+        assert sum(behind[:-1]) < PREFETCH_BYTES
         most = max(most, len(behind))
-    assert most > 3 and staging.said.count("finish") == 1
+    assert most > 3 and staging.said.count("synchronize") == 1
 
 
 def test_nothing_asked_for_gives_nothing() -> None:
@@ -161,7 +175,7 @@ def test_who_stops_early_leaves_nothing_running(folder: Path) -> None:
     tensors = read_staged(in_folder(folder)[0], CPU, staging)
     next(tensors)
     tensors.close()
-    assert staging.said[-1] == "finish"
+    assert staging.said[-1] == "synchronize"
 
 
 def test_inside_inference_mode(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the kernels that read a cache of keys and values share: numbers in float8, and checks of arguments."""
+"""What the kernels that read a KV cache share: float8 numbers, and checks of arguments."""
 
 from __future__ import annotations
 

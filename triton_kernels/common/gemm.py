@@ -1,4 +1,4 @@
-"""A matrix product whose result is finished before it is written: bias, GELU and its slope, rows sent elsewhere.
+"""A matrix product with an epilogue: bias, GELU and its derivative, rows scattered elsewhere.
 
 Tiles are visited in groups of rows, so that the tiles in flight share their operands in the L2 cache. Operands come
 by the tensor memory accelerator where the device has one and the layout allows it, by 16-byte loads elsewhere.
@@ -21,7 +21,7 @@ from triton_kernels.common.tuning import Config
 
 @triton.jit
 def grouped_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column of the ``tile``-th tile: GROUP_M rows of tiles are done, column by column, before the next."""
+    """Row and column of the ``tile``-th tile in grouped order: GROUP_M rows of tiles, column by column, at a time."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     group = GROUP_M * tl.cdiv(N, BLOCK_N)
     first = tile // group * GROUP_M

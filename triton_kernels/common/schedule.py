@@ -1,5 +1,5 @@
-"""What the kernels of packed attention share: which tiles there are and in which order, which keys a row sees, how a
-head of any width is held, and a step of the softmax.
+"""What the packed attention kernels share: the tile scheduler, which keys a row sees, how a head of any width is held,
+and the online softmax.
 
 A tile is a block of rows of one document. Each head runs its tiles longest first: a long document among short ones
 then starts at once instead of last, and the short ones fill the end (Graham's longest processing time rule).
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @triton.jit
 def _blocks(cu_seqlens, lengths, documents, N, ROWS: tl.constexpr):
-    """How many blocks documents have, and how many more the first of them costs for what the cache holds before."""
+    """How many blocks documents have, and how many more blocks the first of them visits in the cache before it."""
     real = documents < N
     starts = tl.load(cu_seqlens + documents, mask=real, other=0)
     rows = tl.load(cu_seqlens + documents + 1, mask=real, other=0) - starts
@@ -36,10 +36,10 @@ def _schedule_kernel(
     place = 0
     for first in range(0, N, CHUNK):
         blocks, before = _blocks(cu_seqlens, lengths, first + tl.arange(0, CHUNK), N, ROWS)
-        dearer = tl.where(blocks > cost, blocks, 0)
+        costlier = tl.where(blocks > cost, blocks, 0)
         if CAUSAL:
-            dearer = tl.minimum(tl.maximum(before + blocks - cost, 0), blocks)
-        place += tl.sum(dearer, 0)
+            costlier = tl.minimum(tl.maximum(before + blocks - cost, 0), blocks)
+        place += tl.sum(costlier, 0)
     for first in range(0, N, CHUNK):
         documents = first + tl.arange(0, CHUNK)
         blocks, before = _blocks(cu_seqlens, lengths, documents, N, ROWS)
@@ -72,7 +72,7 @@ def schedule_tiles(
     lengths: Tensor | None = None,
     max_length: int = 0,
 ) -> Tensor:
-    """The tiles of ``rows`` rows as (slots, 2) int32: document and block, dearest first; document -1: no tile.
+    """The tiles of ``rows`` rows as (slots, 2) int32: document and block, costliest first; document -1: no tile.
 
     The number of slots depends on the shapes alone and nothing is read back, so that a CUDA graph can hold the launch.
     The cost is the number of blocks that a tile visits: with ``causal`` those up to its own, or, with ``reverse``,
@@ -93,7 +93,7 @@ def schedule_tiles(
 
 
 def split_head_dim(D: int) -> tuple[int, int]:
-    """A head's channels as two powers of two, at least 16 each: 72 is 64 + 16. One and 0 where two save nothing."""
+    """A head dim as two powers of two, at least 16 each: 72 is 64 + 16. One and 0 where two save nothing."""
     whole = max(16, triton.next_power_of_2(D))
     main = max(16, whole // 2)
     tail = max(16, triton.next_power_of_2(D - main)) if main < D else 0
@@ -101,7 +101,7 @@ def split_head_dim(D: int) -> tuple[int, int]:
 
 
 def head_dim_case(D: int, dtype: torch.dtype) -> str:
-    """The case of a head in the spaces of candidates. float32 takes twice the memory and no tensor cores."""
+    """The case of a head dim in the search spaces. float32 takes twice the memory and no tensor cores."""
     if dtype == torch.float32:
         return "float32"
     return str(D) if D in (64, 72, 128) else "other"
@@ -126,7 +126,7 @@ def load_tile(tiles, cu_seqlens):
 
 @triton.jit
 def num_visible_keys(rows, start, length, key_ends, CAUSAL: tl.constexpr, EXTENDED: tl.constexpr):
-    """How many keys of their document these rows of it see; does not decrease with the row."""
+    """How many keys of their document these rows see; does not decrease with the row."""
     seen = rows * 0 + length
     if CAUSAL:
         seen = tl.minimum(rows + 1, seen)
@@ -137,17 +137,17 @@ def num_visible_keys(rows, start, length, key_ends, CAUSAL: tl.constexpr, EXTEND
 
 
 @triton.jit
-def online_softmax_step(s, total, peak, scale, dtype: tl.constexpr):
-    """Takes the scores s of a block of keys into the running sum and maximum of each row: their weights in dtype, by
-    what the sums so far shrink, the new sum and maximum. scale, a row's: of scores to exponents of 2, positive."""
-    higher = tl.maximum(peak, tl.max(s, 1))
+def online_softmax_step(s, row_sum, row_max, scale, dtype: tl.constexpr):
+    """Online softmax over the scores s of one block of keys: their weights in dtype, the factor that rescales what was
+    accumulated so far, the new row_sum and row_max. scale: of each row, scores to exponents of 2, positive."""
+    new_max = tl.maximum(row_max, tl.max(s, 1))
     if dtype == tl.bfloat16:
-        p = tl.exp2(s * scale[:, None] - (higher * scale)[:, None])
+        p = tl.exp2(s * scale[:, None] - (new_max * scale)[:, None])
     else:
         # In one fused operation scores of 1e9 round to exponents up to 64, and 2^64 does not fit float16.
-        p = tl.exp2((s - higher[:, None]) * scale[:, None])
-    shrink = tl.exp2((peak - higher) * scale)
-    return p.to(dtype), shrink, total * shrink + tl.sum(p, 1), higher
+        p = tl.exp2((s - new_max[:, None]) * scale[:, None])
+    rescale = tl.exp2((row_max - new_max) * scale)
+    return p.to(dtype), rescale, row_sum * rescale + tl.sum(p, 1), new_max
 
 
 @triton.jit

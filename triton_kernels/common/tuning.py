@@ -27,7 +27,7 @@ def make_configs(names: Sequence[str], *rows: Sequence[int]) -> list[Config]:
 
 
 class SearchSpace:
-    """The candidates of one kernel. ``name``: ``file.kernel``; ``cases``: case -> candidates, the default first."""
+    """One kernel's candidates. ``name``: ``file.kernel``; ``cases``: case -> candidates, the default first."""
 
     all: ClassVar[list[SearchSpace]] = []
     # (name, case) of every pick so far: tells tuning what a function runs.
