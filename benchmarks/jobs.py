@@ -17,9 +17,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "out" / "benchmarks"
-# What a command exits with that had nothing to run with (as in automake).
+# Exit status of a command that was skipped (as in automake).
 SKIPPED = 77
-# Ends a command that is told its limit before the limit does.
+# Share of its limit that a command is told to use.
 MARGIN = 0.9
 
 Outcome = dict[str, Any]

@@ -1,6 +1,6 @@
 """How fast a checkpoint loads from the page cache: ``python -m benchmarks.loading [--layers N] [--json FILE]``.
 
-A folder in the published layout with the 15 B model's tower, projector, vocabulary and N of its 40 decoder layers is
+A folder in the Hugging Face layout with the 15 B model's tower, projector, vocabulary and N of its 40 decoder layers is
 written (zeros: the bytes' values cost nothing) and loaded again and again, so that it lies in the page cache:
 
 - **ours**: ``phi4rv.load``, from the call to the last weight on the device;
@@ -8,7 +8,7 @@ written (zeros: the bytes' values cost nothing) and loaded again and again, so t
 - **safetensors**: ``load_file`` of every file to the device, what others do.
 
 ``share`` is a rate over that of copies from one pinned buffer to the device, the goal at least GOAL. The fixed time
-of a call (outline, tokenizer, pinned buffers) weighs more the smaller N is. On a CPU it only proves that it runs.
+of a call (meta model, tokenizer, pinned buffers) weighs more the smaller N is. On a CPU it only proves that it runs.
 """
 
 from __future__ import annotations

@@ -144,8 +144,10 @@ def device_rates(device: str) -> Record:
     return {"product": timing.ceilings(device)["product"], "memory": memory}
 
 
-def run(seconds: float = math.inf, layers: int = 0, keep: Callable[[Record], None] = lambda result: None) -> Record:
-    """All contenders, one after another, within ``seconds``. ``keep`` gets the result so far after each of them."""
+def run(
+    seconds: float = math.inf, layers: int = 0, on_result: Callable[[Record], None] = lambda result: None
+) -> Record:
+    """All contenders, one after another, within ``seconds``. ``on_result`` gets the result so far after each."""
     device, deadline = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic() + min(seconds, 1e6)
     config, tokens, rows = (Config(), TOKENS, ROWS) if device == "cuda" else (TINY, TINY_TOKENS, TINY_ROWS)
     about, reason = run_in_process(device_rates, (device,), deadline - time.monotonic())
@@ -164,7 +166,7 @@ def run(seconds: float = math.inf, layers: int = 0, keep: Callable[[Record], Non
             limit = min(left, 2 * left / (len(CONTENDERS) - number))
             found, reason = run_in_process(measure, (contender, config, device, tokens, rows, about["product"]), limit)
         result["sides"][contender] = {"reason": reason} if reason else found
-        keep(result)
+        on_result(result)
     return result
 
 
@@ -270,11 +272,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, metavar="N", help="of the decoder; default: as many as fit")
     args = parser.parse_args()
 
-    def keep(result: Record) -> None:
+    def on_result(result: Record) -> None:
         if args.json:
             write_results(args.json, {"train_step": {**result, "goals": goals(result)}})
 
-    print(table(run(args.seconds, args.layers, keep)))
+    print(table(run(args.seconds, args.layers, on_result)))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class Config:
         vision = {key: getattr(self.vision, key) for key in _fields(VisionConfig)}
         defaults = VisionConfig()
         raw_vision = self.raw.get("vision_config", {})
-        # The published file leaves out what it does not change; so does ours.
+        # The published config.json leaves out what it does not change; so does ours.
         vision = {k: v for k, v in vision.items() if k in raw_vision or v != getattr(defaults, k)}
         return {**_HF_DEFAULTS, **self.raw, **own, "vision_config": {**raw_vision, **vision}}
 

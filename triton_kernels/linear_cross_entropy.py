@@ -91,14 +91,18 @@ def launch_forward(hidden: Tensor, weight: Tensor, targets: Tensor, filter_below
     softmax = h.new_empty((2, padded), dtype=torch.float32)
     losses = torch.empty_like(softmax[0])
     partial = h.new_empty((2, tiles, padded), dtype=torch.float32)
-    hit = h.new_full((padded,), float("nan"), dtype=torch.float32)  # stays where a target is not in the vocabulary
+    target_logit = h.new_full(
+        (padded,), float("nan"), dtype=torch.float32
+    )  # stays where a target is not in the vocabulary
     with torch.cuda.device_of(h):
         kernels.compact[(1,)](targets, index, count, T, padded, BLOCK=4096, num_warps=8)
         kernels.forward[(_num_programs(h, config),)](
-            h, w, targets, index, count, *partial, hit, h.stride(0), w.stride(0), padded, V, C,
+            h, w, targets, index, count, *partial, target_logit, h.stride(0), w.stride(0), padded, V, C,
             EVEN=C % config["BLOCK_K"] == 0, **config,
         )  # fmt: skip
-        kernels.combine[(padded // 64,)](*partial, hit, count, *softmax, losses, padded, tiles, ROWS=64, TILES=64)
+        kernels.combine[(padded // 64,)](
+            *partial, target_logit, count, *softmax, losses, padded, tiles, ROWS=64, TILES=64
+        )
     return [losses.sum(dtype=torch.float64).float(), count, index, softmax, losses]
 
 
@@ -117,7 +121,7 @@ def launch_backward(
     """``scale`` times the gradients of hidden and of weight; one that is not wanted is empty."""
     (T, C), V = hidden.shape, len(weight)
     h, w, targets = flatten_to_2d(hidden), flatten_to_2d(weight), targets.contiguous()
-    logits, down, across = (_config(space, h) for space in (LOGITS, WEIGHT, HIDDEN))
+    logits_config, weight_config, hidden_config = (_config(space, h) for space in (LOGITS, WEIGHT, HIDDEN))
     elements = _elements(len(index), V)
     dlogits = h.new_empty(elements)
     dhidden = h.new_zeros((T, C) if hidden_wanted else 0)
@@ -126,20 +130,20 @@ def launch_backward(
     dweight = w.new_empty((V, C) if weight_wanted else 0)
     with torch.cuda.device_of(h):
         for chunk in range(triton.cdiv(V, CHUNK)):
-            kernels.logits_gradient[(_num_programs(h, logits),)](
+            kernels.logits_gradient[(_num_programs(h, logits_config),)](
                 h, w, targets, index, count, *softmax, dlogits, h.stride(0), w.stride(0), elements, chunk,
-                filter_below, V, C, EVEN=C % logits["BLOCK_K"] == 0, FILTER=filter_below > 0, **logits,
+                filter_below, V, C, EVEN=C % logits_config["BLOCK_K"] == 0, FILTER=filter_below > 0, **logits_config,
             )  # fmt: skip
             if weight_wanted:
-                kernels.weight_gradient[(_num_programs(h, down),)](
+                kernels.weight_gradient[(_num_programs(h, weight_config),)](
                     dlogits, h, index, count, scale, dweight, h.stride(0), elements, chunk, V, C,
-                    EVEN=C % down["BLOCK_N"] == 0, **down,
+                    EVEN=C % weight_config["BLOCK_N"] == 0, **weight_config,
                 )  # fmt: skip
             if hidden_wanted:
-                even = C % across["BLOCK_N"] == 0 and V % across["BLOCK_K"] == 0
-                kernels.hidden_gradient[(_num_programs(h, across),)](
+                even = C % hidden_config["BLOCK_N"] == 0 and V % hidden_config["BLOCK_K"] == 0
+                kernels.hidden_gradient[(_num_programs(h, hidden_config),)](
                     dlogits, w, index, count, scale, dhidden, rest, w.stride(0), elements, chunk, V, C,
-                    EVEN=even, REST=short, **across,
+                    EVEN=even, REST=short, **hidden_config,
                 )  # fmt: skip
     return dhidden, dweight
 

@@ -64,7 +64,7 @@ def _filter_weight(k, j, ours, theirs):
 
 
 @triton.jit
-def _locate_kernel(ends, grids, place, inverse, P, images, steps, side, SIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _locate_kernel(ends, grids, coords, inverse, P, images, steps, side, SIDE: tl.constexpr, BLOCK: tl.constexpr):
     """For each patch its row, column and its grid's rows and columns, and one over the sum of its weights."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low = tl.zeros((BLOCK,), tl.int32)
@@ -85,21 +85,21 @@ def _locate_kernel(ends, grids, place, inverse, P, images, steps, side, SIDE: tl
     down = tl.where(k < side, _filter_weight(row[:, None], k, grid_rows[:, None], side), 0.0)
     across = tl.where(k < side, _filter_weight(col[:, None], k, grid_cols[:, None], side), 0.0)
     total = tl.sum(down, 1) * tl.sum(across, 1)
-    tl.store(place + p, row, mask=p < P)
-    tl.store(place + P + p, col, mask=p < P)
-    tl.store(place + 2 * P + p, grid_rows, mask=p < P)
-    tl.store(place + 3 * P + p, grid_cols, mask=p < P)
+    tl.store(coords + p, row, mask=p < P)
+    tl.store(coords + P + p, col, mask=p < P)
+    tl.store(coords + 2 * P + p, grid_rows, mask=p < P)
+    tl.store(coords + 3 * P + p, grid_cols, mask=p < P)
     tl.store(inverse + p, tl.where(known, 1.0 / total, 0.0), mask=p < P)
 
 
 @triton.jit
-def _position_embedding(table, place, inverse, m, n, P, C, side, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _position_embedding(table, coords, inverse, m, n, P, C, side, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Channels n of the table as resized for patches m."""
     there = m < P
-    row = tl.load(place + m, mask=there, other=0)
-    col = tl.load(place + P + m, mask=there, other=0)
-    grid_rows = tl.load(place + 2 * P + m, mask=there, other=side)
-    grid_cols = tl.load(place + 3 * P + m, mask=there, other=side)
+    row = tl.load(coords + m, mask=there, other=0)
+    col = tl.load(coords + P + m, mask=there, other=0)
+    grid_rows = tl.load(coords + 2 * P + m, mask=there, other=side)
+    grid_cols = tl.load(coords + 3 * P + m, mask=there, other=side)
     scale = tl.load(inverse + m, mask=there, other=0.0)
     top, bottom = _filter_support(row, grid_rows, side)
     left, right = _filter_support(col, grid_cols, side)
@@ -117,14 +117,14 @@ def _position_embedding(table, place, inverse, m, n, P, C, side, BLOCK_M: tl.con
 
 @triton.jit
 def _forward_kernel(
-    patches, weight, bias, table, place, inverse, out, stride, weight_stride, P, C, K, side,
+    patches, weight, bias, table, coords, inverse, out, stride, weight_stride, P, C, K, side,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = grouped_tile(tl.program_id(0), P, C, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = _position_embedding(table, place, inverse, m, n, P, C, side, BLOCK_M, BLOCK_N)
+    acc = _position_embedding(table, coords, inverse, m, n, P, C, side, BLOCK_M, BLOCK_N)
     acc += tl.load(bias + n, mask=n < C, other=0.0).to(tl.float32)[None, :]
     acc = accumulate(acc, patches, weight, m, n, stride, weight_stride, 1, P, C, K, EVEN_N, EVEN_K, BLOCK_K)
     at = out + m.to(tl.int64)[:, None] * C + n[None, :]
@@ -161,16 +161,16 @@ def _table_gradient_kernel(
 
 
 def _locate_patches(grids: Tensor, P: int, side: int) -> tuple[Tensor, Tensor]:
-    """What ``_locate_kernel`` writes: place (4, P) int32 and inverse (P,) float32."""
-    place = grids.new_empty((4, P))
+    """What ``_locate_kernel`` writes: coords (4, P) int32 and inverse (P,) float32."""
+    coords = grids.new_empty((4, P))
     inverse = grids.new_empty((P,), dtype=torch.float32)
     ends = grids.prod(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     images = len(grids)
     _locate_kernel[(triton.cdiv(P, 128),)](
-        ends, grids, place, inverse, P, images, images.bit_length(), side,
+        ends, grids, coords, inverse, P, images, images.bit_length(), side,
         SIDE=triton.next_power_of_2(side), BLOCK=128, num_warps=4,
     )  # fmt: skip
-    return place, inverse
+    return coords, inverse
 
 
 def launch_forward(patches: Tensor, weight: Tensor, bias: Tensor, table: Tensor, grids: Tensor) -> Tensor:
@@ -184,9 +184,9 @@ def launch_forward(patches: Tensor, weight: Tensor, bias: Tensor, table: Tensor,
     config = FORWARD.pick("float32" if weight.dtype == torch.float32 else "short", patches.device)
     tiles = triton.cdiv(P, config["BLOCK_M"]) * triton.cdiv(C, config["BLOCK_N"])
     with torch.cuda.device_of(patches):
-        place, inverse = _locate_patches(grids.contiguous(), P, side)
+        coords, inverse = _locate_patches(grids.contiguous(), P, side)
         _forward_kernel[(tiles,)](
-            patches, weight, bias.contiguous(), table.contiguous(), place, inverse, out,
+            patches, weight, bias.contiguous(), table.contiguous(), coords, inverse, out,
             patches.stride(0), weight.stride(0), P, C, K, side,
             EVEN_N=C % config["BLOCK_N"] == 0, EVEN_K=K % config["BLOCK_K"] == 0, **config,
         )  # fmt: skip

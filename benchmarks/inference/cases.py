@@ -1,4 +1,4 @@
-"""What ``benchmarks/inference/command.py`` times of each contender.
+"""The cases that ``benchmarks/inference/command.py`` times for each contender.
 
 Requests begin with patches and token ids on the CPU: decoding and cutting of pictures is timed by
 ``benchmarks/images.py``.
@@ -32,7 +32,7 @@ def decode(contender: Phi4RVEngine | TransformersEngine, new: int) -> Record:
     """Seconds of a step that attends to ``context`` tokens in the mean of the ``new`` steps."""
     s = contender.workload.shapes
     prompt = random_prompt(contender.workload, s.context - new // 2, seed=1)
-    contender.workload.warm(lambda: contender.answer(prompt, new + 1))
+    contender.workload.warm_up(lambda: contender.answer(prompt, new + 1))
     answered = contender.answer(prompt, new + 1)
     between = answered.between
     return {
@@ -51,7 +51,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
 def first_token(contender: Phi4RVEngine | TransformersEngine) -> Record:
     """Seconds from one image and its question, as patches and tokens on the CPU, to the first token."""
     prompt = random_prompt(contender.workload, contender.workload.shapes.text, seed=2, image=True)
-    contender.workload.warm(lambda: contender.answer(prompt, 1))
+    contender.workload.warm_up(lambda: contender.answer(prompt, 1))
     seconds = [contender.answer(prompt, 1).times[0] for _ in range(contender.workload.rounds)]
     return {
         "seconds": statistics.median(seconds),
@@ -84,7 +84,7 @@ def second_question(contender: Phi4RVEngine) -> Record:
         again = Prompt(other.text, one.images)
         return timed_answer(engine, one, 1).times[0], timed_answer(engine, again, 1).times[0]
 
-    workload.warm(lambda: both(10))
+    workload.warm_up(lambda: both(10))
     first, second = zip(*(both(20 + 2 * n) for n in range(workload.rounds)), strict=True)
     cached = engine.counters.cached_prompt_tokens
     medians = {"seconds": statistics.median(second), "first_seconds": statistics.median(first)}
@@ -105,7 +105,7 @@ def batched_requests(contender: Phi4RVEngine) -> Record:
         return len(asked) * s.answer / seconds
 
     for asked in (prompts, prompts[:1]):
-        workload.warm(lambda asked=asked: rate(asked))
+        workload.warm_up(lambda asked=asked: rate(asked))
     return {"tokens_per_second": rate(prompts), "one": rate(prompts[:1]), "requests": s.many}
 
 
@@ -117,10 +117,10 @@ def load(workload: Workload, folder: Path) -> Record:
     del model
     seconds = []
     for _ in range(2):  # the first also makes the device's context and pinned memory
-        workload.wait()
+        workload.synchronize()
         begun = time.perf_counter()
         loaded = phi4rv.load(folder, workload.device, workload.dtype)
-        workload.wait()
+        workload.synchronize()
         seconds.append(time.perf_counter() - begun)
         del loaded
     return {"seconds": min(seconds), "bytes": size}

@@ -115,8 +115,10 @@ def unavailable_reason(contender: str, device: torch.device, folder: Path | None
     return cuda.unavailable_reason(device) if kernels == "cuda" else None
 
 
-def run(seconds: float = math.inf, layers: int = 0, keep: Callable[[Record], None] = lambda result: None) -> Record:
-    """All contenders, one after another, within ``seconds``. ``keep`` gets the result so far after each of them."""
+def run(
+    seconds: float = math.inf, layers: int = 0, on_result: Callable[[Record], None] = lambda result: None
+) -> Record:
+    """All contenders, one after another, within ``seconds``. ``on_result`` gets the result so far after each."""
     device, deadline = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic() + min(seconds, 1e6)
     config, shapes, call = (Config(), FULL, run_in_process) if device == "cuda" else (tiny_config(), TINY, run_inline)
     about, reason = call(device_rates, (device,), deadline - time.monotonic())
@@ -142,7 +144,7 @@ def run(seconds: float = math.inf, layers: int = 0, keep: Callable[[Record], Non
                 shutil.rmtree(Path(folder) / contender, ignore_errors=True)
             cases = {"reason": reason} if reason else with_rates(contender, found, config, shapes, about)
             result["sides"][contender] = cases
-            keep(result)
+            on_result(result)
     return result
 
 
@@ -165,11 +167,11 @@ def command(argv: Sequence[str] | None) -> None:
     if not 0 <= args.layers <= Config().num_hidden_layers:
         raise UserError(f"--layers: {args.layers} must be 1 to {Config().num_hidden_layers}, or 0: as many as fit")
 
-    def keep(result: Record) -> None:
+    def on_result(result: Record) -> None:
         if args.json:
             write_results(args.json, {"inference": {**result, "goals": goals(result)}})
 
-    print(table(run(args.seconds, args.layers, keep)))
+    print(table(run(args.seconds, args.layers, on_result)))
 
 
 if __name__ == "__main__":

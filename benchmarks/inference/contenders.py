@@ -1,4 +1,4 @@
-"""What answers: this engine, and the same weights in transformers' classes and in vLLM.
+"""The contenders: this engine, and the same weights in transformers' classes and in vLLM.
 
 All answer greedily and never end before their limit. The weights are random, in bfloat16 (float32 on a CPU).
 """

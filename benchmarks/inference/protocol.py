@@ -75,9 +75,9 @@ def command(args: argparse.Namespace) -> None:
     if missing:
         raise UserError(f"--engines: {', '.join(missing)} is not installed")
     _, processor = load(args.checkpoint, "meta", kernels="torch", weights=args.weights)
-    with questions(args) as asked:
-        check_questions(asked, processor)
-        result = run(config_from_args(args), asked, args.engines, args.answers)
+    with open_questions(args) as questions:
+        check_questions(questions, processor)
+        result = run(config_from_args(args), questions, args.engines, args.answers)
     if args.json:
         write_results(args.json, {"protocol": result})
     print(table(result))
@@ -96,7 +96,7 @@ def config_from_args(args: argparse.Namespace) -> ProtocolConfig:
 
 
 @contextlib.contextmanager
-def questions(args: argparse.Namespace) -> Iterator[list[ProtocolQuestion]]:
+def open_questions(args: argparse.Namespace) -> Iterator[list[ProtocolQuestion]]:
     """The samples that are asked; made-up ones lie in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(args.protocol) if args.protocol else make_questions(Path(folder), args.samples, args.seed)
@@ -104,19 +104,19 @@ def questions(args: argparse.Namespace) -> Iterator[list[ProtocolQuestion]]:
 
 
 def run(
-    setting: ProtocolConfig, asked: Sequence[ProtocolQuestion], engines: Sequence[str], answers: Path | None = None
+    config: ProtocolConfig, questions: Sequence[ProtocolQuestion], engines: Sequence[str], answers: Path | None = None
 ) -> Record:
     """Every engine, on a GPU in a process of its own: what each kind of question took, and why an engine failed."""
-    call = run_in_process if setting.device == "cuda" else run_inline
+    call = run_in_process if config.device == "cuda" else run_inline
     results: list[Record] = []
     failed = {}
     for name in engines:
-        found, reason = call(answer_all, (name, setting, asked, answers), MAX_SECONDS)
+        found, reason = call(answer_all, (name, config, questions, answers), MAX_SECONDS)
         if reason:
             failed[name] = reason
         else:
             results += found
-    about = {"device": setting.device, "max_new_tokens": setting.new, "weights": setting.weights}
+    about = {"device": config.device, "max_new_tokens": config.new, "weights": config.weights}
     return {**about, "rows": summary(results), "failed": failed}
 
 

@@ -1,4 +1,4 @@
-"""Who answers the questions of ``benchmarks/inference/protocol.py``: this engine, transformers' classes and vLLM."""
+"""The engines that ``benchmarks/inference/protocol.py`` asks: this one, transformers' classes and vLLM."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class ProtocolConfig:
     weights: str | None = None
 
 
-def phi4rv_engine(setting: ProtocolConfig) -> AnswerFn:
+def phi4rv_engine(config: ProtocolConfig) -> AnswerFn:
     """Each question stands alone: nothing is remembered of those before it."""
     limits = Limits(max_running=1, image_cache_bytes=0, prefix_cache=False)
     engine = Engine(
-        setting.checkpoint, setting.device, setting.dtype, setting.kernels, weights=setting.weights, limits=limits
+        config.checkpoint, config.device, config.dtype, config.kernels, weights=config.weights, limits=limits
     )  # fmt: skip
 
     def ask(prompt: Prompt, new: int) -> tuple[Answer, int]:
@@ -57,8 +57,8 @@ def phi4rv_engine(setting: ProtocolConfig) -> AnswerFn:
     return ask
 
 
-def transformers_engine(setting: ProtocolConfig) -> AnswerFn:
-    model, processor = phi4rv.load(setting.checkpoint, setting.device, setting.dtype, "torch")
+def transformers_engine(config: ProtocolConfig) -> AnswerFn:
+    model, processor = phi4rv.load(config.checkpoint, config.device, config.dtype, "torch")
     peer = Transformers(model.config, model.device, model.decoder.norm.weight.dtype, model)
     stops = stop_tokens(processor)
 
@@ -72,11 +72,11 @@ def transformers_engine(setting: ProtocolConfig) -> AnswerFn:
     return ask
 
 
-def vllm_engine(setting: ProtocolConfig) -> AnswerFn:
+def vllm_engine(config: ProtocolConfig) -> AnswerFn:
     """With the code that the checkpoint's folder brings, which vLLM asks for."""
-    processor = phi4rv.load(setting.checkpoint, "meta", kernels="torch")[1]
+    processor = phi4rv.load(config.checkpoint, "meta", kernels="torch")[1]
     window = processor.config.context
-    peer = VLLM(setting.checkpoint, trust_remote_code=True, max_model_len=window, max_num_seqs=1)
+    peer = VLLM(config.checkpoint, trust_remote_code=True, max_model_len=window, max_num_seqs=1)
 
     def ask(prompt: Prompt, new: int) -> tuple[Answer, int]:
         rendered = processor.template.render(prompt.messages(), prompt.mode).text
@@ -106,18 +106,18 @@ def installed() -> list[str]:
 
 @torch.no_grad()
 def answer_all(
-    name: str, setting: ProtocolConfig, asked: Sequence[ProtocolQuestion], answers: Path | None
+    name: str, config: ProtocolConfig, questions: Sequence[ProtocolQuestion], answers: Path | None
 ) -> list[dict[str, Any]]:
     """Every question in every mode, one after another; seconds from prompt and encoded picture to the whole answer.
 
     ``answers``: a JSON Lines file that each of them is added to as it comes, with its text.
     """
-    ask, results = ENGINES[name](setting), []
-    ask(asked[0].prompt(setting.modes[0]), WARMUP_TOKENS)
-    todo = [(a, mode) for mode in setting.modes for a in asked]
+    ask, results = ENGINES[name](config), []
+    ask(questions[0].prompt(config.modes[0]), WARMUP_TOKENS)
+    todo = [(a, mode) for mode in config.modes for a in questions]
     for a, mode in tqdm(todo, desc=name, unit="answer", file=sys.stderr, dynamic_ncols=True):
         begun = time.perf_counter()
-        answer, tokens = ask(a.prompt(mode), setting.new)
+        answer, tokens = ask(a.prompt(mode), config.new)
         seconds = time.perf_counter() - begun
         result = {"engine": name, "mode": mode, "kind": a.kind, "where": a.where, "seconds": seconds}
         results.append({**result, "tokens": tokens, "right": a.right(answer)})

@@ -74,16 +74,16 @@ def make_questions(folder: Path, count: int, seed: int) -> Path:
     return path
 
 
-def sample(asked: Sequence[ProtocolQuestion], count: int, seed: int) -> list[ProtocolQuestion]:
+def sample(questions: Sequence[ProtocolQuestion], count: int, seed: int) -> list[ProtocolQuestion]:
     """``count`` of each kind at random, or all where there are fewer: kind after kind, each in the file's order."""
-    kinds = {a.kind: [b for b in asked if b.kind == a.kind] for a in asked}
+    kinds = {a.kind: [b for b in questions if b.kind == a.kind] for a in questions}
     drawn = {kind: sorted(Random(seed).sample(range(len(same)), min(count, len(same)))) for kind, same in kinds.items()}
     return [kinds[kind][index] for kind, indices in drawn.items() for index in indices]
 
 
-def check_questions(asked: Sequence[ProtocolQuestion], processor: Processor) -> None:
+def check_questions(questions: Sequence[ProtocolQuestion], processor: Processor) -> None:
     """UserError for a picture that cannot be read, or a question over the window, before any is asked."""
-    for a in asked:
+    for a in questions:
         try:
             processor([a.prompt("think")])
         except UserError as error:

@@ -1,4 +1,4 @@
-"""What inference has to read and to compute, counted from the configuration, and what times are held to."""
+"""Roofline of inference: the bytes it has to read and the FLOPs it has to do, counted from the configuration."""
 
 from __future__ import annotations
 

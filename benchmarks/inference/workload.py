@@ -1,4 +1,4 @@
-"""Where and at what size inference is timed: the model of random weights, and prompts of a given length."""
+"""The workload on which inference is timed: a model with random weights, and prompts of a given length."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train.synthetic.tiny_model import tiny_model
 
 @dataclass(frozen=True)
 class Workload:
-    """Where and at what size a contender runs."""
+    """Model size, device and shapes that a contender runs with."""
 
     config: Config
     device: torch.device
@@ -43,11 +43,11 @@ class Workload:
     def rounds(self) -> int:
         return 3 if self.on_gpu else 1
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
 
-    def warm(self, run: Callable[[], Any]) -> None:
+    def warm_up(self, run: Callable[[], Any]) -> None:
         """Compiles, captures and fills caches; on a CPU there is nothing to warm."""
         if self.on_gpu:
             run()

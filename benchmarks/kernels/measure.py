@@ -45,11 +45,11 @@ def measure(
     device: str,
     ceilings: Mapping[str, float],
     excluded: Mapping[str, str] | None = None,
-    at: Callable[[str], None] = lambda variant: None,
+    announce: Callable[[str], None] = lambda variant: None,
     seconds: float = 0.5,
     clock: Clock | None = None,
 ) -> Record:
-    """The case's record. ``excluded``: peers not to try, and why; ``at`` hears which variant is about to run."""
+    """The case's record. ``excluded``: peers not to try, and why; ``announce`` is told which variant runs next."""
     variants = {OURS: Variant(case.ours), **{name: Variant(peer) for name, peer in case.peers.items()}}
     for name, reason in (excluded or {}).items():
         variants[name].reason = reason
@@ -57,9 +57,9 @@ def measure(
         gc.collect()
         torch.cuda.empty_cache()
     with timing.side_stream(device), _no_compiling(device):
-        wrong = _check(case, variants, device, at)
+        wrong = _check(case, variants, device, announce)
         if variants[OURS].reason is None:
-            _time(case, variants, device, at, seconds, clock)
+            _time(case, variants, device, announce, seconds, clock)
     return _record(case, variants, device, ceilings, wrong)
 
 
@@ -68,13 +68,13 @@ def _no_compiling(device: str) -> Any:
     return nullcontext() if device == "cuda" else torch.compiler.set_stance("force_eager")
 
 
-def _check(case: Case, variants: dict[str, Variant], device: str, at: Callable[[str], None]) -> bool:
+def _check(case: Case, variants: dict[str, Variant], device: str, announce: Callable[[str], None]) -> bool:
     """Runs every variant once on the same values and compares; True if ours is not what the first peer gives."""
     ours = variants[OURS]
     for name, variant in variants.items():
         if variant.reason is not None:
             continue
-        with _guarded(variant, name, device, at):
+        with _guarded(variant, name, device, announce):
             _first_run(case, variant, device)
             if variant is not ours and ours.reason is None and name not in case.bounds:
                 if not all(r is None or _finite(r) for r in variant.results):
@@ -161,7 +161,7 @@ def _time(
     case: Case,
     variants: dict[str, Variant],
     device: str,
-    at: Callable[[str], None],
+    announce: Callable[[str], None],
     seconds: float,
     clock: Clock | None,
 ) -> None:
@@ -174,11 +174,11 @@ def _time(
     prepared = {}
     for name, variant in variants.items():
         if variant.reason is None:
-            with _guarded(variant, name, device, at):
+            with _guarded(variant, name, device, announce):
                 # What writes to its inputs must not change those of the others.
                 own = [_inputs(case, device, i) for i in range(sets)] if variant.mutates else shared
                 prepared[name] = timing.prepare(_numbered(case, variant.function, own), sets, device, pool)
-    at("timing")
+    announce("timing")
     if variants[OURS].reason is None:
         for name, result in timing.interleaved(prepared, clock or timing.clock_for(device), seconds).items():
             variants[name].time = result
@@ -193,9 +193,9 @@ def _numbered(case: Case, function: Callable[..., Any], sets: list[tuple[Any, ..
 
 
 @contextmanager
-def _guarded(variant: Variant, name: str, device: str, at: Callable[[str], None]) -> Iterator[None]:
+def _guarded(variant: Variant, name: str, device: str, announce: Callable[[str], None]) -> Iterator[None]:
     """Announces the variant. An error inside becomes its reason; one that broke the GPU ends this process's work."""
-    at(name)
+    announce(name)
     try:
         yield
         if device == "cuda":

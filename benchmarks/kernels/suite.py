@@ -44,13 +44,13 @@ OUT_OF_TIME = "out of time"
 
 @dataclass
 class Progress:
-    """What the processes have reported so far. ``at``: the row and the variant that one of them is in."""
+    """What the processes have reported so far. ``current``: the row and variant being measured."""
 
     rows: list[Record] = field(default_factory=list)
     records: dict[int, Record] = field(default_factory=dict)
     excluded: dict[int, dict[str, str]] = field(default_factory=dict)
     ceilings: dict[str, float] = field(default_factory=dict)
-    at: tuple[int, str] | None = None
+    current: tuple[int, str] | None = None
 
     def next(self) -> int:
         """The first row without a record."""
@@ -59,9 +59,9 @@ class Progress:
     def complete(self) -> bool:
         return bool(self.rows) and self.next() == len(self.rows)
 
-    def blame(self, reason: str) -> None:
+    def record_crash(self, reason: str) -> None:
         """A process ended before its time: a peer is not tried again, ours has failed."""
-        row, variant = self.at or (self.next(), OURS)
+        row, variant = self.current or (self.next(), OURS)
         if variant in (OURS, TIMING):
             place = "" if variant == OURS else " while timing"
             self.records[row] = empty_record(self.rows[row], "failed", reason + place)
@@ -70,7 +70,7 @@ class Progress:
 
 
 def run(
-    only: Sequence[str] = (), seconds: float = math.inf, package: str = PACKAGE, patience: float = HANG_SECONDS
+    only: Sequence[str] = (), seconds: float = math.inf, package: str = PACKAGE, hang_seconds: float = HANG_SECONDS
 ) -> dict[str, Any]:
     """Measures every row: {"device", "ceilings", "rows"}. Rows for which ``seconds`` do not suffice say so."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,14 +81,14 @@ def run(
     progress, deadline = Progress(), time.monotonic() + seconds
     while not progress.complete() and time.monotonic() < deadline:
         begun = len(progress.records)
-        stopped = _supervise(progress, (package, names, device), deadline, patience)
+        stopped = _supervise(progress, (package, names, device), deadline, hang_seconds)
         if stopped in (None, OUT_OF_TIME):
             break
         if not progress.ceilings:  # it did not come to the first row: nothing will
             progress.rows = progress.rows or [_placeholder(name) for name in names]
             progress.records = {i: empty_record(row, "failed", stopped) for i, row in enumerate(progress.rows)}
-        elif progress.at or len(progress.records) == begun:
-            progress.blame(stopped)
+        elif progress.current or len(progress.records) == begun:
+            progress.record_crash(stopped)
     progress.rows = progress.rows or [_placeholder(name) for name in names]
     rows = [
         progress.records.get(i) or empty_record(row, "not measured", OUT_OF_TIME) for i, row in enumerate(progress.rows)
@@ -96,11 +96,11 @@ def run(
     return {"device": device, "ceilings": progress.ceilings, "rows": rows}
 
 
-def _supervise(progress: Progress, work: tuple[Any, ...], deadline: float, patience: float) -> str | None:
+def _supervise(progress: Progress, work: tuple[Any, ...], deadline: float, hang_seconds: float) -> str | None:
     """Starts a process and takes down what it reports. None when it did all, else why it ended."""
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
-    progress.at = None
+    progress.current = None
     process = spawn.Process(
         target=_worker, args=(sender, *work, progress.next(), progress.excluded, progress.ceilings), name="kernels"
     )
@@ -109,7 +109,7 @@ def _supervise(progress: Progress, work: tuple[Any, ...], deadline: float, patie
     reason = None
     try:
         while True:
-            quiet = patience if progress.at else HANG_SECONDS  # starting takes its time
+            quiet = hang_seconds if progress.current else HANG_SECONDS  # starting takes its time
             left = deadline - time.monotonic()
             if left <= 0 or not receiver.poll(min(quiet, left)):
                 return OUT_OF_TIME if left <= quiet else f"no answer for {quiet:g} s"
@@ -119,10 +119,10 @@ def _supervise(progress: Progress, work: tuple[Any, ...], deadline: float, patie
             if kind == "stopped":
                 reason = value
             elif kind == "at":
-                progress.at = value
+                progress.current = value
             elif kind == "record":
                 row, record = value
-                progress.records[row], progress.at = record, None
+                progress.records[row], progress.current = record, None
                 print(f"  {_log_line(record)}", file=sys.stderr, flush=True)
             else:
                 setattr(progress, kind, value)

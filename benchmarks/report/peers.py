@@ -1,4 +1,4 @@
-"""Who our figures stand beside: under which version and with which settings."""
+"""The peers that our figures are compared with: versions and settings."""
 
 from __future__ import annotations
 

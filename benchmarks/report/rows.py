@@ -1,4 +1,4 @@
-"""What every benchmark's records come down to: rows of one table, ours beside its best peer, held to a goal."""
+"""The rows of the results table, made from every benchmark's records: ours beside the best peer, and the goal."""
 
 from __future__ import annotations
 

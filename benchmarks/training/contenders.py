@@ -1,4 +1,4 @@
-"""What ``benchmarks/train_step.py`` times: our training step, and the same one as transformers makes it.
+"""The contenders of ``benchmarks/train_step.py``: our training step, and the same one by transformers.
 
 Both have bfloat16 weights (float32 on a CPU) with float32 masters and moments, train all that the language model
 reads, divide the summed loss by the labelled tokens of the step, and clip by the gradient's global norm.

@@ -204,7 +204,7 @@ def test_a_process_of_its_own() -> None:
 
 def test_everything_runs() -> None:
     kept: list[dict[str, Any]] = []
-    found = train_step.run(keep=lambda so_far: kept.append(so_far))
+    found = train_step.run(on_result=lambda so_far: kept.append(so_far))
     assert len(kept) == len(train_step.CONTENDERS)
     sides = found["sides"]
     assert sides["triton"] == sides["cuda"] == {"reason": "not on a CPU"}

@@ -1,4 +1,4 @@
-"""What the packed attention kernels share: the tile scheduler, which keys a row sees, how a head of any width is held,
+"""What the packed attention kernels share: the tile scheduler, which keys a row sees, how a head of any width is fits,
 and the online softmax.
 
 A tile is a block of rows of one document. Each head runs its tiles longest first: a long document among short ones
@@ -33,13 +33,13 @@ def _schedule_kernel(
     """Places the tiles of one cost. Causal, a document has one of each cost up to its number of blocks; else as many
     as blocks, all of that cost."""
     cost = tl.program_id(0) + 1
-    place = 0
+    next_slot = 0
     for first in range(0, N, CHUNK):
         blocks, before = _blocks(cu_seqlens, lengths, first + tl.arange(0, CHUNK), N, ROWS)
         costlier = tl.where(blocks > cost, blocks, 0)
         if CAUSAL:
             costlier = tl.minimum(tl.maximum(before + blocks - cost, 0), blocks)
-        place += tl.sum(costlier, 0)
+        next_slot += tl.sum(costlier, 0)
     for first in range(0, N, CHUNK):
         documents = first + tl.arange(0, CHUNK)
         blocks, before = _blocks(cu_seqlens, lengths, documents, N, ROWS)
@@ -47,18 +47,18 @@ def _schedule_kernel(
         here = (own > 0) & (blocks >= own) if CAUSAL else blocks == cost
         each = 1 if CAUSAL else cost
         count = here.to(tl.int32) * each
-        places = place + tl.cumsum(count, 0) - count
+        first_slot = next_slot + tl.cumsum(count, 0) - count
         for i in range(0, each):
             block = i
             if CAUSAL:
                 block = blocks - cost if REVERSED else own - 1
-            held = here & (places + i < slots)
-            tl.store(tiles + 2 * (places + i), documents, mask=held)
-            tl.store(tiles + 2 * (places + i) + 1, block, mask=held)
-        place += tl.sum(count, 0)
+            fits = here & (first_slot + i < slots)
+            tl.store(tiles + 2 * (first_slot + i), documents, mask=fits)
+            tl.store(tiles + 2 * (first_slot + i) + 1, block, mask=fits)
+        next_slot += tl.sum(count, 0)
     if cost == 1:  # the cheapest come last; at most N slots are left over
         for first in range(0, N, CHUNK):
-            rest = place + first + tl.arange(0, CHUNK)
+            rest = next_slot + first + tl.arange(0, CHUNK)
             tl.store(tiles + 2 * rest, -1, mask=rest < slots)
 
 
