@@ -210,8 +210,8 @@ def logits_gradient(
         g = p - tl.where(onehot, 1.0, 0.0)
         if FILTER:
             g = tl.where((p >= filter_below) | onehot, g, 0.0)
-        offsets = dlogits + rows.to(tl.int64)[:, None] * columns + cols[None, :]
-        tl.store(offsets, g.to(dlogits.dtype.element_ty))
+        pointers = dlogits + rows.to(tl.int64)[:, None] * columns + cols[None, :]
+        tl.store(pointers, g.to(dlogits.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["chunk"])
@@ -239,10 +239,10 @@ def weight_gradient(
             x = tl.load(b) if EVEN else tl.load(b, mask=cols[None, :] < C, other=0.0)
             acc = tl.dot(tl.load(a).T, x, acc, input_precision="ieee")
             a += BLOCK_K * columns.to(tl.int64)
-        offsets = dweight + (before + rows)[:, None] * C + cols[None, :]
+        pointers = dweight + (before + rows)[:, None] * C + cols[None, :]
         out = (acc * factor).to(dweight.dtype.element_ty)
         mask = rows[:, None] < present
-        tl.store(offsets, out, mask=mask if EVEN else mask & (cols[None, :] < C))
+        tl.store(pointers, out, mask=mask if EVEN else mask & (cols[None, :] < C))
 
 
 @triton.jit
