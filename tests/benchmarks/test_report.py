@@ -145,7 +145,7 @@ def test_runs_that_only_show_that_they_run_are_left_out(tmp_path: Path) -> None:
     assert read_all(tmp_path) == ({}, [])
     write(tmp_path / "gpu", "2026-01-01", "a", {"kernels": {"device": "cuda", "ceilings": {}, "rows": rows}})
     (result,) = read_all(tmp_path)[0]["gpu"]
-    assert [(row.what, row.goal, row.first) for row in result.rows] == [("rope: 4", "90% of copy", True)]
+    assert [(row.what, row.goal, row.headline) for row in result.rows] == [("rope: 4", "90% of copy", True)]
 
 
 def test_a_goal_that_names_a_peer_shows_that_one() -> None:
