@@ -70,7 +70,7 @@ def test_nothing_stops_the_suite(
     (package / "fakes.py").write_text(FAKES)
     (package / "unreadable.py").write_text("def cases(tiny):\n    raise KeyError('no shapes')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    rows = suite.run(["unreadable", "fakes"], package="fakekernels", patience=3)["rows"]
+    rows = suite.run(["unreadable", "fakes"], package="fakekernels", hang_seconds=3)["rows"]
     assert [(row["operation"], row["shape"], row["status"]) for row in rows] == [
         ("unreadable", "", "failed"),
         ("fakes", "dies", "failed"),

@@ -158,7 +158,7 @@ def test_a_goal_that_names_a_peer_shows_that_one() -> None:
     assert [(r.peer, r.ratio, r.goal) for r in found] == [
         ("cublas products", 1.5, "1x cublas products"), ("torch", 1.25, "1.3x"), ("torch", 1.25, "1x gone"),
     ]  # fmt: skip
-    assert [r.first for r in found] == [True, False, False]
+    assert [r.headline for r in found] == [True, False, False]
     printed = table(found)
     assert "cublas products: 3 ms" in printed and "1.50x" in printed and printed.count("kernels") == 1
 
@@ -202,7 +202,7 @@ def test_every_peer_has_a_version_and_settings() -> None:
 
 def test_every_benchmark_gives_rows() -> None:
     for name in run.MODULES:
-        assert callable(importlib.import_module(run.MODULES[name]).rows), name
+        assert callable(importlib.import_module(run.MODULES[name]).table_rows), name
 
 
 def test_rows_of_loading_and_of_the_server() -> None:

@@ -42,7 +42,7 @@ def cases(tiny: bool) -> list[Case]:
 
 def _csrc(row: Case) -> tuple[Callable[..., Tensor], tuple[str, float] | None]:
     """The CUDA kernel and its goal, for one new token and 80 MB of cache or more."""
-    kernel = cuda.decode_attention if row.value is decode_attention else cuda.paged_decode_attention
+    kernel = cuda.decode_attention if row.ours is decode_attention else cuda.paged_decode_attention
     return kernel, ("copy", 0.85) if row.shape.startswith("1 against") and row.bytes > 80e6 else None
 
 
