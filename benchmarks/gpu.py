@@ -1,7 +1,7 @@
 """Everything that wants a GPU: ``python -m benchmarks.gpu [PART …] [--seconds N]``.
 
 Each part has its time limit, all together under 8 minutes on a machine where csrc/ is built and Triton's kernels are
-compiled; none stops the others. What a part had no time for says so; run by its name it may take as long as ALONE says.
+compiled; none stops the others. What a part had no time for says so; run by its name it may take NAMED_SECONDS.
 The parts that are run replace theirs in ``benchmarks/results/<device>/<date>-<commit>.json``, and one table shows all
 that the file holds. The first part builds csrc/ where nvcc is, or leaves the library that is there. Exit status 1 if a
 part failed, 2 for a wrong call.
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import run
-from benchmarks.parts import Part, python
+from benchmarks.jobs import Job, python_module
 from benchmarks.report.result_files import FOLDER
 
 # Seconds of the benchmarks that a GPU changes; what matters most they do first.
@@ -26,38 +26,38 @@ SECONDS = {"kernels": 105, "train_step": 85, "inference": 100}
 def _tests(file: Path, seconds: float) -> list[str]:
     """In several processes where pytest-xdist is; those of gigabytes in one of them (tests/conftest.py)."""
     together = ["-n", "4", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
-    return python("pytest", "-q", "-m", "gpu", *together)
+    return python_module("pytest", "-q", "-m", "gpu", *together)
 
 
-PARTS = [
-    Part("build", 70, lambda file, seconds: python("csrc.build")),
-    Part("tests", 115, _tests, gpu=True),
-    *(replace(part, seconds=SECONDS[part.name], gpu=True) for part in run.PARTS if part.name in SECONDS),
+JOBS = [
+    Job("build", 70, lambda file, seconds: python_module("csrc.build")),
+    Job("tests", 115, _tests, gpu=True),
+    *(replace(job, seconds=SECONDS[job.name], gpu=True) for job in run.JOBS if job.name in SECONDS),
 ]
 # Run where they are named: a GPU changes little of the first two, and the last is slow.
-APART = [
-    Part("golden", 60, lambda file, seconds: python("pytest", "-q", "tests/phi4rv/test_golden.py")),
-    *(replace(part, seconds=30) for part in run.PARTS if part.name == "images"),
-    Part("sanitizer", 300, lambda file, seconds: python("tests.kernels.sanitize"), gpu=True),
+EXTRA_JOBS = [
+    Job("golden", 60, lambda file, seconds: python_module("pytest", "-q", "tests/phi4rv/test_golden.py")),
+    *(replace(job, seconds=30) for job in run.JOBS if job.name == "images"),
+    Job("sanitizer", 300, lambda file, seconds: python_module("tests.kernels.sanitize"), gpu=True),
 ]
 # Seconds of parts that are named, for what has to be compiled first and for all peers.
-ALONE = {"build": 300, "tests": 460, "kernels": 460, "train_step": 400, "inference": 460}
+NAMED_SECONDS = {"build": 300, "tests": 460, "kernels": 460, "train_step": 400, "inference": 460}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="All GPU tests and benchmarks.")
-    every = [*PARTS, *APART]
-    parser.add_argument("part", nargs="*", help=f"only these of {', '.join(part.name for part in every)}")
+    every = [*JOBS, *EXTRA_JOBS]
+    parser.add_argument("part", nargs="*", help=f"only these of {', '.join(job.name for job in every)}")
     parser.add_argument("--seconds", type=float, metavar="N", help="another time limit for each part")
     parser.add_argument("--json", type=Path, default=FOLDER, metavar="FOLDER", help="where results are kept")
     args = parser.parse_args(arguments)
     if args.part:
-        every = [replace(part, seconds=ALONE.get(part.name, part.seconds)) for part in every]
+        every = [replace(job, seconds=NAMED_SECONDS.get(job.name, job.seconds)) for job in every]
     try:
-        parts = run.chosen(every if args.part else PARTS, args.part, args.seconds)
+        jobs = run.select_jobs(every if args.part else JOBS, args.part, args.seconds)
     except ValueError as error:
         parser.error(str(error))
-    return run.drive(parts, args.json)
+    return run.run_and_report(jobs, args.json)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.kernels.timing import spread
-from benchmarks.report.result_files import write
+from benchmarks.kernels.timing import relative_iqr
+from benchmarks.report.result_files import write_results
 from benchmarks.report.rows import Row
-from phi4rv.processing.images import PATCH, image_to_patches
+from phi4rv.processing.images import PATCH_SIZE, image_to_patches
 
 SIZES = [(1280, 720), (1024, 680), (300, 200), (3840, 2160)]
 MIN_PATCHES, MAX_PATCHES = 256, 3600
 
 
-def picture(width: int, height: int) -> Image.Image:
+def synthetic_image(width: int, height: int) -> Image.Image:
     """Smooth shapes with grain: neither side's time depends on the values, but caches see real traffic."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (9, 16, 3), dtype=np.uint8)).resize((width, height))
@@ -52,8 +52,8 @@ def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[
 def measure(width: int, height: int, rounds: int) -> dict:
     from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-    image = picture(width, height)
-    n = min(max((width // PATCH) * (height // PATCH), MIN_PATCHES), MAX_PATCHES)
+    image = synthetic_image(width, height)
+    n = min(max((width // PATCH_SIZE) * (height // PATCH_SIZE), MIN_PATCHES), MAX_PATCHES)
     processor = Siglip2ImageProcessorPil()
 
     def peer(patches: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def measure(width: int, height: int, rounds: int) -> dict:
             "peer_n": lambda: peer(n),
             "ours_3600": lambda: image_to_patches(image, MAX_PATCHES, MAX_PATCHES),
             "peer_3600": lambda: peer(MAX_PATCHES),
-            "resize": lambda: image.resize((grid[1] * PATCH, grid[0] * PATCH), Image.Resampling.BILINEAR),
+            "resize": lambda: image.resize((grid[1] * PATCH_SIZE, grid[0] * PATCH_SIZE), Image.Resampling.BILINEAR),
         },
         rounds,
     )
@@ -81,7 +81,7 @@ def measure(width: int, height: int, rounds: int) -> dict:
         "ratio_published": medians["peer_3600"] / medians["ours_n"],
         "ratio_same_n": medians["peer_n"] / medians["ours_n"],
         "ratio_same_3600": medians["peer_3600"] / medians["ours_3600"],
-        "spread": spread(times["ours_n"]),
+        "spread": relative_iqr(times["ours_n"]),
     }
 
 
@@ -95,7 +95,7 @@ def run(rounds: int = 21) -> list[dict]:
         torch.set_num_threads(threads)
 
 
-def rows(records: list[dict]) -> list[Row]:
+def table_rows(records: list[dict]) -> list[Row]:
     """Of each size: the peer as published, and made to cut as many patches as we do."""
     found = []
     for record in records:
@@ -104,7 +104,7 @@ def rows(records: list[dict]) -> list[Row]:
             found.append(
                 Row(
                     "images", what, record["ours_n_ms"], "ms",
-                    peer="transformers", theirs=record[peer], noise=noise, first=peer == "peer_n_ms",
+                    peer="transformers", peer_value=record[peer], noise=noise, headline=peer == "peer_n_ms",
                 )
             )  # fmt: skip
     return found
@@ -136,7 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     records = run()
     if args.json:
-        write(args.json, {"images": records})
+        write_results(args.json, {"images": records})
     print(table(records))
 
 

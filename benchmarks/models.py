@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from phi4rv.batch import PackedBatch
-from phi4rv.checkpoint.huggingface import PREFIXES, empty_model, published_name
+from phi4rv.checkpoint.huggingface import HF_PREFIXES, empty_model, hf_name
 from phi4rv.config import Config
 from phi4rv.model.phi4rv import Phi4RV
 
-SPREAD = 0.02  # standard deviation of random weights, transformers' own
+INIT_STD = 0.02  # standard deviation of random weights, transformers' own
 
 
 def random_model(config: Config, kernels: str | None, device: torch.device, dtype: torch.dtype) -> Phi4RV:
@@ -24,7 +24,7 @@ def random_model(config: Config, kernels: str | None, device: torch.device, dtyp
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim >= 2:
-                p.normal_(0.0, SPREAD)
+                p.normal_(0.0, INIT_STD)
             else:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
     return model
@@ -35,7 +35,7 @@ class Transformers:
 
     The tower gets the images of a row padded to the longest of them (the published code pads to 3600 patches) and
     computes its last layer and its head, which nobody reads. ``model``: whose weights it shares; without it they are
-    random. ``attention``: transformers' name of an implementation; without it ``attention_of``'s.
+    random. ``attention``: transformers' name of an implementation; without it ``default_attention``'s.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Transformers:
     ):
         from transformers import Phi3ForCausalLM, Siglip2VisionModel
 
-        options = {"attn_implementation": attention or attention_of(device), "dtype": dtype}
+        options = {"attn_implementation": attention or default_attention(device), "dtype": dtype}
         with torch.device(device if model is None else "meta"):
             self.decoder = Phi3ForCausalLM._from_config(_phi3(config), **options)
             self.tower = Siglip2VisionModel._from_config(_siglip2(config), **options)
@@ -62,10 +62,10 @@ class Transformers:
         tower = getattr(self.tower, "vision_model", self.tower)  # older versions of transformers 5 nest it
         for ours, theirs, prefix in (
             ("decoder.", self.decoder, ""),
-            ("vision.", tower, PREFIXES[0][1]),
-            ("projector.", self.projector, PREFIXES[1][1]),
+            ("vision.", tower, HF_PREFIXES[0][1]),
+            ("projector.", self.projector, HF_PREFIXES[1][1]),
         ):
-            named = {published_name(n): p for n, p in model.named_parameters() if n.startswith(ours)}
+            named = {hf_name(n): p for n, p in model.named_parameters() if n.startswith(ours)}
             theirs.load_state_dict({n.removeprefix(prefix): p for n, p in named.items()}, assign=True)
         # The one module whose buffers no checkpoint holds.
         rotary = self.decoder.model.rotary_emb
@@ -122,7 +122,7 @@ class _Streamer:
         pass
 
 
-def attention_of(device: torch.device) -> str:
+def default_attention(device: torch.device) -> str:
     """What transformers attends with: flash-attn where it is installed."""
     flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     return "flash_attention_2" if flash else "sdpa"

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.parts import LOGS, Outcome, Part, python, run_parts, summary
-from benchmarks.report.result_files import environment, file_for, write
+from benchmarks.jobs import LOGS, Job, Outcome, python_module, run_jobs, summary
+from benchmarks.report.result_files import environment, file_for, write_results
 from benchmarks.report.rows import Row, table
 
-# Each module has rows(records), and a command line; the last two's no part calls.
+# Each module has table_rows(records) and a command line; no job calls those of the last two.
 MODULES = {
     "images": "benchmarks.images",
     "data": "benchmarks.data.loading_and_packing",
@@ -37,74 +37,74 @@ MODULES = {
 
 def _kernels(file: Path, seconds: float) -> list[str]:
     chart = str(file.with_suffix(".png"))
-    return python("benchmarks.kernels", "--json", str(file), "--chart", chart, "--seconds", f"{seconds:.0f}")
+    return python_module("benchmarks.kernels", "--json", str(file), "--chart", chart, "--seconds", f"{seconds:.0f}")
 
 
-def train_step(file: Path, seconds: float) -> list[str]:
-    return python("benchmarks.train_step", "--json", str(file), "--seconds", f"{seconds:.0f}")
+def _train_step(file: Path, seconds: float) -> list[str]:
+    return python_module("benchmarks.train_step", "--json", str(file), "--seconds", f"{seconds:.0f}")
 
 
-def inference(file: Path, seconds: float) -> list[str]:
-    return python("benchmarks.inference", "--json", str(file), "--seconds", f"{seconds:.0f}")
+def _inference(file: Path, seconds: float) -> list[str]:
+    return python_module("benchmarks.inference", "--json", str(file), "--seconds", f"{seconds:.0f}")
 
 
-PARTS = [
-    Part("images", 180, lambda file, seconds: python("benchmarks.images", "--json", str(file))),
-    Part("data", 300, lambda file, seconds: python("benchmarks.data", "--json", str(file))),
-    Part("saving", 60, lambda file, seconds: python("benchmarks.saving", "--json", str(file))),
-    Part("kernels", 600, _kernels),
-    Part("train_step", 120, train_step),
-    Part("inference", 120, inference),
+JOBS = [
+    Job("images", 180, lambda file, seconds: python_module("benchmarks.images", "--json", str(file))),
+    Job("data", 300, lambda file, seconds: python_module("benchmarks.data", "--json", str(file))),
+    Job("saving", 60, lambda file, seconds: python_module("benchmarks.saving", "--json", str(file))),
+    Job("kernels", 600, _kernels),
+    Job("train_step", 120, _train_step),
+    Job("inference", 120, _inference),
 ]
 
 
-def drive(parts: Sequence[Part], folder: Path | None) -> int:
-    """Runs the parts, prints their tables and merges them into the results file in ``folder``. Exit status."""
+def run_and_report(jobs: Sequence[Job], folder: Path | None) -> int:
+    """Runs the jobs, prints their tables and merges them into the results file in ``folder``. Exit status."""
     about = environment()
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    outcomes, results = run_parts(parts, LOGS, torch.cuda.is_available())
+    outcomes, results = run_jobs(jobs, LOGS, torch.cuda.is_available())
     if folder:
         file = file_for(about, folder)
         results = merge(file, about, outcomes, results)
-        for part in parts:
-            if (picture := LOGS / f"{part.name}.png").exists():
-                shutil.copy(picture, file.with_name(f"{file.stem}-{part.name}.png"))
+        for job in jobs:
+            if (picture := LOGS / f"{job.name}.png").exists():
+                shutil.copy(picture, file.with_name(f"{file.stem}-{job.name}.png"))
         print(f"written: {file}; python -m benchmarks.report takes it up")
-    print(f"\n{table(rows(results))}\n\n{summary(outcomes)}\nin full: {LOGS}")
+    print(f"\n{table(table_rows(results))}\n\n{summary(outcomes)}\nin full: {LOGS}")
     return 1 if any(outcome["state"] in ("failed", "out of time") for outcome in outcomes.values()) else 0
 
 
-def rows(results: dict[str, Any]) -> list[Row]:
+def table_rows(results: dict[str, Any]) -> list[Row]:
     """Of the records of each benchmark, in the order of MODULES. ValueError if there is no such benchmark."""
     if unknown := sorted(set(results) - set(MODULES)):
         raise ValueError(f"no benchmark {', '.join(unknown)}; there are {', '.join(MODULES)}")
     modules = {name: importlib.import_module(module) for name, module in MODULES.items() if name in results}
-    return [row for name, module in modules.items() for row in module.rows(results[name])]
+    return [row for name, module in modules.items() for row in module.table_rows(results[name])]
 
 
 def merge(file: Path, about: dict[str, str], outcomes: dict[str, Outcome], results: dict[str, Any]) -> dict[str, Any]:
-    """Writes the parts that were run over those in the file, keeps the others, and returns all results."""
+    """Writes the jobs that were run over those in the file, keeps the others, and returns all results."""
     earlier = json.loads(file.read_text()) if file.exists() else {}
     outcomes, results = earlier.get("parts", {}) | outcomes, earlier.get("results", {}) | results
-    write(file, results, about, parts=outcomes)
+    write_results(file, results, about, parts=outcomes)
     return results
 
 
-def chosen(parts: Sequence[Part], names: Sequence[str], seconds: float | None = None) -> list[Part]:
-    """The named parts in their usual order, all if none is named, each with the limit ``seconds`` if that is given."""
-    unknown = set(names) - {part.name for part in parts}
+def select_jobs(jobs: Sequence[Job], names: Sequence[str], seconds: float | None = None) -> list[Job]:
+    """The named jobs in their usual order, all if none is named, each with the limit ``seconds`` if that is given."""
+    unknown = set(names) - {job.name for job in jobs}
     if unknown:
-        raise ValueError(f"no part {', '.join(sorted(unknown))}; there are {', '.join(part.name for part in parts)}")
-    return [replace(part, seconds=seconds or part.seconds) for part in parts if not names or part.name in names]
+        raise ValueError(f"no part {', '.join(sorted(unknown))}; there are {', '.join(job.name for job in jobs)}")
+    return [replace(job, seconds=seconds or job.seconds) for job in jobs if not names or job.name in names]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Every benchmark, beside its peers.")
-    names = [part.name for part in PARTS]
+    names = [job.name for job in JOBS]
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=names, help="these benchmarks")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="write FOLDER/<device>/<date>-<commit>.json")
     args = parser.parse_args()
-    return drive(chosen(PARTS, args.only), args.json)
+    return run_and_report(select_jobs(JOBS, args.only), args.json)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from benchmarks.kernels.timing import spread
-from benchmarks.report.result_files import write
+from benchmarks.kernels.timing import relative_iqr
+from benchmarks.report.result_files import write_results
 from benchmarks.report.rows import Row
 from phi4rv.batch import PackedBatch
 from phi4rv.model.phi4rv import Phi4RV
@@ -45,7 +45,7 @@ from train.trainer import train_step
 
 SAVE_EVERY = 200  # steps, as the example of docs/many-gpus.md
 GOAL = 0.02
-ROUNDS, LATER = 7, 2
+ROUNDS, STEPS_BETWEEN = 7, 2
 RECORDS = 64
 
 
@@ -61,7 +61,7 @@ def first_step(folder: Path, processor: Processor, stage: recipe.Stage) -> list[
         dataset.close()
 
 
-class Loop:
+class TrainingLoop:
     """A step loop that somebody saves."""
 
     def __init__(self, folder: Path):
@@ -99,7 +99,7 @@ class Loop:
         return sum(t.numel() * t.element_size() for t in state_dict(self.model, self.optimizer).values())
 
 
-def stall(loop: Loop, rounds: int) -> dict[str, Any]:
+def stall(loop: TrainingLoop, rounds: int) -> dict[str, Any]:
     """Milliseconds that a save costs the loop, the medians of so many, taken in turn."""
     usual, begins, slowed = [], [], []
     peers: dict[str, list[float]] = {"torch_save": [], "dcp_save": []}
@@ -110,10 +110,10 @@ def stall(loop: Loop, rounds: int) -> dict[str, Any]:
         while loop.is_writing():
             slowed[-1].append(_seconds(loop.step))
         loop.wait()
-        usual += [_seconds(loop.step) for _ in range(LATER)]
+        usual += [_seconds(loop.step) for _ in range(STEPS_BETWEEN)]
         for name, times in peers.items():
             times.append(_seconds(getattr(loop, name)))
-            usual += [_seconds(loop.step) for _ in range(LATER)]
+            usual += [_seconds(loop.step) for _ in range(STEPS_BETWEEN)]
     step = statistics.median(usual)
     ours = [begin + sum(taken) - len(taken) * step for begin, taken in zip(begins, slowed, strict=True)]
     stalls = {"ours": statistics.median(ours)} | {name: statistics.median(times) for name, times in peers.items()}
@@ -128,7 +128,7 @@ def stall(loop: Loop, rounds: int) -> dict[str, Any]:
         "steps_beside_the_write": sum(map(len, slowed)) / rounds,
         **{f"{name}_ms": 1e3 * seconds for name, seconds in stalls.items()},
         **{f"{name}_share": seconds / (SAVE_EVERY * step) for name, seconds in stalls.items()},
-        "spread": spread(ours),
+        "spread": relative_iqr(ours),
         "goal": GOAL,
         "verdict": "met" if stalls["ours"] < GOAL * SAVE_EVERY * step else "missed",
     }
@@ -145,12 +145,12 @@ def run(rounds: int = ROUNDS) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return [stall(Loop(Path(folder)), rounds)]
+            return [stall(TrainingLoop(Path(folder)), rounds)]
     finally:
         torch.set_num_threads(threads)
 
 
-def rows(records: list[dict[str, Any]]) -> list[Row]:
+def table_rows(records: list[dict[str, Any]]) -> list[Row]:
     """The stall of a save beside the shorter of the others'."""
     found = []
     for r in records:
@@ -158,7 +158,7 @@ def rows(records: list[dict[str, Any]]) -> list[Row]:
         found.append(
             Row(
                 "saving", f"stall of a save of {r['bytes'] / 1e6:.1f} MB", r["ours_ms"], "ms",
-                peer=peer.replace("_", "."), theirs=r[f"{peer}_ms"], noise=r.get("spread"), first=True,
+                peer=peer.replace("_", "."), peer_value=r[f"{peer}_ms"], noise=r.get("spread"), headline=True,
                 goal=f"≤ {r['goal']:.0%} of {r['save_every']} steps", verdict=r["verdict"],
             )
         )  # fmt: skip
@@ -188,7 +188,7 @@ def main() -> None:
     args = parser.parse_args()
     records = run()
     if args.json:
-        write(args.json, {"saving": records})
+        write_results(args.json, {"saving": records})
     print(table(records))
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.report.result_files import write
+from benchmarks.report.result_files import write_results
 from benchmarks.report.rows import Row
 
 TINY = Path(__file__).parent.parent / "tests" / "data" / "tiny-checkpoint"
@@ -36,7 +36,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass
-class Load:
+class LoadStats:
     """What has been seen. Seconds from a request's sending; memory in MB by the number of answers there were."""
 
     requests: int
@@ -49,7 +49,7 @@ class Load:
     memory: dict[int, float] = field(default_factory=dict)
 
 
-def body(number: int) -> dict[str, Any]:
+def request_body(number: int) -> dict[str, Any]:
     """Question ``number``: greedy or drawn, with and without thought."""
     text = f"What is number {number}? " + "Think well. " * (number % 7)
     sampling = {"temperature": float(number % 2), "seed": number, "max_tokens": TOKENS}
@@ -57,10 +57,10 @@ def body(number: int) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], "stream": True, "reasoning_effort": effort, **sampling}
 
 
-async def ask(session: aiohttp.ClientSession, number: int, load: Load | None = None) -> str:
+async def ask(session: aiohttp.ClientSession, number: int, load: LoadStats | None = None) -> str:
     """The answer to a question, thought and text. ConnectionError if it breaks off or is refused."""
     began, first, said = time.monotonic(), 0.0, ""
-    async with session.post("/v1/chat/completions", json=body(number)) as response:
+    async with session.post("/v1/chat/completions", json=request_body(number)) as response:
         if response.status != 200:
             raise ConnectionError(f"status {response.status}")
         async for line in response.content:
@@ -82,12 +82,12 @@ async def ask(session: aiohttp.ClientSession, number: int, load: Load | None = N
     return said
 
 
-def resident(process: int) -> float:
+def resident_memory_mb(process: int) -> float:
     """The process's memory in MB."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE / 1e6
 
 
-async def client(session: aiohttp.ClientSession, load: Load, right: list[str], process: int) -> None:
+async def client(session: aiohttp.ClientSession, load: LoadStats, right: list[str], process: int) -> None:
     """Asks until all requests have been asked."""
     while load.asked < load.requests:
         number = load.asked % QUESTIONS
@@ -98,16 +98,16 @@ async def client(session: aiohttp.ClientSession, load: Load, right: list[str], p
             load.dropped[str(error) or type(error).__name__] += 1
         load.answered += 1
         if load.answered % max(1, load.requests // 10) == 0:
-            load.memory[load.answered] = round(resident(process), 1)
+            load.memory[load.answered] = round(resident_memory_mb(process), 1)
 
 
-async def measure(url: str, clients: int, load: Load, process: int) -> tuple[float, int]:
+async def measure(url: str, clients: int, load: LoadStats, process: int) -> tuple[float, int]:
     """Fills ``load``. Seconds it took, and how many of the last answers, asked before SIGTERM, did not come."""
     connector = aiohttp.TCPConnector(limit=0)
     limit = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(url, connector=connector, timeout=limit) as session:
         right = [await ask(session, number) for number in range(QUESTIONS)]
-        load.memory[0] = round(resident(process), 1)
+        load.memory[0] = round(resident_memory_mb(process), 1)
         began = time.monotonic()
         await asyncio.gather(*(client(session, load, right, process) for _ in range(clients)))
         seconds = time.monotonic() - began
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace, others: list[str]) -> dict[str, Any]:
         if not words:
             raise SystemExit("infer.serve did not start")
         url = words[-1]
-        load = Load(args.requests)
+        load = LoadStats(args.requests)
         seconds, unfinished = asyncio.run(measure(url, args.clients, load, server.pid))
         status = server.wait(180)
     finally:
@@ -160,17 +160,24 @@ def run(args: argparse.Namespace, others: list[str]) -> dict[str, Any]:
     }
 
 
-def rows(made: dict[str, Any]) -> list[Row]:
+def table_rows(made: dict[str, Any]) -> list[Row]:
     """Of a run that dropped nothing and gave every answer its own text."""
     size = f"{made['clients']} clients, {made['requests']} requests"
     wrong = sum(made["dropped"].values()) + made["different"] + made["answers_lost_by_sigterm"]
     return [
-        Row("server_load", f"requests/s, {size}", made["requests_per_second"], "requests/s", least=False, first=True),
+        Row(
+            "server_load",
+            f"requests/s, {size}",
+            made["requests_per_second"],
+            "requests/s",
+            lower_is_better=False,
+            headline=True,
+        ),
         *(
-            Row("server_load", f"first token, {q}, {size}", made["seconds_to_first_token"][q], "s", first=True)
+            Row("server_load", f"first token, {q}, {size}", made["seconds_to_first_token"][q], "s", headline=True)
             for q in ("p50", "p99")
         ),
-        Row("server_load", f"dropped or wrong, {size}", float(wrong), "answers", noise=0.0, first=True),
+        Row("server_load", f"dropped or wrong, {size}", float(wrong), "answers", noise=0.0, headline=True),
     ]
 
 
@@ -185,7 +192,7 @@ def main() -> None:
     made = run(args, others)
     print(json.dumps(made, indent=2))
     if args.json:
-        write(args.json, {"server_load": made})
+        write_results(args.json, {"server_load": made})
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ and the optimizer take a larger share of the time than in the whole model.
 
 Beside each other, at the same number of layers and on the same rows: our kernels in CUDA and in Triton, Triton's with
 ``--linear fp8``, the plain PyTorch that defines them (``--kernels torch``), and transformers' classes with SDPA, with
-flash-attn, with Liger-Kernel and compiled (``training/sides.py`` says how). Each in a process of its own, which
-may fail or hang without harm.
+flash-attn, with Liger-Kernel and compiled (``benchmarks/training/contenders.py`` says how). Each in a process of its
+own, which may fail or hang without harm.
 
 - tokens/s: of the whole step. MFU: useful operations (``train.data.flops``) a second over the product rate measured
   in the same run (``kernels/timing.py``), not over the maker's figure.
 - goals: MFU of MFU_GOALS, and RATIO_GOAL times the tokens/s of the fastest of transformers; in fp8, FP8_GOAL times
-  ours in bfloat16. Only sides count whose losses are those of the definitions.
+  ours in bfloat16. Only contenders count whose losses are those of the definitions.
 
 On a CPU a tiny model shows that everything runs; its times say nothing.
 """
@@ -32,12 +32,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.jobs import run_in_process
 from benchmarks.kernels import timing
-from benchmarks.parts import apart
-from benchmarks.report.result_files import write
+from benchmarks.report.result_files import write_results
 from benchmarks.report.rows import Row
-from benchmarks.training.rows import CASES, TOKENS, counted, make_rows
-from benchmarks.training.sides import Ours, Theirs
+from benchmarks.training.batches import CASES, TOKENS, count_work, make_batches
+from benchmarks.training.contenders import Phi4RVTrainer, TransformersTrainer
 from phi4rv.batch import PackedBatch
 from phi4rv.config import Config, VisionConfig
 from phi4rv.model.phi4rv import Phi4RV
@@ -49,24 +49,26 @@ Record = dict[str, Any]
 
 ROWS = 8
 MFU_GOALS, RATIO_GOAL, FP8_GOAL = {"text": 0.55, "images": 0.50}, 1.5, 1.3
-DEFINITIONS, OURS, FP8, LIGER = "torch", ("cuda", "triton"), "triton, fp8", "transformers + Liger"
-THEIRS = ("transformers", LIGER, "transformers, flash-attn", "transformers, compiled")
+REFERENCE, OURS, FP8, LIGER = "torch", ("cuda", "triton"), "triton, fp8", "transformers + Liger"
+PEERS = ("transformers", LIGER, "transformers, flash-attn", "transformers, compiled")
 # In this order: without the definitions' losses none of ours counts.
-SIDES = ("cuda", DEFINITIONS, LIGER, "triton", "transformers", FP8, *THEIRS[2:])
-NEEDED = {
+CONTENDERS = ("cuda", REFERENCE, LIGER, "triton", "transformers", FP8, *PEERS[2:])
+REQUIRED_PACKAGES = {
     "transformers": ("transformers", "transformers"),
     "Liger": ("liger_kernel", "Liger-Kernel"),
     "flash-attn": ("flash_attn", "flash-attn"),
 }
-CLOSE = 0.005  # by how much a side's losses may differ from the definitions', which start from the same weights
-WARM, TIMED = 1, 3
-FULL = 0.92  # of the device's memory; the rest is the context's, fragments and what is not counted
+LOSS_TOLERANCE = (
+    0.005  # by how much a contender's losses may differ from the definitions', which start from the same weights
+)
+WARMUP_STEPS, TIMED_STEPS = 1, 3
+MEMORY_FRACTION = 0.92  # of the device's memory; the rest is the context's, fragments and what is not counted
 TINY = Config(96, 64, 80, 2, 4, 2, vision=VisionConfig(48, 64, 3, 2, num_patches=16))
 TINY_TOKENS, TINY_ROWS = 128, 2
 
 
 def count_bytes(config: Config, layers: int, tokens: int, patches: int) -> int:
-    """Of a step of the side that needs most, transformers with SDPA: counted, not measured.
+    """Of a step of the contender that needs most, transformers with SDPA: counted, not measured.
 
     20 bytes of each parameter: weight and gradient in bfloat16, master, two moments and the gradient again in
     float32. Of each token and decoder layer what is kept for the backward pass, mostly 2 bytes, in norms 4: 40 C + 8 I;
@@ -84,48 +86,50 @@ def count_bytes(config: Config, layers: int, tokens: int, patches: int) -> int:
 def layers_that_fit(config: Config, memory: int, tokens: int, patches: int) -> int:
     """Decoder layers, from 1 to the model's own, whose step takes at most FULL of ``memory`` bytes."""
     one, two = (count_bytes(config, n, tokens, patches) for n in (1, 2))
-    return max(1, min(1 + int((FULL * memory - one) // (two - one)), config.num_hidden_layers))
+    return max(1, min(1 + int((MEMORY_FRACTION * memory - one) // (two - one)), config.num_hidden_layers))
 
 
-def why_not(side: str, device: torch.device) -> str | None:
-    """Why a side cannot run here."""
-    for part, (module, name) in NEEDED.items():
-        if part in side and importlib.util.find_spec(module) is None:
+def unavailable_reason(contender: str, device: torch.device) -> str | None:
+    """Why a contender cannot run here."""
+    for part, (module, name) in REQUIRED_PACKAGES.items():
+        if part in contender and importlib.util.find_spec(module) is None:
             return f"{name} is not installed"
-    if side == "cuda":
-        return cuda.why_not(device) if device.type == "cuda" else "not on a CPU"
+    if contender == "cuda":
+        return cuda.unavailable_reason(device) if device.type == "cuda" else "not on a CPU"
     only_on_gpus = ("triton", FP8, "transformers, flash-attn", "transformers, compiled")
-    return "not on a CPU" if side in only_on_gpus and device.type != "cuda" else None
+    return "not on a CPU" if contender in only_on_gpus and device.type != "cuda" else None
 
 
-def measure(side: str, config: Config, device_name: str, tokens: int, rows: int, product: float) -> dict[str, Record]:
-    """Of each of CASES the record of one side. ``product``: FLOP/s that count as all."""
+def measure(
+    contender: str, config: Config, device_name: str, tokens: int, rows: int, product: float
+) -> dict[str, Record]:
+    """Of each of CASES the record of one contender. ``product``: FLOP/s that count as all."""
     device = torch.device(device_name)
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.manual_seed(0)
-    model: Ours | Theirs
-    if side in THEIRS:
-        model = Theirs(config, device, dtype, side.partition("transformers")[2].strip(" ,+"))
+    model: Phi4RVTrainer | TransformersTrainer
+    if contender in PEERS:
+        model = TransformersTrainer(config, device, dtype, contender.partition("transformers")[2].strip(" ,+"))
     else:
-        model = Ours(config, side.split(",")[0], device, dtype, float8=side == FP8)
+        model = Phi4RVTrainer(config, contender.split(",")[0], device, dtype, float8=contender == FP8)
     found = {}
     for case in CASES:
-        given = [row.to(device) for row in make_rows(case, config, tokens, rows)]
+        given = [row.to(device) for row in make_batches(case, config, tokens, rows)]
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        taken = [_timed(model, given, on_gpu) for _ in range(WARM + TIMED if on_gpu else 2)]
+        taken = [_timed(model, given, on_gpu) for _ in range(WARMUP_STEPS + TIMED_STEPS if on_gpu else 2)]
         if not all(math.isfinite(loss) for _, loss in taken):
             raise ValueError(f"the losses of {case} are {[loss for _, loss in taken]}")
-        times = [t for t, _ in taken][WARM if on_gpu else 1 :]
+        times = [t for t, _ in taken][WARMUP_STEPS if on_gpu else 1 :]
         seconds = statistics.median(times)
-        rates = throughput(counted(config, given), seconds, 1, product / 1e12)
+        rates = throughput(count_work(config, given), seconds, 1, product / 1e12)
         found[case] = {**rates, "memory": peak_memory(device), "losses": [loss for _, loss in taken]}
-        found[case]["spread"] = timing.spread(times)
+        found[case]["spread"] = timing.relative_iqr(times)
     return found
 
 
-def _timed(model: Ours | Theirs, rows: list[PackedBatch], on_gpu: bool) -> tuple[float, float]:
+def _timed(model: Phi4RVTrainer | TransformersTrainer, rows: list[PackedBatch], on_gpu: bool) -> tuple[float, float]:
     """Seconds and loss of a step. Reading the loss waits for the rows, the synchronisation for the update."""
     begun = time.perf_counter()
     loss = model.step(rows)
@@ -134,57 +138,59 @@ def _timed(model: Ours | Theirs, rows: list[PackedBatch], on_gpu: bool) -> tuple
     return time.perf_counter() - begun, loss
 
 
-def about_device(device: str) -> Record:
+def device_rates(device: str) -> Record:
     """Measured product rate, and memory."""
     memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
     return {"product": timing.ceilings(device)["product"], "memory": memory}
 
 
-def run(seconds: float = math.inf, layers: int = 0, keep: Callable[[Record], None] = lambda result: None) -> Record:
-    """All sides, one after another, within ``seconds``. ``keep`` gets the result so far after each of them."""
+def run(
+    seconds: float = math.inf, layers: int = 0, on_result: Callable[[Record], None] = lambda result: None
+) -> Record:
+    """All contenders, one after another, within ``seconds``. ``on_result`` gets the result so far after each."""
     device, deadline = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic() + min(seconds, 1e6)
     config, tokens, rows = (Config(), TOKENS, ROWS) if device == "cuda" else (TINY, TINY_TOKENS, TINY_ROWS)
-    about, reason = apart(about_device, (device,), deadline - time.monotonic())
+    about, reason = run_in_process(device_rates, (device,), deadline - time.monotonic())
     if about is None:
         raise RuntimeError(f"the device's product rate: {reason}")
     if device == "cuda":
-        patches = max(len(row.patches) for row in make_rows("images", config, tokens, rows))
+        patches = max(len(row.patches) for row in make_batches("images", config, tokens, rows))
         layers = layers or layers_that_fit(config, about["memory"], tokens, patches)
         config = dataclasses.replace(config, num_hidden_layers=layers)
     result: Record = {"device": device, "layers": config.num_hidden_layers, "rows": rows, "tokens": tokens, **about}
-    result["sides"] = {side: {"reason": "out of time"} for side in SIDES}
-    for number, side in enumerate(SIDES):
+    result["sides"] = {contender: {"reason": "out of time"} for contender in CONTENDERS}
+    for number, contender in enumerate(CONTENDERS):
         left = deadline - time.monotonic()
-        reason = why_not(side, torch.device(device)) or (None if left > 0 else "out of time")
+        reason = unavailable_reason(contender, torch.device(device)) or (None if left > 0 else "out of time")
         if reason is None:  # none may take all the time that is left, but the last
-            limit = min(left, 2 * left / (len(SIDES) - number))
-            found, reason = apart(measure, (side, config, device, tokens, rows, about["product"]), limit)
-        result["sides"][side] = {"reason": reason} if reason else found
-        keep(result)
+            limit = min(left, 2 * left / (len(CONTENDERS) - number))
+            found, reason = run_in_process(measure, (contender, config, device, tokens, rows, about["product"]), limit)
+        result["sides"][contender] = {"reason": reason} if reason else found
+        on_result(result)
     return result
 
 
-def close(record: Record, definitions: Record | None) -> bool:
-    """Whether a side learned as the definitions did, on the same rows from the same weights."""
+def losses_match(record: Record, definitions: Record | None) -> bool:
+    """Whether a contender learned as the definitions did, on the same rows from the same weights."""
     if definitions is None:
         return False
     pairs = zip(record["losses"], definitions["losses"], strict=True)
-    return all(abs(a - b) <= CLOSE * abs(b) for a, b in pairs)
+    return all(abs(a - b) <= LOSS_TOLERANCE * abs(b) for a, b in pairs)
 
 
 def fastest(result: Record, case: str) -> dict[str, tuple[str, Record] | None]:
     """Side and record of the fastest of our kernels, of ``peer``s and in ``fp8``. Of ours only those count whose losses
     are those of the definitions.
     """
-    found = {side: record[case] for side, record in result["sides"].items() if case in record}
-    right = {side: r for side, r in found.items() if close(r, found.get(DEFINITIONS))}
+    found = {contender: record[case] for contender, record in result["sides"].items() if case in record}
+    right = {contender: r for contender, r in found.items() if losses_match(r, found.get(REFERENCE))}
     return {
         name: max(
-            ((side, r) for side, r in among.items() if side in sides),
+            ((contender, r) for contender, r in among.items() if contender in contenders),
             key=lambda pair: pair[1]["tokens_per_second"],
             default=None,
         )
-        for name, among, sides in (("ours", right, OURS), ("peer", found, THEIRS), ("fp8", right, (FP8,)))
+        for name, among, contenders in (("ours", right, OURS), ("peer", found, PEERS), ("fp8", right, (FP8,)))
     }
 
 
@@ -205,7 +211,7 @@ def goals(result: Record) -> list[Record]:
     return judged
 
 
-def rows(result: Record) -> list[Row]:
+def table_rows(result: Record) -> list[Row]:
     """Of each case tokens/s beside the fastest of transformers, MFU, and tokens/s in fp8 beside ours in bfloat16."""
     judged = {(goal["case"], goal["name"]): goal for goal in goals(result)}
     found = []
@@ -221,18 +227,20 @@ def rows(result: Record) -> list[Row]:
             bound = {"share": ours[1]["mfu"], "ceiling": "product"} if ours and name == "over transformers" else {}
             found.append(
                 Row(
-                    "train_step", what + added, scale * ours[1][key] if ours else None, unit, least=False,
-                    peer=peer[0] if peer else None, theirs=peer[1][key] if peer else None, **bound,
+                    "train_step", what + added, scale * ours[1][key] if ours else None, unit, lower_is_better=False,
+                    peer=peer[0] if peer else None, peer_value=peer[1][key] if peer else None, **bound,
                     goal=f"{goal['goal']:.0%}" if name == "MFU" else f"{goal['goal']:g}x", verdict=goal["verdict"],
-                    noise=ours[1].get("spread") if ours else None, reason=None if ours else _why_none(result),
-                    tiny=result["device"] == "cpu", first=True,
+                    noise=ours[1].get("spread") if ours else None, reason=None if ours else _missing_reason(result),
+                    tiny=result["device"] == "cpu", headline=True,
                 )
             )  # fmt: skip
     return found
 
 
-def _why_none(result: Record) -> str:
-    reasons = [f"{side}: {r['reason']}" for side, r in result["sides"].items() if side in OURS and "reason" in r]
+def _missing_reason(result: Record) -> str:
+    reasons = [
+        f"{contender}: {r['reason']}" for contender, r in result["sides"].items() if contender in OURS and "reason" in r
+    ]
     return "; ".join(reasons) or "its losses are not those of the definitions"
 
 
@@ -242,13 +250,13 @@ def table(result: Record) -> str:
         f"{result['layers']} decoder layers, {result['rows']} rows of {result['tokens']} tokens a step; "
         f"product rate {result['product'] / 1e12:.3g} TFLOP/s"
     )
-    for side, record in result["sides"].items():
+    for contender, record in result["sides"].items():
         if "reason" in record:
-            lines.append(f"  {side:24} {record['reason']}")
+            lines.append(f"  {contender:24} {record['reason']}")
         for case in (case for case in CASES if case in record):
             r = record[case]
             lines.append(
-                f"  {side:24} {case:7} {r['tokens_per_second']:9,.0f} tokens/s {r['mfu']:7.1%} MFU "
+                f"  {contender:24} {case:7} {r['tokens_per_second']:9,.0f} tokens/s {r['mfu']:7.1%} MFU "
                 f"{r['memory'] / 2**30:6.1f} GiB  loss {r['losses'][0]:.3f} to {r['losses'][-1]:.3f}"
             )
     for goal in goals(result):
@@ -264,11 +272,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, metavar="N", help="of the decoder; default: as many as fit")
     args = parser.parse_args()
 
-    def keep(result: Record) -> None:
+    def on_result(result: Record) -> None:
         if args.json:
-            write(args.json, {"train_step": {**result, "goals": goals(result)}})
+            write_results(args.json, {"train_step": {**result, "goals": goals(result)}})
 
-    print(table(run(args.seconds, args.layers, keep)))
+    print(table(run(args.seconds, args.layers, on_result)))
 
 
 if __name__ == "__main__":

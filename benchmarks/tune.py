@@ -22,48 +22,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Draw, differentiable
-from triton_kernels.common.tuning import TABLE, Config, Space
+from benchmarks.kernels import operation_names
+from benchmarks.kernels.case import Case, Draw, differentiable_outputs
+from triton_kernels.common.tuning import TABLE, Config, SearchSpace
 
-FOLDER = Path(__file__).parent / "kernels" / "cases"
 # A candidate must save this much: less is noise, and a table that changes with every run tells nothing.
-GAIN = 0.01
+MIN_GAIN = 0.01
 # By how much of the largest value candidates may differ, who add in different orders: units in its last place, and
 # what a long sum in float32 needs.
-UNITS, SUM = 2, 1e-5
+MAX_ULPS, SUM_TOLERANCE = 2, 1e-5
 
 Results = list[Tensor]
 # Builds a function and its inputs; what is timed is a call of it.
-Make = Callable[[], Callable[[], Results]]
-Timer = Callable[[Make], float]
+MakeCall = Callable[[], Callable[[], Results]]
+Timer = Callable[[MakeCall], float]
 
 
 @dataclass
-class Trial:
-    """One candidate of one case of a space. ``ms``: by shape; ``fault``: why it cannot be chosen."""
+class Candidate:
+    """One candidate of one case of a space. ``ms``: by shape; ``error``: why it cannot be chosen."""
 
     config: Config
     ms: dict[str, float] = field(default_factory=dict)
-    fault: str | None = None
+    error: str | None = None
 
 
 # Candidates, the first the default, by (space, case).
-Trials = dict[tuple[str, str], list[Trial]]
+Candidates = dict[tuple[str, str], list[Candidate]]
 
 
-def milliseconds(make: Make) -> float:
+def milliseconds(make: MakeCall) -> float:
     """Median of replays of CUDA graphs."""
     from benchmarks.kernels.timing import median_ms
 
     return median_ms(make)
 
 
-def operations() -> list[str]:
-    """The files of ``benchmarks/kernels/cases`` that have cases."""
-    return sorted(file.stem for file in FOLDER.glob("*.py") if "\ndef cases(" in file.read_text())
-
-
-def prepare(case: Case, device: str) -> Make:
+def prepare(case: Case, device: str) -> MakeCall:
     """What the benchmark times: our operator, or the gradient of its result. The inputs are always the same."""
 
     def make() -> Callable[[], Results]:
@@ -72,7 +67,7 @@ def prepare(case: Case, device: str) -> Make:
         inputs = case.inputs(draw)
         if not case.backward:
             return lambda: _tensors(case.ours(*inputs)) or _tensors(inputs)  # an operator may work in place
-        outputs = differentiable(case.ours(*inputs))
+        outputs = differentiable_outputs(case.ours(*inputs))
         wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
         cotangents = [draw.normal(*out.shape, dtype=out.dtype) for out in outputs]
         return lambda: _tensors(torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True))
@@ -85,7 +80,7 @@ def _tensors(values: Any) -> Results:
     return [x.detach() for x in values if isinstance(x, Tensor)]
 
 
-def differ(ours: Results, expected: Results) -> str | None:
+def mismatch(ours: Results, expected: Results) -> str | None:
     """How far results are from those expected, if that is further than rounding."""
     for got, right in zip(ours, expected, strict=True):
         if got.shape != right.shape or got.dtype != right.dtype:
@@ -94,94 +89,95 @@ def differ(ours: Results, expected: Results) -> str | None:
             continue
         largest = float(right.double().abs().max())
         error = float((got.double() - right.double()).abs().max())
-        allowed = max(UNITS * torch.finfo(right.dtype).eps, SUM) if right.is_floating_point() else 0.0
+        allowed = max(MAX_ULPS * torch.finfo(right.dtype).eps, SUM_TOLERANCE) if right.is_floating_point() else 0.0
         if not error <= allowed * largest:  # also a NaN
             return f"differs by {error:.2g} of {largest:.2g}"
     return None
 
 
-def tune(cases: Sequence[Case], device: str, timer: Timer = milliseconds, deadline: float = math.inf) -> Trials:
+def tune(cases: Sequence[Case], device: str, timer: Timer = milliseconds, deadline: float = math.inf) -> Candidates:
     """Times every candidate at every shape. No shape is begun after ``deadline`` (time.monotonic)."""
-    trials: Trials = {}
+    found: Candidates = {}
     for case in cases:
         if time.monotonic() > deadline:
             break
-        for space, key in _used(case, device):
-            mine = trials.setdefault((space.name, key), [Trial(config) for config in space.cases[key]])
+        for space, key in _spaces_used(case, device):
+            mine = found.setdefault((space.name, key), [Candidate(config) for config in space.cases[key]])
             if len(mine) > 1:
                 _measure(case, device, space, mine, timer)
                 print(f"{case.operation} {case.shape}: {space.name} {key}", file=sys.stderr, flush=True)
-    return trials
+    return found
 
 
-def _used(case: Case, device: str) -> list[tuple[Space, str]]:
+def _spaces_used(case: Case, device: str) -> list[tuple[SearchSpace, str]]:
     """The spaces that what is timed picks from, and their cases."""
     function = prepare(case, device)()
-    Space.picked.clear()
+    SearchSpace.picked.clear()
     function()
-    return [(space, key) for space in Space.all for key in space.cases if (space.name, key) in Space.picked]
+    return [(space, key) for space in SearchSpace.all for key in space.cases if (space.name, key) in SearchSpace.picked]
 
 
-def _measure(case: Case, device: str, space: Space, trials: list[Trial], timer: Timer) -> None:
-    """Adds this shape's time to every trial that is right so far."""
+def _measure(case: Case, device: str, space: SearchSpace, candidates: list[Candidate], timer: Timer) -> None:
+    """Adds this shape's time to every candidate that is right so far."""
     make, expected = prepare(case, device), None
-    for trial in trials:
-        if trial.fault:
+    for candidate in candidates:
+        if candidate.error:
             continue
-        with space.forced(trial.config):
+        with space.forced(candidate.config):
             try:
                 results = [x.clone() for x in make()()]
                 if expected is None:
                     expected = results
-                trial.fault = differ(results, expected)
-                if not trial.fault:
-                    trial.ms[f"{case.operation} {case.shape}"] = timer(make)
+                candidate.error = mismatch(results, expected)
+                if not candidate.error:
+                    candidate.ms[f"{case.operation} {case.shape}"] = timer(make)
             except Exception as error:  # whatever a compiler or a driver says of a configuration
-                trial.fault = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+                candidate.error = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         if expected is None:  # nothing to hold the others to
             return
 
 
-def fastest(trials: list[Trial]) -> Trial | None:
-    """The best by the mean logarithm over all shapes; the default unless ``GAIN`` is saved; None if it failed."""
-    default = trials[0]
-    if default.fault or not default.ms:
+def fastest_candidate(candidates: list[Candidate]) -> Candidate | None:
+    """The best by the mean logarithm over all shapes; the default unless ``MIN_GAIN`` is saved; None if it failed."""
+    default = candidates[0]
+    if default.error or not default.ms:
         return None
-    right = [trial for trial in trials if not trial.fault and trial.ms.keys() == default.ms.keys()]
+    right = [candidate for candidate in candidates if not candidate.error and candidate.ms.keys() == default.ms.keys()]
     best = min(right, key=_time)
-    return best if _time(best) < _time(default) * (1 - GAIN) else default
+    return best if _time(best) < _time(default) * (1 - MIN_GAIN) else default
 
 
-def _time(trial: Trial) -> float:
+def _time(candidate: Candidate) -> float:
     """Geometric mean over the shapes."""
-    return math.exp(sum(math.log(ms) for ms in trial.ms.values()) / len(trial.ms))
+    return math.exp(sum(math.log(ms) for ms in candidate.ms.values()) / len(candidate.ms))
 
 
-def write(trials: Trials, device: str, file: Path = TABLE) -> None:
+def write(found: Candidates, device: str, file: Path = TABLE) -> None:
     """Puts the fastest of each case into the table, a configuration a line."""
     table = json.loads(file.read_text())
-    for (space, key), candidates in trials.items():
-        if best := fastest(candidates):
+    for (space, key), candidates in found.items():
+        if best := fastest_candidate(candidates):
             table.setdefault(device, {}).setdefault(space, {})[key] = best.config
     text = json.dumps(table, indent=2, sort_keys=True)
     file.write_text(re.sub(r"\{\s+([^{}]*?)\s+\}", lambda m: "{" + " ".join(m[1].split()) + "}", text) + "\n")
 
 
-def report(trials: Trials) -> Iterator[str]:
+def report_lines(found: Candidates) -> Iterator[str]:
     """Lines of the table: every candidate's time over that of the default, the chosen one marked."""
-    for (space, key), candidates in trials.items():
-        default, best = candidates[0], fastest(candidates)
+    for (space, key), candidates in found.items():
+        default, best = candidates[0], fastest_candidate(candidates)
         yield f"{space} {key}: {', '.join(f'{name} {ms:.4g} ms' for name, ms in default.ms.items())}"
-        for trial in candidates:
-            timed = default.ms and trial.ms.keys() == default.ms.keys() and not trial.fault
-            figure = f"{_time(trial) / _time(default):6.3f}" if timed else f"{'-':>6}"
-            settings = " ".join(f"{name}={value}" for name, value in trial.config.items())
-            yield f"  {'*' if trial is best else ' '} {figure}  {settings}{f'  ({trial.fault})' if trial.fault else ''}"
+        for candidate in candidates:
+            timed = default.ms and candidate.ms.keys() == default.ms.keys() and not candidate.error
+            figure = f"{_time(candidate) / _time(default):6.3f}" if timed else f"{'-':>6}"
+            settings = " ".join(f"{name}={value}" for name, value in candidate.config.items())
+            error = f"  ({candidate.error})" if candidate.error else ""
+            yield f"  {'*' if candidate is best else ' '} {figure}  {settings}{error}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description="Fastest configuration by kernel.")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=operations(), default=operations())
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=operation_names(), default=operation_names())
     parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="begin no shape after N seconds")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -189,9 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     deadline = time.monotonic() + args.seconds
     modules = [importlib.import_module(f"benchmarks.kernels.cases.{name}") for name in args.only]
-    trials = tune([case for module in modules for case in module.cases(tiny=False)], "cuda", deadline=deadline)
-    write(trials, torch.cuda.get_device_name())
-    print("\n".join(report(trials)))
+    found = tune([case for module in modules for case in module.cases(tiny=False)], "cuda", deadline=deadline)
+    write(found, torch.cuda.get_device_name())
+    print("\n".join(report_lines(found)))
     return 0
 
 

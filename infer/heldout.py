@@ -15,7 +15,7 @@ from infer.requests.outputs import Generation
 from infer.requests.sampling_params import SamplingParams
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.processing.answers import Answer, Box, parse_answer
-from phi4rv.processing.chat_template import IMAGE_MARK, THINK
+from phi4rv.processing.chat_template import IMAGE_TOKEN, THINK
 from phi4rv.processing.image_files import ImageFiles
 from phi4rv.processing.processor import Processor, Prompt
 from phi4rv.processing.records import Record
@@ -38,7 +38,7 @@ class Question:
         first_answer = next(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
         *history, user = record.turns[:first_answer]
         answer = record.turns[first_answer].content
-        images = [IMAGE_FILES.source(path) for path in record.images[: user.content.count(IMAGE_MARK)]]
+        images = [IMAGE_FILES.source(path) for path in record.images[: user.content.count(IMAGE_TOKEN)]]
         mode = "think" if answer.lstrip().startswith(THINK) else "nothink"
         text = [*history, user] if history else user.content
         return Question(Prompt(text, images, mode), parse_answer(answer))

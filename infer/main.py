@@ -18,7 +18,7 @@ from infer.requests.sampling_params import SamplingParams
 from phi4rv.command_line import Parser, exit_status
 from phi4rv.errors import UserError
 from phi4rv.processing.answers import THINK_END, find_boxes, find_points, pixel_box
-from phi4rv.processing.chat_template import IMAGE_MARK, MODES, THINK
+from phi4rv.processing.chat_template import IMAGE_TOKEN, MODES, THINK
 from phi4rv.processing.images import open_image
 
 
@@ -58,10 +58,10 @@ def sampling_params_of(args: argparse.Namespace) -> SamplingParams:
 
 def split_images(texts: Sequence[str], images: Sequence[Any]) -> list[list[Any]]:
     """The images of each prompt, taken in order by its marks. UserError unless all are used."""
-    marks = [text.count(IMAGE_MARK) for text in texts]
+    marks = [text.count(IMAGE_TOKEN) for text in texts]
     if sum(marks) != len(images):
         raise UserError(
-            f"--image: {len(images)} given for {sum(marks)} {IMAGE_MARK} mark(s) in the prompt(s); give one for each"
+            f"--image: {len(images)} given for {sum(marks)} {IMAGE_TOKEN} mark(s) in the prompt(s); give one for each"
         )
     remaining = iter(images)
     return [[next(remaining) for _ in range(n)] for n in marks]
@@ -70,8 +70,8 @@ def split_images(texts: Sequence[str], images: Sequence[Any]) -> list[list[Any]]
 def prompts_of(args: argparse.Namespace) -> list[phi4rv.Prompt]:
     """One Prompt for each ``--prompt``. A single one without marks gets its images in front."""
     texts = list(args.prompt)
-    if len(texts) == 1 and IMAGE_MARK not in texts[0]:
-        texts = [f"{IMAGE_MARK}\n" * len(args.image) + texts[0]]
+    if len(texts) == 1 and IMAGE_TOKEN not in texts[0]:
+        texts = [f"{IMAGE_TOKEN}\n" * len(args.image) + texts[0]]
     images = [open_image(path) for path in args.image]
     return [phi4rv.Prompt(text, own, args.mode) for text, own in zip(texts, split_images(texts, images), strict=True)]
 

@@ -33,7 +33,7 @@ from infer.quantization.calibration import (
 from infer.quantization.weight_loader import save
 from infer.requests.outputs import Generation
 from infer.requests.sampling_params import SamplingParams
-from phi4rv.checkpoint.huggingface import load, published_name
+from phi4rv.checkpoint.huggingface import hf_name, load
 from phi4rv.command_line import Parser, exit_status, usable_device
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
@@ -42,7 +42,7 @@ from phi4rv.ops.low_precision import QuantizedWeight
 from phi4rv.ops.registry import KERNELS
 from phi4rv.processing.processor import Processor, Prompt
 from phi4rv.processing.records import read_records
-from phi4rv.quantization.quantized_linear import parse_formats, quantize_layers, quantize_rows, quantized_layers
+from phi4rv.quantization.quantized_linear import parse_formats, quantize_in_chunks, quantize_layers, quantized_layers
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What pictures without questions are asked, one after another.
@@ -90,8 +90,8 @@ def quantise(
 
     def rounded(name: str, weight: Tensor, format: str) -> QuantizedWeight:
         seen = inputs[name]
-        q = quantize_calibrated(weight, format, seen.gram) if choose_scales else quantize_rows(weight, format)
-        path = published_name(name + ".weight").removesuffix(".weight")
+        q = quantize_calibrated(weight, format, seen.gram) if choose_scales else quantize_in_chunks(weight, format)
+        path = hf_name(name + ".weight").removesuffix(".weight")
         errors.append(layer_error(path, weight, q, torch.cat(seen.rows)))
         return q
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from phi4rv.ops.reference import NO_LABEL
 
 if TYPE_CHECKING:
-    from phi4rv.model.decoder import Attend
+    from phi4rv.model.decoder import AttentionFn
 
 
 @dataclass(frozen=True)
@@ -92,26 +92,26 @@ class PackedBatch:
         ends = self.cu_seqlens[1:].long() - 1
         return shifted.index_fill(0, ends, NO_LABEL)
 
-    def placed(self, features: Tensor) -> Tensor:
-        """Of the patches' features (P, C) those that have a place in the row. A blank image may stand behind them,
-        which a rank reads where others have images (``train/distributed/fsdp.py``).
+    def drop_dummy_patches(self, features: Tensor) -> Tensor:
+        """The features (P, C) of the patches that go into the row, without those of a trailing dummy image, which a
+        rank without images encodes where other ranks have some (``train/distributed/fsdp.py``).
         """
-        placed = len(self.image_positions)
-        return features if len(features) == placed else features[:placed]
+        count = len(self.image_positions)
+        return features if len(features) == count else features[:count]
 
-    def spread(self, attend: Attend) -> Attend:
-        """``attend``, which takes a whole row, for the tokens that are here: all of them, unless ranks share a row
-        (``train/distributed/context_parallel.py``).
+    def distribute_attention(self, attention_fn: AttentionFn) -> AttentionFn:
+        """``attention_fn``, which takes a whole row, for the tokens that this rank holds: all of them, unless ranks
+        share a row (``train/distributed/context_parallel.py``).
         """
-        return attend
+        return attention_fn
 
 
 def pack(samples: Sequence[Sample]) -> PackedBatch:
-    """Lays ``samples`` behind one another. Labels are kept if every sample has them, else None."""
+    """Concatenates ``samples`` into one row. Labels are kept if every sample has them, else None."""
     if not samples or any(len(s) == 0 for s in samples):
         raise ValueError("pack needs one or more samples, none of them empty")
     lengths = torch.tensor([len(s) for s in samples])
-    starts = _offsets(lengths)
+    starts = _cu_seqlens(lengths)
     grids = torch.cat([s.grids for s in samples])
     patch_counts = grids.prod(dim=1)
     labels = [s.labels for s in samples]
@@ -123,7 +123,7 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         labels=torch.cat([x for x in labels if x is not None]) if all(x is not None for x in labels) else None,
         patches=torch.cat([s.patches for s in samples]),
         grids=grids,
-        cu_patches=_offsets(patch_counts),
+        cu_patches=_cu_seqlens(patch_counts),
         max_patches=int(patch_counts.max()) if len(grids) else 0,
         image_positions=torch.cat(
             [s.image_positions + start for s, start in zip(samples, starts.tolist(), strict=False)]
@@ -145,12 +145,12 @@ def image_batch(patches: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> 
         labels=None,
         patches=torch.cat(list(patches)),
         grids=sizes,
-        cu_patches=_offsets(counts),
+        cu_patches=_cu_seqlens(counts),
         max_patches=int(counts.max()),
         image_positions=nothing,
     )
 
 
-def _offsets(lengths: Tensor) -> Tensor:
+def _cu_seqlens(lengths: Tensor) -> Tensor:
     """(N+1,) int32 running sum of (N,) lengths, from 0."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

@@ -12,17 +12,17 @@ import torch
 
 from phi4rv.errors import UserError
 
-PUBLISHED_WINDOW = 16384  # the report's stage 3; the config's 32768 positions were never trained
-LARGEST = 2**24  # no size or position is near it; the product of two still fits 64 bits
+TRAINED_CONTEXT = 16384  # the report's stage 3; the config's 32768 positions were never trained
+MAX_SIZE = 2**24  # no size or position is near it; the product of two still fits 64 bits
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What the published code can express and this code does not compute: a checkpoint that asks for it is refused.
-_FIXED: dict[str, tuple[Any, ...]] = {
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "hidden_act": ("silu", None),
     "mm_projector_type": ("mlp2x_gelu", None),
     "partial_rotary_factor": (1.0, None),
-    "rope_parameters": (None,),  # rope_theta's place in transformers 5, not in the published layout
+    "rope_parameters": (None,),  # rope_theta's place in transformers 5, not in the Hugging Face layout
     "rope_scaling": (None,),
     "sliding_window": (None,),
     "tie_word_embeddings": (False, None),
@@ -77,8 +77,8 @@ class Config:
 
     @property
     def context(self) -> int:
-        """Tokens of prompt and answer together: the published window, or less where the positions end sooner."""
-        return min(self.max_position_embeddings, PUBLISHED_WINDOW)
+        """Tokens of prompt and answer together: the trained context length, or less where the positions end sooner."""
+        return min(self.max_position_embeddings, TRAINED_CONTEXT)
 
     @staticmethod
     def from_folder(folder: Path) -> Config:
@@ -88,7 +88,7 @@ class Config:
     @staticmethod
     def from_dict(raw: dict[str, Any], name: str = "config.json") -> Config:
         """``raw`` as in ``config.json``; ``name`` is what errors call it."""
-        for key, allowed in _FIXED.items():
+        for key, allowed in _SUPPORTED.items():
             if raw.get(key) not in allowed:
                 raise UserError(f"{name}: {key} is {raw[key]!r}, only {allowed[0]!r} is supported")
         vision_raw = raw.get("vision_config", {})
@@ -98,8 +98,8 @@ class Config:
             raise UserError(f"{name}: vision_config.patch_size is {vision_raw['patch_size']}, must be 16")
         if vision_raw.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
             raise UserError(f"{name}: vision_config.hidden_act must be 'gelu_pytorch_tanh'")
-        vision = VisionConfig(**_known(VisionConfig, vision_raw, f"{name}: vision_config."))
-        config = Config(**_known(Config, raw, f"{name}: "), vision=vision, raw=raw)
+        vision = VisionConfig(**_validated(VisionConfig, vision_raw, f"{name}: vision_config."))
+        config = Config(**_validated(Config, raw, f"{name}: "), vision=vision, raw=raw)
         _check(config, name)
         return config
 
@@ -109,12 +109,12 @@ class Config:
         vision = {key: getattr(self.vision, key) for key in _fields(VisionConfig)}
         defaults = VisionConfig()
         raw_vision = self.raw.get("vision_config", {})
-        # The published file leaves out what it does not change; so does ours.
+        # The published config.json leaves out what it does not change; so does ours.
         vision = {k: v for k, v in vision.items() if k in raw_vision or v != getattr(defaults, k)}
-        return {**_PUBLISHED, **self.raw, **own, "vision_config": {**raw_vision, **vision}}
+        return {**_HF_DEFAULTS, **self.raw, **own, "vision_config": {**raw_vision, **vision}}
 
 
-_PUBLISHED = {
+_HF_DEFAULTS = {
     "architectures": ["Phi4ForCausalLMV"],
     "model_type": "phi4-siglip",
     "hidden_act": "silu",
@@ -134,7 +134,7 @@ def _fields(cls: type) -> dict[str, Any]:
     return {f: v for f, v in cls.__dataclass_fields__.items() if f not in ("vision", "raw")}  # type: ignore[attr-defined]
 
 
-def _known(cls: type, raw: dict[str, Any], where: str) -> dict[str, Any]:
+def _validated(cls: type, raw: dict[str, Any], where: str) -> dict[str, Any]:
     """The entries of ``raw`` that ``cls`` has, each a positive number where the default is one."""
     values = {key: raw[key] for key in _fields(cls) if raw.get(key) is not None}
     for key, value in values.items():
@@ -147,7 +147,7 @@ def _known(cls: type, raw: dict[str, Any], where: str) -> dict[str, Any]:
         elif key.endswith("_token_id"):
             fits, what = value >= 0, "0 or more"
         else:
-            limit = LARGEST if isinstance(default, int) else math.inf
+            limit = MAX_SIZE if isinstance(default, int) else math.inf
             fits, what = 0 < value < limit, f"above 0 and below {limit}"
         if not fits:
             raise UserError(f"{where}{key} is {value!r}, must be {what}")
@@ -182,7 +182,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; a checkpoint folder in the published layout has one") from None
+        raise UserError(f"{path}: missing; a checkpoint folder in the Hugging Face layout has one") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

@@ -9,5 +9,5 @@ class UserError(Exception):
     """
 
 
-class WindowError(UserError):
+class ContextLengthError(UserError):
     """A prompt has more tokens than the model's window holds."""

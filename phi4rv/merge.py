@@ -1,4 +1,5 @@
-"""``python -m phi4rv.merge --checkpoint DIR --adapter DIR --output DIR``: base and adapter as one published folder."""
+"""``python -m phi4rv.merge --checkpoint DIR --adapter DIR --output DIR``: base and adapter as one folder in the
+Hugging Face layout."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from infer.engine.config import EngineStats
 from infer.requests.outputs import Generation, StreamEvent
 from infer.requests.sampling_params import SamplingParams
-from phi4rv.errors import WindowError
+from phi4rv.errors import ContextLengthError
 from phi4rv.processing.images import open_image
 from phi4rv.processing.processor import Processor, Prompt
 
@@ -53,7 +53,9 @@ class FakeEngine:
         rendered = self.processor.template.render(prompt.messages(), prompt.mode)
         tokens = len(self.processor.tokenizer.encode(rendered.text, add_special_tokens=False).ids)
         if tokens > self.model_config.context:
-            raise WindowError(f"the prompt has {tokens} tokens, the model's window holds {self.model_config.context}")
+            raise ContextLengthError(
+                f"the prompt has {tokens} tokens, the model's window holds {self.model_config.context}"
+            )
         self.seen.append((prompt, sampling_params))
         thinking = "Hm." if prompt.mode == "think" else None
         words = deque(re.findall(r"\S+\s*", text.split("echo", 1)[-1])[: sampling_params.max_new_tokens])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import phi4rv
-from phi4rv.checkpoint.huggingface import published_name
+from phi4rv.checkpoint.huggingface import hf_name
 
 CHECKPOINT = Path(__file__).parent / "data" / "tiny-checkpoint"
 EXPECTED = CHECKPOINT / "expected"
@@ -62,7 +62,7 @@ def relative_norms(ours: dict[str, float], theirs: dict[str, float]) -> float:
     return max(abs(ours[name] - norm) / max(norm, floor) for name, norm in theirs.items())
 
 
-def answered(sample: phi4rv.Sample, answer: list[int]) -> phi4rv.Sample:
+def with_answer(sample: phi4rv.Sample, answer: list[int]) -> phi4rv.Sample:
     """``sample`` with the tokens of ``answer`` behind it, each its own label."""
     ids = torch.tensor(answer)
     labels = torch.cat([torch.full_like(sample.input_ids, -100), ids])
@@ -71,7 +71,7 @@ def answered(sample: phi4rv.Sample, answer: list[int]) -> phi4rv.Sample:
 
 def gradients(model: phi4rv.Phi4RV, loss: Tensor) -> dict[str, Tensor]:
     """The gradient of every parameter that ``loss`` depends on, by its published name."""
-    named = {published_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+    named = {hf_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {name: g for name, g in zip(named, found, strict=True) if g is not None}
 
@@ -87,7 +87,7 @@ def errors(model: phi4rv.Phi4RV, processor: phi4rv.Processor, case: Case) -> dic
             found["vision"] = relative(model.vision(batch), case.tensors["vision"])
             found["projected"] = relative(model.encode_images(batch), case.tensors["projected"])
         found["logits"] = relative(model(batch)[-8:], case.tensors["logits_last8"])
-    loss = model.loss(phi4rv.pack([answered(sample, case.record["answer_ids"])]).to(model.device))
+    loss = model.loss(phi4rv.pack([with_answer(sample, case.record["answer_ids"])]).to(model.device))
     found["loss"] = abs(loss.item() - case.record["loss"]) / case.record["loss"]
     norms = {name: g.norm().item() for name, g in gradients(model, loss).items()}
     found["gradients"] = relative_norms(norms, case.record["grad_norm"])

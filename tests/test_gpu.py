@@ -41,7 +41,7 @@ def test_golden_features_logits_and_loss(on_gpu: tuple[phi4rv.Phi4RV, phi4rv.Pro
             assert parity.relative(model.vision(batch).cpu(), case.tensors["vision"]) < 1e-4
             assert parity.relative(model.encode_images(batch).cpu(), case.tensors["projected"]) < 1e-4
         assert parity.relative(model(batch)[-8:].cpu(), case.tensors["logits_last8"]) < 1e-4
-    answered = phi4rv.pack([parity.answered(sample, case.record["answer_ids"])]).to("cuda")
+    answered = phi4rv.pack([parity.with_answer(sample, case.record["answer_ids"])]).to("cuda")
     assert model.loss(answered).item() == pytest.approx(case.record["loss"], rel=1e-4)
 
 
@@ -57,7 +57,7 @@ def test_engine_in_bfloat16(
     on_gpu: tuple[phi4rv.Phi4RV, phi4rv.Processor], limits: dict[str, Any], kernels: str
 ) -> None:
     """Graphs, overlap and drafts: a token that full recomputation would not choose was within rounding of the best."""
-    if kernels == "cuda" and (why := cuda.why_not(torch.device("cuda"))):
+    if kernels == "cuda" and (why := cuda.unavailable_reason(torch.device("cuda"))):
         pytest.skip(why)
     rough, processor = phi4rv.load(parity.CHECKPOINT, device="cuda", dtype=torch.bfloat16, kernels=kernels)
     prompts = [case.prompt for case in CASES] * 3

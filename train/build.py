@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from phi4rv.checkpoint.huggingface import fill, outline
+from phi4rv.checkpoint.huggingface import load_meta, load_weights
 from phi4rv.errors import UserError
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.processing.processor import Processor
-from phi4rv.quantization.float8_linear import use_float8
-from phi4rv.quantization.quantized_linear import fill_quantized
+from phi4rv.quantization.float8_linear import convert_to_float8_training
+from phi4rv.quantization.quantized_linear import load_quantized_weights
 from train.distributed.context_parallel import check_heads
 from train.distributed.fsdp import copy_full_tensor, parallelize
 from train.distributed.ranks import Ranks
@@ -44,22 +44,22 @@ def build(
         raise UserError("--linear: fp8 writes bfloat16 on a GPU; give --dtype bfloat16")
     lora = bool(stage.lora_rank)
     if source := args.checkpoint if lora else save or args.checkpoint:
-        model, processor = outline(source, device, dtype, args.kernels)
+        model, processor = load_meta(source, device, dtype, args.kernels)
     else:
         model, processor = build_tiny_model(args.seed, tokenizer_corpus(), args.kernels)
         model = model.to(device, dtype)
     check_heads(model.config, args.context)
     if stage.linear == "fp8":
-        use_float8(model)
+        convert_to_float8_training(model)
     set_trainable(model, stage)
     if mesh:
         parallelize(model, mesh, args.shard, dtype)
     if save and not lora:
         model.to_empty(device=device)
     elif stage.frozen_weights != "dtype":
-        fill_quantized(model, args.checkpoint, device, {"decoder": stage.frozen_weights})
+        load_quantized_weights(model, args.checkpoint, device, {"decoder": stage.frozen_weights})
     elif args.checkpoint:
-        fill(model, args.checkpoint, device, copy_full_tensor if mesh else None)
+        load_weights(model, args.checkpoint, device, copy_full_tensor if mesh else None)
     if lora:
         add_lora(model, stage, args.seed)
     model.set_checkpointing(args.checkpointing)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi4rv.adapters.peft import adapters, write_adapter
-from phi4rv.checkpoint.atomic_folder import whole_folder
-from phi4rv.checkpoint.huggingface import outline, write
+from phi4rv.adapters.peft import lora_layers, write_adapter
+from phi4rv.checkpoint.atomic_folder import atomic_folder
+from phi4rv.checkpoint.huggingface import load_meta, write_checkpoint
 from phi4rv.command_line import Parser, exit_status
 from phi4rv.config import DTYPES, read_json
 from phi4rv.errors import UserError
@@ -29,7 +29,7 @@ def export(step: Path, path: Path, dtype: torch.dtype | None = None) -> None:
 
     Memory holds one file's tensors, up to 5 GB, and never the model.
     """
-    model, processor = outline(step, "cpu", dtype)
+    model, processor = load_meta(step, "cpu", dtype)
     kind = next(model.parameters()).dtype
 
     def saved(name: str, parameter: Tensor) -> Tensor:
@@ -37,21 +37,21 @@ def export(step: Path, path: Path, dtype: torch.dtype | None = None) -> None:
         load_tensors(step, {f"model/{name}": tensor})
         return tensor
 
-    with whole_folder(path) as folder:
-        write(model, processor, folder, saved)
+    with atomic_folder(path) as folder:
+        write_checkpoint(model, processor, folder, saved)
 
 
 def export_adapter(step: Path, path: Path, state: dict[str, Any]) -> None:
     """The same for a save with ``state`` of a run that trained adapters; their base is not read."""
-    model, _ = outline(step, "meta")
+    model, _ = load_meta(step, "meta")
     known = {field.name for field in fields(Stage)}
     stage = Stage(**{k: v for k, v in state["recipe"].items() if k in known})
     add_lora(model, stage, 0)
-    for layer in adapters(model).values():
+    for layer in lora_layers(model).values():
         layer.lora_A.to_empty(device="cpu")
         layer.lora_B.to_empty(device="cpu")
     load_tensors(step, {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad})
-    with whole_folder(path) as folder:
+    with atomic_folder(path) as folder:
         write_adapter(model, folder, state["checkpoint"])
 
 

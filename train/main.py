@@ -160,7 +160,9 @@ def run_stage(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> N
         log(f"no step-N in {output} yet: starting from the beginning")
     check_weights(local_parameters(model), str(save or args.checkpoint or "the model"))
     dataset = open_dataset(args, sources, processor, stage, output / CACHE, ranks)
-    questions = [Question.from_record(record) for record in read_records(heldout)] if heldout and ranks.is_main_process else []
+    questions = (
+        [Question.from_record(record) for record in read_records(heldout)] if heldout and ranks.is_main_process else []
+    )
     saved_state = read_json(save / checkpointer.STATE) if save else {}
     position = saved_state.get("position")
     if position and not ranks.is_main_process:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from phi4rv.adapters.peft import add_adapters, linears, matching
+from phi4rv.adapters.peft import add_adapters, linear_layers, match_target_modules
 from phi4rv.errors import UserError
 from phi4rv.model.phi4rv import Phi4RV
 from train.recipe import PARTS, Stage
@@ -29,17 +29,17 @@ def add_lora(model: Phi4RV, stage: Stage, seed: int) -> None:
 
     UserError naming a target that is no linear layer, or is in a part that the stage freezes.
     """
-    known = linears(model)
-    names = [known[path] for path in matching(list(known), lora_targets(model, stage))]
+    known = linear_layers(model)
+    names = [known[path] for path in match_target_modules(list(known), lora_targets(model, stage))]
     add_adapters(model, names, stage.lora_rank, stage.lora_alpha, seed)
 
 
 def lora_targets(model: Phi4RV, stage: Stage) -> list[str]:
     """``stage.lora_targets`` as a list, each checked against the model and the stage."""
-    known = linears(model)
+    known = linear_layers(model)
     given = [target.strip() for target in stage.lora_targets.split(",")]
     for target in given:
-        found = {known[path].split(".")[0] for path in matching(list(known), [target])}
+        found = {known[path].split(".")[0] for path in match_target_modules(list(known), [target])}
         if not found:
             names = dict.fromkeys(p.rpartition(".")[2] for p in known if not p.rpartition(".")[2].isdigit())
             projector = [p.removeprefix("model.") for p, n in known.items() if n.startswith("projector.")]

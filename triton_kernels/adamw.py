@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phi4rv.ops.low_precision import BLOCK as SHARED_SCALE
+from phi4rv.ops.low_precision import MOMENT_BLOCK as SHARED_SCALE
 from phi4rv.ops.low_precision import Moment8, random_key
-from triton_kernels.common.launch import require, require_float
-from triton_kernels.common.tuning import Space
+from triton_kernels.common.launch import check, check_float
+from triton_kernels.common.tuning import SearchSpace
 
 # By what fills 16 bytes: four float32 a thread, eight bfloat16 (of 8-bit moments eight too: a row of 256 is a warp's).
-STEP = Space(
+STEP = SearchSpace(
     "adamw.step",
     {
         "float32": [
@@ -45,8 +45,8 @@ SHORT = (torch.float16, torch.bfloat16)
 
 
 @triton.jit
-def _mix(x):
-    """phi4rv.ops.low_precision.mix, of uint32."""
+def _hash32(x):
+    """phi4rv.ops.low_precision.hash32, of uint32."""
     x ^= x >> 16
     x *= 0x85EBCA6B
     x ^= x >> 13
@@ -70,19 +70,19 @@ def _round(x, dtype: tl.constexpr, bits, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def _below(t):
+def _floor(t):
     """A whole number, t or under it by less than 1, without the slow conversions."""
     return (t - 0.5) + 12582912.0 - 12582912.0
 
 
 @triton.jit
-def _code(x):
+def _to_uint8(x):
     """A float in 0..255 that is whole, as uint8: the last bits of its sum with 1.5 · 2²³."""
     return ((x + 12582912.0).to(tl.int32, bitcast=True) & 0xFF).to(tl.uint8)
 
 
 @triton.jit
-def _draw(bits):
+def _uniform(bits):
     """23 random bits to [0, 1): the significand of a number in [1, 2)."""
     return (bits | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
 
@@ -91,25 +91,25 @@ def _draw(bits):
 def _encode_first(x, inverse, bits):
     """phi4rv.ops.low_precision.Moment8.encode_, signed."""
     value = tl.abs(x) * (inverse * 16129.0)
-    low = _below(tl.sqrt(value))
-    code = tl.where(_draw(bits & 0x7FFFFF) * (2 * low + 1) < value - low * low, low + 1, low)
+    low = _floor(tl.sqrt(value))
+    code = tl.where(_uniform(bits & 0x7FFFFF) * (2 * low + 1) < value - low * low, low + 1, low)
     code = tl.minimum(code, 127.0)
-    return _code(128 + tl.where(x < 0, -code, code))
+    return _to_uint8(128 + tl.where(x < 0, -code, code))
 
 
 @triton.jit
 def _encode_second(root, inverse, bits):
     """phi4rv.ops.low_precision.Moment8.encode_, unsigned, of the moment's square root."""
     root *= tl.sqrt(inverse) * 65025.0
-    low = _below(tl.sqrt(root))
+    low = _floor(tl.sqrt(root))
     square = low * low
     odd = 2 * low + 1  # (low + 1)⁴ - low⁴ = odd · (2 low² + odd)
-    up = _draw(bits >> 9) * (odd * (2 * square + odd)) < (root - square) * (root + square)
-    return _code(tl.minimum(tl.maximum(tl.where(up, low + 1, low), 1.0), 255.0))
+    up = _uniform(bits >> 9) * (odd * (2 * square + odd)) < (root - square) * (root + square)
+    return _to_uint8(tl.minimum(tl.maximum(tl.where(up, low + 1, low), 1.0), 255.0))
 
 
 @triton.jit
-def _inverse(x, scales, block, covered):
+def _store_scales(x, scales, block, covered):
     """Stores each row's largest magnitude as its scale; the inverses, a column."""
     largest = tl.max(tl.abs(x), 1)
     tl.store(scales + block, largest, mask=covered)
@@ -148,24 +148,24 @@ def _update(
     bits = key
     if RANDOM:
         high = (start >> 32).to(tl.uint32)  # of the index: the same in the whole block
-        bits = _mix(_mix(key.to(tl.uint32) ^ high) ^ (offsets & 0xFFFFFFFF).to(tl.uint32))
+        bits = _hash32(_hash32(key.to(tl.uint32) ^ high) ^ (offsets & 0xFFFFFFFF).to(tl.uint32))
     tl.store(param + offsets, _round(p, param.dtype.element_ty, bits, True), mask=inside)
     if COPY:
         tl.store(copy + offsets, _round(p, copy.dtype.element_ty, bits, False), mask=inside)
     if FIRST8:
-        m8 = _encode_first(m, _inverse(m, first_scales, block, covered), bits)
+        m8 = _encode_first(m, _store_scales(m, first_scales, block, covered), bits)
         tl.store(first + offsets, m8, mask=inside)
     else:
         tl.store(first + offsets, _round(m, first.dtype.element_ty, bits, False), mask=inside)
     if SECOND8:
-        v8 = _encode_second(root, _inverse(v, second_scales, block, covered), bits)
+        v8 = _encode_second(root, _store_scales(v, second_scales, block, covered), bits)
         tl.store(second + offsets, v8, mask=inside)
     else:
         tl.store(second + offsets, _round(v, second.dtype.element_ty, bits, False), mask=inside)
 
 
 @triton.jit(do_not_specialize=["key"])
-def _step(
+def _adamw_kernel(
     param, grad, first, second, first_scales, second_scales, copy, clip, key, n,
     decay, weight1, weight2, rate, correction, eps,
     FIRST8: tl.constexpr, SECOND8: tl.constexpr, COPY: tl.constexpr, RANDOM: tl.constexpr, CLIP: tl.constexpr,
@@ -210,7 +210,7 @@ def launch(
     _check_moment("exp_avg_sq", second, second_scales, param)
     eight = first_scales is not None or second_scales is not None
     random = eight or param.dtype == torch.bfloat16
-    require(
+    check(
         not random or seed is not None,
         "adamw: a bfloat16 param and 8-bit moments are rounded stochastically and need a seed",
     )
@@ -220,7 +220,7 @@ def launch(
     key = random_key(seed or 0, step)
     config = STEP.pick("8-bit" if eight else str(param.dtype).removeprefix("torch."), param.device)
     with torch.cuda.device_of(param):
-        _step[(triton.cdiv(n, config["BLOCK"]),)](
+        _adamw_kernel[(triton.cdiv(n, config["BLOCK"]),)](
             param, grad, first, second,
             param if first_scales is None else first_scales, param if second_scales is None else second_scales,
             param if copy is None else copy, clip_value if clip is None else clip,
@@ -232,33 +232,31 @@ def launch(
 
 
 def _check(param: Tensor, grad: Tensor, copy: Tensor | None, clip: Tensor | None) -> None:
-    require(
-        param.dtype in (torch.float32, torch.bfloat16), f"adamw: param is {param.dtype}, must be float32 or bfloat16"
-    )
-    require_float(grad, "adamw: grad")
+    check(param.dtype in (torch.float32, torch.bfloat16), f"adamw: param is {param.dtype}, must be float32 or bfloat16")
+    check_float(grad, "adamw: grad")
     for name, x in (("param", param), ("grad", grad), ("copy", copy)):
         if x is not None:
             same = x.shape == param.shape
-            require(same, f"adamw: {name} is {tuple(x.shape)}, must have param's shape, {tuple(param.shape)}")
-            require(x.is_contiguous(), f"adamw: {name} must be contiguous")
+            check(same, f"adamw: {name} is {tuple(x.shape)}, must have param's shape, {tuple(param.shape)}")
+            check(x.is_contiguous(), f"adamw: {name} must be contiguous")
     if copy is not None:
-        require(param.dtype == torch.float32, "adamw: a copy is taken of a float32 param, not of a bfloat16 one")
-        require(copy.dtype in SHORT, f"adamw: copy is {copy.dtype}, must be float16 or bfloat16")
+        check(param.dtype == torch.float32, "adamw: a copy is taken of a float32 param, not of a bfloat16 one")
+        check(copy.dtype in SHORT, f"adamw: copy is {copy.dtype}, must be float16 or bfloat16")
     if clip is not None:
         scalar = clip.numel() == 1 and clip.dtype == torch.float32 and clip.device == param.device
-        require(scalar, f"adamw: clip must be one float32 number on {param.device}")
+        check(scalar, f"adamw: clip must be one float32 number on {param.device}")
 
 
 def _check_moment(name: str, moment: Tensor, scales: Tensor | None, param: Tensor) -> None:
-    require(moment.numel() == param.numel(), f"adamw: {name} has {moment.numel()} elements, param {param.numel()}")
-    require(moment.is_contiguous(), f"adamw: {name} must be contiguous")
+    check(moment.numel() == param.numel(), f"adamw: {name} has {moment.numel()} elements, param {param.numel()}")
+    check(moment.is_contiguous(), f"adamw: {name} must be contiguous")
     if scales is None:
         right = moment.dtype in (torch.float32, torch.bfloat16)
-        require(right, f"adamw: {name} is {moment.dtype}, must be float32, bfloat16 or a Moment8")
+        check(right, f"adamw: {name} is {moment.dtype}, must be float32, bfloat16 or a Moment8")
         return
-    require(moment.dtype == torch.uint8, f"adamw: {name}'s codes are {moment.dtype}, must be uint8")
+    check(moment.dtype == torch.uint8, f"adamw: {name}'s codes are {moment.dtype}, must be uint8")
     right = scales.dtype == torch.float32 and scales.shape == (triton.cdiv(moment.numel(), SHARED_SCALE),)
-    require(right and scales.is_contiguous(), f"adamw: {name} needs one float32 scale for every {SHARED_SCALE} codes")
+    check(right and scales.is_contiguous(), f"adamw: {name} needs one float32 scale for every {SHARED_SCALE} codes")
 
 
 update = torch.library.custom_op(

@@ -1,4 +1,4 @@
-"""Attention of a few new tokens against a cache: keys split over the chip, parts merged exactly (Flash-Decoding, Dao et
+"""Attention of a few new tokens against a cache: split-KV, the splits combined exactly (Flash-Decoding, Dao et
 al. 2023). Inference only: there is no gradient.
 
 Memory-bound: every row of the cache is read once. The query heads that share a key head, times the new tokens, are the
@@ -16,39 +16,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.common.cache import check_cache, check_integers, codes, halves, head_stride, power_below
-from triton_kernels.common.launch import multiprocessors, require
-from triton_kernels.common.tuning import Space, candidates
+from triton_kernels.common.cache import (
+    check_cache,
+    check_int_tensor,
+    floor_to_power_of_two,
+    fp8_as_bytes,
+    fp8_to_fp16,
+    scale_stride,
+)
+from triton_kernels.common.launch import check, num_sms
+from triton_kernels.common.tuning import SearchSpace, make_configs
 
 # RESIDENT: blocks a multiprocessor that the keys are split for; the launch function's own, not the kernel's.
 _CONFIG = ("BLOCK_N", "num_warps", "num_stages", "RESIDENT")
 # By head dim, rounded up, and bits of a cached number.
-PART = Space(
+SPLIT = SearchSpace(
     "decode_attention.part",
     {
-        "64 of 8": candidates(_CONFIG, (128, 4, 4, 2), (128, 4, 3, 3), (256, 8, 3, 2), (64, 4, 4, 4)),
-        "64 of 16": candidates(_CONFIG, (128, 4, 3, 2), (64, 4, 4, 3), (64, 4, 3, 4), (128, 8, 3, 2)),
-        "64 of 32": candidates(_CONFIG, (64, 8, 3, 2)),
-        "128 of 8": candidates(_CONFIG, (64, 4, 4, 3), (128, 4, 3, 2), (64, 4, 3, 3), (128, 8, 4, 1)),
-        "128 of 16": candidates(_CONFIG, (64, 4, 4, 2), (64, 4, 3, 3), (32, 4, 4, 3), (128, 8, 3, 1), (64, 4, 2, 3)),
-        "128 of 32": candidates(_CONFIG, (16, 8, 3, 2)),
-        "256 of 8": candidates(_CONFIG, (64, 8, 3, 2)),
-        "256 of 16": candidates(_CONFIG, (32, 4, 3, 2), (64, 8, 3, 1)),
-        "256 of 32": candidates(_CONFIG, (16, 8, 3, 2)),
+        "64 of 8": make_configs(_CONFIG, (128, 4, 4, 2), (128, 4, 3, 3), (256, 8, 3, 2), (64, 4, 4, 4)),
+        "64 of 16": make_configs(_CONFIG, (128, 4, 3, 2), (64, 4, 4, 3), (64, 4, 3, 4), (128, 8, 3, 2)),
+        "64 of 32": make_configs(_CONFIG, (64, 8, 3, 2)),
+        "128 of 8": make_configs(_CONFIG, (64, 4, 4, 3), (128, 4, 3, 2), (64, 4, 3, 3), (128, 8, 4, 1)),
+        "128 of 16": make_configs(_CONFIG, (64, 4, 4, 2), (64, 4, 3, 3), (32, 4, 4, 3), (128, 8, 3, 1), (64, 4, 2, 3)),
+        "128 of 32": make_configs(_CONFIG, (16, 8, 3, 2)),
+        "256 of 8": make_configs(_CONFIG, (64, 8, 3, 2)),
+        "256 of 16": make_configs(_CONFIG, (32, 4, 3, 2), (64, 8, 3, 1)),
+        "256 of 32": make_configs(_CONFIG, (16, 8, 3, 2)),
     },
 )
-MERGE = Space(
+COMBINE = SearchSpace(
     "decode_attention.merge", {"row": [{"BLOCK_D": b, "num_warps": w} for b, w in ((64, 4), (32, 4), (128, 8))]}
 )
-MOST_PARTS = 128
-MOST_ROWS = 32  # of a tile; more rows than that run as more programs
+MAX_SPLITS = 128
+MAX_ROWS = 32  # of a tile; more rows than that run as more programs
 # Keys a part begins at a multiple of: fine enough that all parts are alike, and a short document has few.
 GRAIN = tl.constexpr(16)
 
 
 # What varies from batch to batch is not compiled in.
 @triton.jit(do_not_specialize=["pages_document", "PARTS"])
-def _part(
+def _split_kernel(
     q, k, v, pages, starts, lengths, k_scale, v_scale, out, lse, scale,
     q_document, q_token, q_head, k_page, k_row, k_head, v_page, v_row, v_head, pages_document,
     k_scale_head, v_scale_head, M, G, PARTS,
@@ -82,7 +89,7 @@ def _part(
         # Products in float16, where a code costs one instruction less than in bfloat16: a power of two brings each
         # row into its range.
         wide = x.to(tl.float32)
-        unit = power_below(tl.max(tl.abs(wide), 1))
+        unit = floor_to_power_of_two(tl.max(tl.abs(wide), 1))
         x = (wide / unit[:, None]).to(tl.float16)
         factor *= unit
     if k_scale is not None:
@@ -101,8 +108,8 @@ def _part(
         keys = first + tl.arange(0, BLOCK_N)
         page = tl.load(pages + keys.to(tl.uint32) // PAGE, mask=keys < end, other=0)
 
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for block in range(first, end, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
@@ -121,22 +128,22 @@ def _part(
         mask = inside[:, None] if WHOLE else inside[:, None] & wanted
         kt = tl.load(k + k_rows[:, None] + cols[None, :], mask=mask, other=0.0)
         if FP8:
-            kt = halves(kt).to(x.dtype)
+            kt = fp8_to_fp16(kt).to(x.dtype)
         s = tl.dot(x, tl.trans(kt), input_precision="ieee") * factor[:, None]
         s = tl.where(keys[None, :] < seen[:, None], s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
-        level = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(s - level[:, None])
-        fade = tl.exp2(top - level)
-        total = total * fade + tl.sum(p, 1)
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2(s - safe_max[:, None])
+        rescale = tl.exp2(row_max - safe_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
         vt = tl.load(v + v_rows[:, None] + cols[None, :], mask=mask, other=0.0)
         if FP8:
-            vt = halves(vt).to(x.dtype)
-        acc = acc * fade[:, None] + tl.dot(p.to(vt.dtype), vt, input_precision="ieee")
-        top = higher
+            vt = fp8_to_fp16(vt).to(x.dtype)
+        acc = acc * rescale[:, None] + tl.dot(p.to(vt.dtype), vt, input_precision="ieee")
+        row_max = new_max
 
-    some = total > 0
-    acc /= tl.where(some, total, 1.0)[:, None]
+    some = row_sum > 0
+    acc /= tl.where(some, row_sum, 1.0)[:, None]
     if v_scale is not None:
         acc *= tl.load(v_scale + g * v_scale_head)
     row = ((b * M + token) * (G * SHARED) + head) * PARTS + part
@@ -145,17 +152,17 @@ def _part(
         tl.store(place, acc.to(out.dtype.element_ty), mask=real[:, None] & wanted)
     else:
         tl.store(place, acc, mask=(real & some)[:, None] & wanted)
-        tl.store(lse + row, tl.where(some, top + tl.log2(total), float("-inf")), mask=real)
+        tl.store(lse + row, tl.where(some, row_max + tl.log2(row_sum), float("-inf")), mask=real)
 
 
 @triton.jit(do_not_specialize=["PARTS"])
-def _merge(parts, lse, out, PARTS, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def _combine_kernel(parts, lse, out, PARTS, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_P)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    level = tl.load(lse + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
-    top = tl.max(level, 0)
-    weight = tl.exp2(level - tl.where(top == float("-inf"), 0.0, top))
+    split_lse = tl.load(lse + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
+    max_lse = tl.max(split_lse, 0)
+    weight = tl.exp2(split_lse - tl.where(max_lse == float("-inf"), 0.0, max_lse))
     # What an empty part did not write is not read.
     mask = (weight > 0)[:, None] & (cols < D)[None, :]
     x = tl.load(parts + (row * PARTS + part)[:, None] * D + cols[None, :], mask=mask, other=0.0)
@@ -164,12 +171,12 @@ def _merge(parts, lse, out, PARTS, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK
     tl.store(out + row * D + cols, merged.to(out.dtype.element_ty), mask=cols < D)
 
 
-def part_count(programs: int, keys: int, block: int, slots: int) -> int:
+def num_splits_heuristic(programs: int, keys: int, block: int, slots: int) -> int:
     """Into how many parts to split at most ``keys`` keys, so that ``programs`` times as many fill whole waves.
 
     The fewest within 5 % of the best share of ``slots`` kept busy.
     """
-    most = max(1, min(MOST_PARTS, triton.cdiv(keys, block)))
+    most = max(1, min(MAX_SPLITS, triton.cdiv(keys, block)))
     busy = [programs * n / (slots * triton.cdiv(programs * n, slots)) for n in range(1, most + 1)]
     return 1 + next(i for i, share in enumerate(busy) if share >= 0.95 * max(busy))
 
@@ -178,10 +185,10 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> Tensor:
     """See ``decode_attention``."""
-    require(k.ndim == 3, f"decode_attention: k has shape {tuple(k.shape)}, must be (rows, key heads, head dim)")
+    check(k.ndim == 3, f"decode_attention: k has shape {tuple(k.shape)}, must be (rows, key heads, head dim)")
     _check("decode_attention", q, k, v, lengths, k_scale, v_scale)
-    check_integers("decode_attention", "starts", starts, lengths.shape)
-    k, v = codes(k), codes(v)
+    check_int_tensor("decode_attention", "starts", starts, lengths.shape)
+    k, v = fp8_as_bytes(k), fp8_as_bytes(v)
     return _launch(q, k[None], v[None], None, starts, lengths, k_scale, v_scale, keys=len(k))
 
 
@@ -197,21 +204,21 @@ def launch_paged(
     """See ``paged_decode_attention``."""
     name = "paged_decode_attention"
     wanted = "(pages, page size, key heads, head dim)"
-    require(k_pages.ndim == 4, f"{name}: k has shape {tuple(k_pages.shape)}, must be {wanted}")
+    check(k_pages.ndim == 4, f"{name}: k has shape {tuple(k_pages.shape)}, must be {wanted}")
     _check(name, q, k_pages, v_pages, lengths, k_scale, v_scale)
-    require(page_table.ndim == 2, f"{name}: page_table has shape {tuple(page_table.shape)}, must be (documents, pages)")
-    check_integers(name, "page_table", page_table, (len(q), page_table.shape[1]))
+    check(page_table.ndim == 2, f"{name}: page_table has shape {tuple(page_table.shape)}, must be (documents, pages)")
+    check_int_tensor(name, "page_table", page_table, (len(q), page_table.shape[1]))
     keys = page_table.shape[1] * k_pages.shape[1]
     pages = page_table if page_table.stride(1) == 1 else page_table.contiguous()
-    return _launch(q, codes(k_pages), codes(v_pages), pages, lengths, lengths, k_scale, v_scale, keys)
+    return _launch(q, fp8_as_bytes(k_pages), fp8_as_bytes(v_pages), pages, lengths, lengths, k_scale, v_scale, keys)
 
 
 def _check(
     name: str, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> None:
-    require(q.ndim == 4, f"{name}: q has shape {tuple(q.shape)}, must be (documents, tokens, heads, head dim)")
+    check(q.ndim == 4, f"{name}: q has shape {tuple(q.shape)}, must be (documents, tokens, heads, head dim)")
     check_cache(name, q, k, v, k_scale, v_scale)
-    check_integers(name, "lengths", lengths, q.shape[:1])
+    check_int_tensor(name, "lengths", lengths, q.shape[:1])
 
 
 def _launch(
@@ -227,42 +234,42 @@ def _launch(
     if not rows:
         return out
     width = triton.next_power_of_2(D)
-    config = dict(PART.pick(f"{max(width, 64)} of {8 * k.itemsize}", q.device))
-    slots = config.pop("RESIDENT") * multiprocessors(q.device)
-    block_m = min(MOST_ROWS, max(16, triton.next_power_of_2(M * H // G)))
+    config = dict(SPLIT.pick(f"{max(width, 64)} of {8 * k.itemsize}", q.device))
+    slots = config.pop("RESIDENT") * num_sms(q.device)
+    block_m = min(MAX_ROWS, max(16, triton.next_power_of_2(M * H // G)))
     tiles = triton.cdiv(M * H // G, block_m)
-    parts = part_count(B * G * tiles, keys, config["BLOCK_N"], slots)
+    parts = num_splits_heuristic(B * G * tiles, keys, config["BLOCK_N"], slots)
     partial = out if parts == 1 else q.new_empty((rows, parts, D), dtype=torch.float32)
     lse = None if parts == 1 else q.new_empty((rows, parts), dtype=torch.float32)
     with torch.cuda.device_of(q):
-        _part[(B * G * tiles * parts,)](
+        _split_kernel[(B * G * tiles * parts,)](
             q, k, v, pages, starts.contiguous(), lengths.contiguous(), k_scale, v_scale, partial, lse,
             math.log2(math.e) / math.sqrt(D), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            0 if pages is None else pages.stride(0), head_stride(k_scale), head_stride(v_scale), M, G, parts,
+            0 if pages is None else pages.stride(0), scale_stride(k_scale), scale_stride(v_scale), M, G, parts,
             SHARED=H // G, PAGE=0 if pages is None else k.shape[1], D=D, FP8=k.dtype == torch.uint8,
             ALIGN=math.gcd(16, *k.stride()[:3], *v.stride()[:3]), WHOLE=max(width, 16) == D, TILES=tiles,
             BLOCK_M=block_m, BLOCK_D=max(width, 16), **config,
         )  # fmt: skip
         if lse is not None:
-            merge = MERGE.pick("row", q.device)
-            _merge[(rows, triton.cdiv(D, merge["BLOCK_D"]))](
+            merge = COMBINE.pick("row", q.device)
+            _combine_kernel[(rows, triton.cdiv(D, merge["BLOCK_D"]))](
                 partial, lse, out, parts, D=D, BLOCK_P=triton.next_power_of_2(parts), **merge
             )
     return out
 
 
-contiguous = torch.library.custom_op("phi4rv_triton::decode_attention", launch, mutates_args=())
-paged = torch.library.custom_op("phi4rv_triton::paged_decode_attention", launch_paged, mutates_args=())
+decode = torch.library.custom_op("phi4rv_triton::decode_attention", launch, mutates_args=())
+paged_decode = torch.library.custom_op("phi4rv_triton::paged_decode_attention", launch_paged, mutates_args=())
 
 
-@contiguous.register_fake
+@decode.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@paged.register_fake
+@paged_decode.register_fake
 def _(
     q: Tensor,
     k_pages: Tensor,
@@ -293,7 +300,7 @@ def decode_attention(
     k and v are of q's dtype, or float8_e4m3fn; k_scale, v_scale float32, () or (G,), multiply what is stored.
     Returns (B, M, H, D). ValueError for anything else, and where the channels of k and v are not adjacent.
     """
-    return contiguous(q, k, v, starts, lengths, k_scale, v_scale)
+    return decode(q, k, v, starts, lengths, k_scale, v_scale)
 
 
 def paged_decode_attention(
@@ -310,4 +317,4 @@ def paged_decode_attention(
     k_pages, v_pages (pages, page size, G, D); page_table (B, most pages) int32 or int64: row i of document b is
     k_pages[page_table[b, i // size], i % size]. Entries past a document's length are not read.
     """
-    return paged(q, k_pages, v_pages, page_table, lengths, k_scale, v_scale)
+    return paged_decode(q, k_pages, v_pages, page_table, lengths, k_scale, v_scale)

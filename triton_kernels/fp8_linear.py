@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phi4rv.ops.low_precision import FP8_MAX, SMALLEST
-from triton_kernels.common.launch import require, require_float, rows
-from triton_kernels.common.tuning import Space
+from phi4rv.ops.low_precision import FP8_MAX, MIN_SCALE
+from triton_kernels.common.launch import check, check_float, flatten_to_2d
+from triton_kernels.common.tuning import SearchSpace
 
-ROW = Space(
+ROW = SearchSpace(
     "fp8_linear.row",
     {
         "row": [
@@ -33,7 +33,7 @@ ROW = Space(
         ]
     },
 )
-LARGEST, LEAST = tl.constexpr(FP8_MAX), tl.constexpr(SMALLEST)
+LARGEST, MIN_NORMAL = tl.constexpr(FP8_MAX), tl.constexpr(MIN_SCALE)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _e4m3(v):
 
 
 @triton.jit
-def _row(x, by, data, scales, stride, C, BY: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_rows_kernel(x, by, data, scales, stride, C, BY: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
     data += row * C
@@ -62,7 +62,7 @@ def _row(x, by, data, scales, stride, C, BY: tl.constexpr, BLOCK: tl.constexpr):
             v *= tl.load(by + cols, mask=cols < C, other=0.0)
         top = tl.maximum(top, tl.where(v == v, tl.abs(v), float("inf")))  # NaN, as infinity, makes the row NaN
     scale = tl.div_rn(tl.max(top, 0), LARGEST)
-    inverse = tl.where(scale >= LEAST, tl.div_rn(1.0, scale), 0.0)
+    inverse = tl.where(scale >= MIN_NORMAL, tl.div_rn(1.0, scale), 0.0)
     for start in range(0, C, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         v = tl.load(x + cols, mask=cols < C, other=0.0).to(tl.float32)
@@ -76,16 +76,16 @@ def _row(x, by, data, scales, stride, C, BY: tl.constexpr, BLOCK: tl.constexpr):
 
 def launch(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor]:
     """See ``quantize_rows``."""
-    require_float(x, "quantize_rows: x")
+    check_float(x, "quantize_rows: x")
     right = by is None or (by.shape == x.shape[-1:] and by.dtype == torch.float32)
-    require(right, f"quantize_rows: by must be float32 {tuple(x.shape[-1:])}")
-    flat = rows(x)
+    check(right, f"quantize_rows: by must be float32 {tuple(x.shape[-1:])}")
+    flat = flatten_to_2d(x)
     data = torch.empty(flat.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.zeros(len(flat), dtype=torch.float32, device=x.device)
     if flat.numel():
         config = ROW.pick("row", x.device)
         with torch.cuda.device_of(x):
-            _row[(len(flat),)](
+            _quantize_rows_kernel[(len(flat),)](
                 flat, flat if by is None else by.contiguous(), data.view(torch.uint8), scales,
                 flat.stride(0), flat.shape[1], BY=by is not None, **config,
             )  # fmt: skip
@@ -109,7 +109,7 @@ def quantize_rows(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return operator(x.detach(), by)
 
 
-class _Linear(torch.autograd.Function):
+class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -139,8 +139,8 @@ def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
 
     On a GPU both bfloat16; K and N multiples of 16. ValueError for anything else.
     """
-    require(x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1], "fp8_linear: x (T, K), weight (N, K)")
-    require(x.dtype == weight.dtype, f"fp8_linear: x is {x.dtype}, weight {weight.dtype}, must be the same")
-    require(not x.is_cuda or x.dtype == torch.bfloat16, f"fp8_linear: x is {x.dtype}, must be bfloat16")
-    require(not any(n % 16 for n in weight.shape), f"fp8_linear: {tuple(weight.shape)} must be multiples of 16")
-    return _Linear.apply(x, weight)
+    check(x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1], "fp8_linear: x (T, K), weight (N, K)")
+    check(x.dtype == weight.dtype, f"fp8_linear: x is {x.dtype}, weight {weight.dtype}, must be the same")
+    check(not x.is_cuda or x.dtype == torch.bfloat16, f"fp8_linear: x is {x.dtype}, must be bfloat16")
+    check(not any(n % 16 for n in weight.shape), f"fp8_linear: {tuple(weight.shape)} must be multiples of 16")
+    return _Fp8Linear.apply(x, weight)

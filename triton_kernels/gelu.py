@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.common.launch import require_float
-from triton_kernels.common.tuning import Space
+from triton_kernels.common.launch import check_float
+from triton_kernels.common.tuning import SearchSpace
 
 _CONFIGS = [
     {"BLOCK": 2048, "num_warps": 4},
@@ -22,8 +22,8 @@ _CONFIGS = [
     {"BLOCK": 512, "num_warps": 1},
     {"BLOCK": 4096, "num_warps": 8},
 ]
-FORWARD = Space("gelu.forward", {"tanh": _CONFIGS, "erf": _CONFIGS})
-BACKWARD = Space("gelu.backward", {"tanh": _CONFIGS, "erf": _CONFIGS})
+FORWARD = SearchSpace("gelu.forward", {"tanh": _CONFIGS, "erf": _CONFIGS})
+BACKWARD = SearchSpace("gelu.backward", {"tanh": _CONFIGS, "erf": _CONFIGS})
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PEAK = tl.constexpr(0.3989422804014327)  # of the normal density, 1 / sqrt(2π)
@@ -33,7 +33,7 @@ CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
-def normal(x):
+def normal_cdf(x):
     """Φ(x) and exp(-x²/2) in float32.
 
     libdevice's erf takes 36 instructions an element, too many to keep up with memory. Instead Φ(-a) exp(a²/2) for
@@ -54,12 +54,12 @@ def normal(x):
 
 
 @triton.jit
-def _forward(x, y, N, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+def _forward_kernel(x, y, N, BLOCK: tl.constexpr, EXACT: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < N
     v = tl.load(x + offsets, mask=inside).to(tl.float32)
     if EXACT:
-        below, _ = normal(v)
+        below, _ = normal_cdf(v)
         out = v * below
     else:
         # exp2 may overflow to inf or vanish: the quotient is then 0 or v, as it should be.
@@ -68,13 +68,13 @@ def _forward(x, y, N, BLOCK: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _backward(dy, x, dx, N, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+def _backward_kernel(dy, x, dx, N, BLOCK: tl.constexpr, EXACT: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < N
     v = tl.load(x + offsets, mask=inside).to(tl.float32)
     g = tl.load(dy + offsets, mask=inside).to(tl.float32)
     if EXACT:
-        below, e = normal(v)
+        below, e = normal_cdf(v)
         slope = below + v * (PEAK * e)
     else:
         square = v * v
@@ -87,12 +87,14 @@ def _backward(dy, x, dx, N, BLOCK: tl.constexpr, EXACT: tl.constexpr):
 
 def launch_forward(x: Tensor, exact: bool) -> Tensor:
     """See ``gelu_tanh`` and, ``exact``, ``gelu_erf``."""
-    require_float(x, "gelu: x")
+    check_float(x, "gelu: x")
     y = x.new_empty(x.shape)
     if y.numel():
         config = FORWARD.pick("erf" if exact else "tanh", x.device)
         with torch.cuda.device_of(x):
-            _forward[(triton.cdiv(y.numel(), config["BLOCK"]),)](x.contiguous(), y, y.numel(), EXACT=exact, **config)
+            _forward_kernel[(triton.cdiv(y.numel(), config["BLOCK"]),)](
+                x.contiguous(), y, y.numel(), EXACT=exact, **config
+            )
     return y
 
 
@@ -102,7 +104,7 @@ def launch_backward(dy: Tensor, x: Tensor, exact: bool) -> Tensor:
     if dx.numel():
         config = BACKWARD.pick("erf" if exact else "tanh", x.device)
         with torch.cuda.device_of(x):
-            _backward[(triton.cdiv(dx.numel(), config["BLOCK"]),)](
+            _backward_kernel[(triton.cdiv(dx.numel(), config["BLOCK"]),)](
                 dy.contiguous(), x.contiguous(), dx, dx.numel(), EXACT=exact, **config
             )  # fmt: skip
     return dx
@@ -122,16 +124,16 @@ def _(dy: Tensor, x: Tensor, exact: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, ctx.exact = inputs
     ctx.save_for_backward(x)
 
 
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+def _autograd_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
     return backward(dy, *ctx.saved_tensors, ctx.exact), None
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

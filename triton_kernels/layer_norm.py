@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.common.launch import multiprocessors, require, require_float, rows
-from triton_kernels.common.tuning import Space
+from triton_kernels.common.launch import check, check_float, flatten_to_2d, num_sms
+from triton_kernels.common.tuning import SearchSpace
 
 # Rows of the vision tower take few registers: several at once keep more loads in flight. The forward pass synchronises
 # no warps where one holds the row.
 NARROW = 2048
-FORWARD = Space(
+FORWARD = SearchSpace(
     "layer_norm.forward",
     {
         "narrow": [
@@ -33,7 +33,7 @@ FORWARD = Space(
     },
 )
 # PROGRAMS: how many a multiprocessor; each keeps its own weight and bias gradient.
-BACKWARD = Space(
+BACKWARD = SearchSpace(
     "layer_norm.backward",
     {
         "narrow": [
@@ -47,7 +47,7 @@ BACKWARD = Space(
         "wide": [{"ROWS": 1, "PROGRAMS": 2, "num_warps": 8}, {"ROWS": 1, "PROGRAMS": 1, "num_warps": 16}],
     },
 )
-FINISH = Space(
+REDUCE = SearchSpace(
     "layer_norm.finish",
     {
         "columns": [
@@ -60,7 +60,7 @@ FINISH = Space(
 
 
 @triton.jit
-def _forward(
+def _forward_kernel(
     x, weight, bias, y, mean, rstd, eps, x_stride, T, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -79,7 +79,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _backward_kernel(
     dy, x, weight, mean, rstd, dx, partial, dy_stride, x_stride, T,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +111,7 @@ def _backward(
 
 
 @triton.jit
-def _finish(partial, dweight, dbias, P, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def _reduce_kernel(partial, dweight, dbias, P, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
     which = tl.program_id(1)
@@ -126,17 +126,17 @@ def _finish(partial, dweight, dbias, P, C: tl.constexpr, BLOCK_P: tl.constexpr, 
 
 def launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[Tensor]:
     """normed, mean and 1 / standard deviation, each of these (rows,) float32; see ``layer_norm``."""
-    require_float(x, "layer_norm: x")
+    check_float(x, "layer_norm: x")
     for name, given in {"weight": weight, "bias": bias}.items():
-        require(given.shape == x.shape[-1:], f"layer_norm: {name} is {tuple(given.shape)}, must be {(*x.shape[-1:],)}")
+        check(given.shape == x.shape[-1:], f"layer_norm: {name} is {tuple(given.shape)}, must be {(*x.shape[-1:],)}")
     C = x.shape[-1]
-    flat = rows(x)
+    flat = flatten_to_2d(x)
     y = x.new_empty(x.shape)
     mean, rstd = (x.new_empty(len(flat), dtype=torch.float32) for _ in range(2))
     if len(flat):
         config = FORWARD.pick(_case(C), x.device)
         with torch.cuda.device_of(x):
-            _forward[(triton.cdiv(len(flat), config["ROWS"]),)](
+            _forward_kernel[(triton.cdiv(len(flat), config["ROWS"]),)](
                 flat, weight.contiguous(), bias.contiguous(), y, mean, rstd, eps, flat.stride(0), len(flat), C,
                 BLOCK=triton.next_power_of_2(C), **config,
             )  # fmt: skip
@@ -146,22 +146,22 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[
 def launch_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     C = x.shape[-1]
-    flat, grad = rows(x), rows(dy)
+    flat, grad = flatten_to_2d(x), flatten_to_2d(dy)
     dx = x.new_empty(x.shape)
     config = dict(BACKWARD.pick(_case(C), x.device))
-    most = config.pop("PROGRAMS") * multiprocessors(x.device)
+    most = config.pop("PROGRAMS") * num_sms(x.device)
     programs = min(triton.cdiv(len(flat), config["ROWS"]), most)
     # A row for each program, summed in a fixed order afterwards: no atomics, the same bits every time.
     partial = x.new_empty((programs, 2, C), dtype=torch.float32)
     dweight, dbias = weight.new_empty(C), weight.new_empty(C)
     with torch.cuda.device_of(x):
         if programs:
-            _backward[(programs,)](
+            _backward_kernel[(programs,)](
                 grad, flat, weight.contiguous(), mean, rstd, dx, partial, grad.stride(0), flat.stride(0), len(flat),
                 C=C, BLOCK=triton.next_power_of_2(C), **config,
             )  # fmt: skip
-        finish = FINISH.pick("columns", x.device)
-        _finish[(triton.cdiv(C, finish["BLOCK_C"]), 2)](partial, dweight, dbias, programs, C=C, **finish)
+        finish = REDUCE.pick("columns", x.device)
+        _reduce_kernel[(triton.cdiv(C, finish["BLOCK_C"]), 2)](partial, dweight, dbias, programs, C=C, **finish)
     return dx, dweight, dbias
 
 
@@ -184,16 +184,16 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tupl
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weight, _, _ = inputs
     ctx.save_for_backward(x, weight, output[1], output[2])
 
 
-def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, None]:
+def _autograd_backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, None]:
     return *backward(grads[0], *ctx.saved_tensors), None
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

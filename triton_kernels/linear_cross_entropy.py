@@ -20,8 +20,8 @@ import triton
 from torch import Tensor
 
 from triton_kernels import linear_cross_entropy_kernels as kernels
-from triton_kernels.common.launch import multiprocessors, require, require_float, rows
-from triton_kernels.common.tuning import Config, Space
+from triton_kernels.common.launch import check, check_float, flatten_to_2d, num_sms
+from triton_kernels.common.tuning import Config, SearchSpace
 from triton_kernels.linear_cross_entropy_kernels import ALIGN, FORWARD, HIDDEN, LOGITS, WEIGHT
 
 # Columns of a chunk when every row is labelled; where fewer are, chunks are as many times wider.
@@ -56,23 +56,23 @@ def _elements(padded: int, V: int) -> int:
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     name = "linear_cross_entropy"
-    require(hidden.ndim == 2, f"{name}: hidden has {hidden.ndim} dimensions, must have 2")
-    require_float(hidden, f"{name}: hidden")
+    check(hidden.ndim == 2, f"{name}: hidden has {hidden.ndim} dimensions, must have 2")
+    check_float(hidden, f"{name}: hidden")
     wanted = f"(vocabulary, {hidden.shape[1]}) {hidden.dtype}"
     same = weight.ndim == 2 and weight.shape[1] == hidden.shape[1] and weight.dtype == hidden.dtype
-    require(same and len(weight) > 0, f"{name}: weight is {tuple(weight.shape)} {weight.dtype}, must be {wanted}")
+    check(same and len(weight) > 0, f"{name}: weight is {tuple(weight.shape)} {weight.dtype}, must be {wanted}")
     fits = targets.shape == hidden.shape[:1] and targets.dtype == torch.int64
     got = f"{tuple(targets.shape)} {targets.dtype}"
-    require(fits, f"{name}: targets is {got}, must be ({len(hidden)},) torch.int64")
+    check(fits, f"{name}: targets is {got}, must be ({len(hidden)},) torch.int64")
 
 
-def _config(space: Space, x: Tensor) -> Config:
+def _config(space: SearchSpace, x: Tensor) -> Config:
     return space.pick(_case(x.element_size()), x.device)
 
 
-def _programs(x: Tensor, config: Config) -> int:
+def _num_programs(x: Tensor, config: Config) -> int:
     """A multiprocessor's registers hold two programs of 4 warps, or one of 8."""
-    return multiprocessors(x.device) * (2 if config["num_warps"] == 4 else 1)
+    return num_sms(x.device) * (2 if config["num_warps"] == 4 else 1)
 
 
 def launch_forward(hidden: Tensor, weight: Tensor, targets: Tensor, filter_below: float) -> list[Tensor]:
@@ -83,7 +83,7 @@ def launch_forward(hidden: Tensor, weight: Tensor, targets: Tensor, filter_below
     """
     _check(hidden, weight, targets)
     (T, C), V = hidden.shape, len(weight)
-    h, w, targets = rows(hidden), rows(weight), targets.contiguous()
+    h, w, targets = flatten_to_2d(hidden), flatten_to_2d(weight), targets.contiguous()
     config = _config(FORWARD, h)
     padded, tiles = _padded(T), triton.cdiv(V, config["BLOCK_N"])
     count = targets.new_empty(())
@@ -91,14 +91,18 @@ def launch_forward(hidden: Tensor, weight: Tensor, targets: Tensor, filter_below
     softmax = h.new_empty((2, padded), dtype=torch.float32)
     losses = torch.empty_like(softmax[0])
     partial = h.new_empty((2, tiles, padded), dtype=torch.float32)
-    hit = h.new_full((padded,), float("nan"), dtype=torch.float32)  # stays where a target is not in the vocabulary
+    target_logit = h.new_full(
+        (padded,), float("nan"), dtype=torch.float32
+    )  # stays where a target is not in the vocabulary
     with torch.cuda.device_of(h):
         kernels.compact[(1,)](targets, index, count, T, padded, BLOCK=4096, num_warps=8)
-        kernels.forward[(_programs(h, config),)](
-            h, w, targets, index, count, *partial, hit, h.stride(0), w.stride(0), padded, V, C,
+        kernels.forward[(_num_programs(h, config),)](
+            h, w, targets, index, count, *partial, target_logit, h.stride(0), w.stride(0), padded, V, C,
             EVEN=C % config["BLOCK_K"] == 0, **config,
         )  # fmt: skip
-        kernels.combine[(padded // 64,)](*partial, hit, count, *softmax, losses, padded, tiles, ROWS=64, TILES=64)
+        kernels.combine[(padded // 64,)](
+            *partial, target_logit, count, *softmax, losses, padded, tiles, ROWS=64, TILES=64
+        )
     return [losses.sum(dtype=torch.float64).float(), count, index, softmax, losses]
 
 
@@ -116,8 +120,8 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor]:
     """``scale`` times the gradients of hidden and of weight; one that is not wanted is empty."""
     (T, C), V = hidden.shape, len(weight)
-    h, w, targets = rows(hidden), rows(weight), targets.contiguous()
-    logits, down, across = (_config(space, h) for space in (LOGITS, WEIGHT, HIDDEN))
+    h, w, targets = flatten_to_2d(hidden), flatten_to_2d(weight), targets.contiguous()
+    logits_config, weight_config, hidden_config = (_config(space, h) for space in (LOGITS, WEIGHT, HIDDEN))
     elements = _elements(len(index), V)
     dlogits = h.new_empty(elements)
     dhidden = h.new_zeros((T, C) if hidden_wanted else 0)
@@ -126,20 +130,20 @@ def launch_backward(
     dweight = w.new_empty((V, C) if weight_wanted else 0)
     with torch.cuda.device_of(h):
         for chunk in range(triton.cdiv(V, CHUNK)):
-            kernels.logits_gradient[(_programs(h, logits),)](
+            kernels.logits_gradient[(_num_programs(h, logits_config),)](
                 h, w, targets, index, count, *softmax, dlogits, h.stride(0), w.stride(0), elements, chunk,
-                filter_below, V, C, EVEN=C % logits["BLOCK_K"] == 0, FILTER=filter_below > 0, **logits,
+                filter_below, V, C, EVEN=C % logits_config["BLOCK_K"] == 0, FILTER=filter_below > 0, **logits_config,
             )  # fmt: skip
             if weight_wanted:
-                kernels.weight_gradient[(_programs(h, down),)](
+                kernels.weight_gradient[(_num_programs(h, weight_config),)](
                     dlogits, h, index, count, scale, dweight, h.stride(0), elements, chunk, V, C,
-                    EVEN=C % down["BLOCK_N"] == 0, **down,
+                    EVEN=C % weight_config["BLOCK_N"] == 0, **weight_config,
                 )  # fmt: skip
             if hidden_wanted:
-                even = C % across["BLOCK_N"] == 0 and V % across["BLOCK_K"] == 0
-                kernels.hidden_gradient[(_programs(h, across),)](
+                even = C % hidden_config["BLOCK_N"] == 0 and V % hidden_config["BLOCK_K"] == 0
+                kernels.hidden_gradient[(_num_programs(h, hidden_config),)](
                     dlogits, w, index, count, scale, dhidden, rest, w.stride(0), elements, chunk, V, C,
-                    EVEN=even, REST=short, **across,
+                    EVEN=even, REST=short, **hidden_config,
                 )  # fmt: skip
     return dhidden, dweight
 
@@ -174,18 +178,18 @@ def _(
     return dhidden, weight.new_empty(weight.shape if weight_wanted else 0)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     hidden, weight, targets, ctx.filter_below = inputs
     ctx.save_for_backward(hidden, weight, targets, *output[1:4])
 
 
-def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _autograd_backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, Tensor | None, None, None]:
     wanted = ctx.needs_input_grad[:2]
     dhidden, dweight = backward(grads[0], *ctx.saved_tensors, ctx.filter_below, *wanted)
     return dhidden if wanted[0] else None, dweight if wanted[1] else None, None, None
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def linear_cross_entropy(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from triton_kernels.common.tuning import Config, Space
+from triton_kernels.common.tuning import Config, SearchSpace
 
 # Rows and columns of the buffer of logit gradients come in this many: every tile divides it.
 ALIGN = 256
@@ -50,10 +50,10 @@ _HIDDEN = [
     _config(128, 128, 64, 16, 4, 3),
 ]
 # BLOCK_K of WEIGHT and HIDDEN divides BLOCK_M and BLOCK_N of LOGITS: what they read, it has written.
-FORWARD = Space("linear_cross_entropy.forward", {"short": _FORWARD, "float32": _FLOAT32})
-LOGITS = Space("linear_cross_entropy.logits", {"short": _LOGITS, "float32": _FLOAT32})
-WEIGHT = Space("linear_cross_entropy.weight", {"short": _WEIGHT, "float32": _FLOAT32})
-HIDDEN = Space("linear_cross_entropy.hidden", {"short": _HIDDEN, "float32": _FLOAT32})
+FORWARD = SearchSpace("linear_cross_entropy.forward", {"short": _FORWARD, "float32": _FLOAT32})
+LOGITS = SearchSpace("linear_cross_entropy.logits", {"short": _LOGITS, "float32": _FLOAT32})
+WEIGHT = SearchSpace("linear_cross_entropy.weight", {"short": _WEIGHT, "float32": _FLOAT32})
+HIDDEN = SearchSpace("linear_cross_entropy.hidden", {"short": _HIDDEN, "float32": _FLOAT32})
 
 
 @triton.jit
@@ -64,23 +64,23 @@ def compact(targets, index, count, T, padded, BLOCK: tl.constexpr):
     for start in range(0, T, BLOCK):
         row = start + tl.arange(0, BLOCK)
         labelled = tl.load(targets + row, mask=row < T, other=_NO_LABEL) != _NO_LABEL
-        place = found + tl.cumsum(labelled.to(tl.int32), 0) - 1
-        tl.store(index + place, row, mask=labelled)
+        offsets = found + tl.cumsum(labelled.to(tl.int32), 0) - 1
+        tl.store(index + offsets, row, mask=labelled)
         found += tl.sum(labelled.to(tl.int32), 0)
         first = tl.minimum(first, tl.min(tl.where(labelled, row, T), 0))
     tl.store(count, found)
     first = tl.where(found > 0, first, 0)
     for start in range(0, padded, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        tl.store(index + place, tl.zeros((BLOCK,), tl.int32) + first, mask=(place >= found) & (place < padded))
+        offsets = start + tl.arange(0, BLOCK)
+        tl.store(index + offsets, tl.zeros((BLOCK,), tl.int32) + first, mask=(offsets >= found) & (offsets < padded))
 
 
 @triton.jit
-def _place(tile, down, across, GROUP: tl.constexpr):
+def _grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Row and column of a tile: down GROUP rows before the next column, so that the rows' operand stays in L2."""
-    band = tile // (GROUP * across)
-    rows = tl.minimum(down - band * GROUP, GROUP)
-    within = tile % (GROUP * across)
+    band = tile // (GROUP * tiles_n)
+    rows = tl.minimum(tiles_m - band * GROUP, GROUP)
+    within = tile % (GROUP * tiles_n)
     return band * GROUP + within % rows, within // rows
 
 
@@ -119,56 +119,66 @@ def _logits(
 
 @triton.jit
 def forward(
-    hidden, weight, targets, index, count, largest, total, hit, hidden_stride, weight_stride, padded, V, C,
+    hidden, weight, targets, index, count, largest, total, target_logit, hidden_stride, weight_stride, padded, V, C,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """largest[n, row], total[n, row]: the largest logit m of a vocabulary tile and its sum of exp(logit - m);
-    hit[row]: the target's logit."""
+    target_logit[row]: the target's logit."""
     labelled = tl.load(count).to(tl.int32)
-    down, across = tl.cdiv(labelled, BLOCK_M), tl.cdiv(V, BLOCK_N)
-    for tile in range(tl.program_id(0), down * across, tl.num_programs(0)):
-        m, n = _place(tile, down, across, GROUP)
+    tiles_m, tiles_n = tl.cdiv(labelled, BLOCK_M), tl.cdiv(V, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        m, n = _grouped_tile(tile, tiles_m, tiles_n, GROUP)
         row, col = m * BLOCK_M, n * BLOCK_N
         s = _logits(
             hidden, weight, index, hidden_stride, weight_stride, row, col, V, C, BLOCK_M, BLOCK_N, BLOCK_K, EVEN
         )  # fmt: skip
         rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
         s = tl.where(cols[None, :] < V, s, float("-inf"))
-        top = tl.max(s, 1)
-        place = n.to(tl.int64) * padded + rows
-        tl.store(largest + place, top)
-        tl.store(total + place, tl.sum(tl.exp2((s - top[:, None]) * _LOG2E), 1))
+        row_max = tl.max(s, 1)
+        offsets = n.to(tl.int64) * padded + rows
+        tl.store(largest + offsets, row_max)
+        tl.store(total + offsets, tl.sum(tl.exp2((s - row_max[:, None]) * _LOG2E), 1))
         target = tl.load(targets + tl.load(index + rows))
         here = (target >= col) & (target < tl.minimum(col + BLOCK_N, V)) & (rows < labelled)
         mine = tl.sum(tl.where(cols[None, :] == target[:, None], s, 0.0), 1)
-        tl.store(hit + rows, mine, mask=here)
+        tl.store(target_logit + rows, mine, mask=here)
 
 
 @triton.jit
 def combine(
-    largest, total, hit, count, row_largest, row_total, losses, padded, tiles, ROWS: tl.constexpr, TILES: tl.constexpr
+    largest,
+    total,
+    target_logit,
+    count,
+    row_largest,
+    row_total,
+    losses,
+    padded,
+    tiles,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Each labelled row's largest logit, sum and loss from its tiles; inf, 1 and 0 in the rows after them."""
     labelled = tl.load(count)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < labelled
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     sums = tl.zeros((ROWS,), tl.float32)
     for start in range(0, tiles, TILES):
         tile = (start + tl.arange(0, TILES)).to(tl.int64)
-        place = tile[:, None] * padded + row[None, :]
+        offsets = tile[:, None] * padded + row[None, :]
         mask = (tile[:, None] < tiles) & inside[None, :]
-        m = tl.load(largest + place, mask=mask, other=float("-inf"))
-        s = tl.load(total + place, mask=mask, other=0.0)
-        new = tl.maximum(top, tl.max(m, 0))
+        m = tl.load(largest + offsets, mask=mask, other=float("-inf"))
+        s = tl.load(total + offsets, mask=mask, other=0.0)
+        new = tl.maximum(row_max, tl.max(m, 0))
         base = tl.where(new == float("-inf"), 0.0, new)  # rows without a label have no tiles
-        sums = sums * tl.exp(top - base) + tl.sum(s * tl.exp(m - base[None, :]), 0)
-        top = new
-    top = tl.where(inside, top, float("inf"))
+        sums = sums * tl.exp(row_max - base) + tl.sum(s * tl.exp(m - base[None, :]), 0)
+        row_max = new
+    row_max = tl.where(inside, row_max, float("inf"))
     sums = tl.where(inside, sums, 1.0)
-    tl.store(row_largest + row, top)
+    tl.store(row_largest + row, row_max)
     tl.store(row_total + row, sums)
-    tl.store(losses + row, tl.where(inside, tl.log(sums) - (tl.load(hit + row) - top), 0.0))
+    tl.store(losses + row, tl.where(inside, tl.log(sums) - (tl.load(target_logit + row) - row_max), 0.0))
 
 
 @triton.jit(do_not_specialize=["chunk"])
@@ -184,9 +194,9 @@ def logits_gradient(
     columns = tl.multiple_of(_columns(labelled, elements, V), _ALIGN)
     before = chunk.to(tl.int64) * columns
     present = tl.maximum(tl.minimum(V - before, columns), 0).to(tl.int32)
-    down, across = tl.cdiv(labelled, BLOCK_M), tl.cdiv(present, BLOCK_N)
-    for tile in range(tl.program_id(0), down * across, tl.num_programs(0)):
-        m, n = _place(tile, down, across, GROUP)
+    tiles_m, tiles_n = tl.cdiv(labelled, BLOCK_M), tl.cdiv(present, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        m, n = _grouped_tile(tile, tiles_m, tiles_n, GROUP)
         row, col = m * BLOCK_M, n * BLOCK_N
         first = before.to(tl.int32) + col
         s = _logits(
@@ -200,8 +210,8 @@ def logits_gradient(
         g = p - tl.where(onehot, 1.0, 0.0)
         if FILTER:
             g = tl.where((p >= filter_below) | onehot, g, 0.0)
-        place = dlogits + rows.to(tl.int64)[:, None] * columns + cols[None, :]
-        tl.store(place, g.to(dlogits.dtype.element_ty))
+        pointers = dlogits + rows.to(tl.int64)[:, None] * columns + cols[None, :]
+        tl.store(pointers, g.to(dlogits.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["chunk"])
@@ -215,9 +225,9 @@ def weight_gradient(
     before = chunk.to(tl.int64) * columns
     present = tl.maximum(tl.minimum(V - before, columns), 0).to(tl.int32)
     factor = tl.load(scale)
-    down, across = tl.cdiv(present, BLOCK_M), tl.cdiv(C, BLOCK_N)
-    for tile in range(tl.program_id(0), down * across, tl.num_programs(0)):
-        m, n = _place(tile, down, across, GROUP)
+    tiles_m, tiles_n = tl.cdiv(present, BLOCK_M), tl.cdiv(C, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        m, n = _grouped_tile(tile, tiles_m, tiles_n, GROUP)
         k = tl.arange(0, BLOCK_K)
         rows, cols = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
         a = dlogits + k.to(tl.int64)[:, None] * columns + rows[None, :]
@@ -229,10 +239,10 @@ def weight_gradient(
             x = tl.load(b) if EVEN else tl.load(b, mask=cols[None, :] < C, other=0.0)
             acc = tl.dot(tl.load(a).T, x, acc, input_precision="ieee")
             a += BLOCK_K * columns.to(tl.int64)
-        place = dweight + (before + rows)[:, None] * C + cols[None, :]
+        pointers = dweight + (before + rows)[:, None] * C + cols[None, :]
         out = (acc * factor).to(dweight.dtype.element_ty)
         mask = rows[:, None] < present
-        tl.store(place, out, mask=mask if EVEN else mask & (cols[None, :] < C))
+        tl.store(pointers, out, mask=mask if EVEN else mask & (cols[None, :] < C))
 
 
 @triton.jit
@@ -261,10 +271,10 @@ def hidden_gradient(
     before = chunk.to(tl.int64) * columns
     present = tl.maximum(tl.minimum(V - before, columns), 0).to(tl.int32)
     factor = tl.load(scale)
-    down, across = tl.cdiv(labelled, BLOCK_M), tl.cdiv(C, BLOCK_N)
-    tiles = tl.where(present > 0, down * across, 0)
+    tiles_m, tiles_n = tl.cdiv(labelled, BLOCK_M), tl.cdiv(C, BLOCK_N)
+    tiles = tl.where(present > 0, tiles_m * tiles_n, 0)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        m, n = _place(tile, down, across, GROUP)
+        m, n = _grouped_tile(tile, tiles_m, tiles_n, GROUP)
         k = tl.arange(0, BLOCK_K)
         rows, cols = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
         a = dlogits + rows.to(tl.int64)[:, None] * columns + k[None, :]

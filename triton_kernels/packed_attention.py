@@ -16,11 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels import packed_attention_backward
-from triton_kernels.common.launch import require, require_float
-from triton_kernels.common.schedule import case, heads, load, schedule, softmax_step, store, tile, visible, widths
-from triton_kernels.common.tuning import Space
+from triton_kernels.common.launch import check, check_float
+from triton_kernels.common.schedule import (
+    contiguous_heads,
+    head_dim_case,
+    load_head,
+    load_tile,
+    num_visible_keys,
+    online_softmax_step,
+    schedule_tiles,
+    split_head_dim,
+    store_head,
+)
+from triton_kernels.common.tuning import SearchSpace
 
-FORWARD = Space(
+FORWARD = SearchSpace(
     "packed_attention.forward",
     {
         "64": [
@@ -53,37 +63,41 @@ FORWARD = Space(
 
 
 @triton.jit
-def _visit(
-    acc, acc_tail, total, peak, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride, first, last, seen, length,
-    scale, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+def _attention_inner(
+    acc, acc_tail, row_sum, row_max, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride, first, last, seen,
+    length, scale, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys from first to last to a tile's state."""
     for n in range(first, last, BLOCK_N):
         columns = n + tl.arange(0, BLOCK_N)
         inside = columns < length
         kn = k + tl.cast(n, tl.int64) * k_stride
-        s = tl.dot(q_main, tl.trans(load(kn, k_rows, inside, 0, MAIN, D, MASKED)), input_precision="ieee")
+        s = tl.dot(q_main, tl.trans(load_head(kn, k_rows, inside, 0, MAIN, D, MASKED)), input_precision="ieee")
         if TAIL:
-            s = tl.dot(q_tail, tl.trans(load(kn, k_rows, inside, MAIN, TAIL, D, MASKED)), s, input_precision="ieee")
+            s = tl.dot(
+                q_tail, tl.trans(load_head(kn, k_rows, inside, MAIN, TAIL, D, MASKED)), s, input_precision="ieee"
+            )
         if MASKED:
             s = tl.where(columns[None, :] < seen[:, None], s, float("-inf"))
-        p, shrink, total, peak = softmax_step(s, total, peak, scale, q_main.dtype)
+        p, rescale, row_sum, row_max = online_softmax_step(s, row_sum, row_max, scale, q_main.dtype)
         vn = v + tl.cast(n, tl.int64) * v_stride
-        acc = tl.dot(p, load(vn, v_rows, inside, 0, MAIN, D, MASKED), acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(
+            p, load_head(vn, v_rows, inside, 0, MAIN, D, MASKED), acc * rescale[:, None], input_precision="ieee"
+        )
         if TAIL:
-            v_tail = load(vn, v_rows, inside, MAIN, TAIL, D, MASKED)
-            acc_tail = tl.dot(p, v_tail, acc_tail * shrink[:, None], input_precision="ieee")
-    return acc, acc_tail, total, peak
+            v_tail = load_head(vn, v_rows, inside, MAIN, TAIL, D, MASKED)
+            acc_tail = tl.dot(p, v_tail, acc_tail * rescale[:, None], input_precision="ieee")
+    return acc, acc_tail, row_sum, row_max
 
 
 @triton.jit(do_not_specialize=["T"])
-def _forward(
+def _forward_kernel(
     q, k, v, out, lse, cu_seqlens, tiles, key_ends, q_stride, k_stride, v_stride, T, H, GROUP, scale,
     CAUSAL: tl.constexpr, EXTENDED: tl.constexpr,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    block, start, length = tile(tiles, cu_seqlens)
+    block, start, length = load_tile(tiles, cu_seqlens)
     if block < 0:
         return
     head = tl.program_id(1)
@@ -96,34 +110,34 @@ def _forward(
     q_rows = rows.to(tl.int64) * q_stride
     k_rows = tl.arange(0, BLOCK_N).to(tl.int64) * k_stride
     v_rows = tl.arange(0, BLOCK_N).to(tl.int64) * v_stride
-    q_main = load(q, q_rows, inside, 0, MAIN, D, True)
-    q_tail = load(q, q_rows, inside, MAIN, TAIL, D, True) if TAIL else q_main
+    q_main = load_head(q, q_rows, inside, 0, MAIN, D, True)
+    q_tail = load_head(q, q_rows, inside, MAIN, TAIL, D, True) if TAIL else q_main
 
     first = block * BLOCK_M
     last = tl.minimum(first + BLOCK_M, length) - 1
-    seen = visible(rows, start, length, key_ends, CAUSAL, EXTENDED)
-    unmasked = visible(first, start, length, key_ends, CAUSAL, EXTENDED) // BLOCK_N * BLOCK_N
-    end = visible(last, start, length, key_ends, CAUSAL, EXTENDED)
+    seen = num_visible_keys(rows, start, length, key_ends, CAUSAL, EXTENDED)
+    unmasked = num_visible_keys(first, start, length, key_ends, CAUSAL, EXTENDED) // BLOCK_N * BLOCK_N
+    end = num_visible_keys(last, start, length, key_ends, CAUSAL, EXTENDED)
     acc = tl.zeros((BLOCK_M, MAIN), tl.float32)
     acc_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     scale = tl.zeros((BLOCK_M,), tl.float32) + scale * 1.4426950408889634  # exp(x) = exp2(x / ln 2)
-    acc, acc_tail, total, peak = _visit(
-        acc, acc_tail, total, peak, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride,
+    acc, acc_tail, row_sum, row_max = _attention_inner(
+        acc, acc_tail, row_sum, row_max, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride,
         0, unmasked, seen, length, scale, D, MAIN, TAIL, BLOCK_N, False,
     )  # fmt: skip
-    acc, acc_tail, total, peak = _visit(
-        acc, acc_tail, total, peak, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride,
+    acc, acc_tail, row_sum, row_max = _attention_inner(
+        acc, acc_tail, row_sum, row_max, q_main, q_tail, k, v, k_rows, v_rows, k_stride, v_stride,
         unmasked, end, seen, length, scale, D, MAIN, TAIL, BLOCK_N, True,
     )  # fmt: skip
 
     out += (start * H + head) * D
     out_rows = rows.to(tl.int64) * (H * D)
-    store(out, acc / total[:, None], out_rows, inside, 0, MAIN, D)
+    store_head(out, acc / row_sum[:, None], out_rows, inside, 0, MAIN, D)
     if TAIL:
-        store(out, acc_tail / total[:, None], out_rows, inside, MAIN, TAIL, D)
-    natural = (peak * scale + tl.log2(total)) * 0.6931471805599453
+        store_head(out, acc_tail / row_sum[:, None], out_rows, inside, MAIN, TAIL, D)
+    natural = (row_max * scale + tl.log2(row_sum)) * 0.6931471805599453
     tl.store(lse + head.to(tl.int64) * T + start + rows, natural, mask=inside)
 
 
@@ -132,31 +146,29 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """out (T, H, D) and the log-sum-exp of the scaled scores (H, T) float32; see ``packed_attention``."""
     name = "packed_attention"
-    require(q.ndim == 3 and k.ndim == 3, f"{name}: q and k must be (rows, heads, channels)")
+    check(q.ndim == 3 and k.ndim == 3, f"{name}: q and k must be (rows, heads, channels)")
     T, H, D = q.shape
     G = k.shape[1]
-    require_float(q, f"{name}: q")
-    require(k.dtype == v.dtype == q.dtype, f"{name}: k is {k.dtype} and v {v.dtype}, must be {q.dtype} like q")
-    require(D <= 256, f"{name}: head dim {D}, must be at most 256")
-    require(
-        k.shape == v.shape == (T, G, D), f"{name}: k {tuple(k.shape)}, v {tuple(v.shape)}, must be ({T}, heads, {D})"
-    )
-    require(G > 0 and H % G == 0, f"{name}: {H} query heads are no multiple of {G} key heads")
+    check_float(q, f"{name}: q")
+    check(k.dtype == v.dtype == q.dtype, f"{name}: k is {k.dtype} and v {v.dtype}, must be {q.dtype} like q")
+    check(D <= 256, f"{name}: head dim {D}, must be at most 256")
+    check(k.shape == v.shape == (T, G, D), f"{name}: k {tuple(k.shape)}, v {tuple(v.shape)}, must be ({T}, heads, {D})")
+    check(G > 0 and H % G == 0, f"{name}: {H} query heads are no multiple of {G} key heads")
     offsets = cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and len(cu_seqlens) > 0
-    require(offsets, f"{name}: cu_seqlens must be (documents + 1,) int32")
+    check(offsets, f"{name}: cu_seqlens must be (documents + 1,) int32")
     if key_ends is not None:
-        require(causal, f"{name}: key_ends are for causal attention only")
+        check(causal, f"{name}: key_ends are for causal attention only")
         fits = key_ends.dtype == torch.int32 and key_ends.shape == (T,)
-        require(fits, f"{name}: key_ends must be ({T},) int32")
+        check(fits, f"{name}: key_ends must be ({T},) int32")
     out = q.new_empty((T, H, D))
     lse = q.new_empty((H, T), dtype=torch.float32)
-    q, k, v = heads(q), heads(k), heads(v)
-    config = FORWARD.pick(case(D, q.dtype), q.device)
-    main, tail = widths(D)
-    tiles = schedule(cu_seqlens, T, max_seqlen, config["BLOCK_M"], causal)
+    q, k, v = contiguous_heads(q), contiguous_heads(k), contiguous_heads(v)
+    config = FORWARD.pick(head_dim_case(D, q.dtype), q.device)
+    main, tail = split_head_dim(D)
+    tiles = schedule_tiles(cu_seqlens, T, max_seqlen, config["BLOCK_M"], causal)
     if len(tiles):
         with torch.cuda.device_of(q):
-            _forward[(len(tiles), H)](
+            _forward_kernel[(len(tiles), H)](
                 q, k, v, out, lse, cu_seqlens, tiles, key_ends, q.stride(0), k.stride(0), v.stride(0), T, H, H // G,
                 1 / math.sqrt(D), CAUSAL=causal, EXTENDED=key_ends is not None, D=D, MAIN=main, TAIL=tail, **config,
             )  # fmt: skip
@@ -173,7 +185,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_seqlens, max_seqlen, causal, key_ends = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, key_ends)
     ctx.max_seqlen, ctx.causal = max_seqlen, causal
@@ -181,7 +193,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens, key_ends = ctx.saved_tensors
     if dout is None:
         return (None,) * 7
@@ -191,7 +203,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | Non
     return *grads, None, None, None, None
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def packed_attention(

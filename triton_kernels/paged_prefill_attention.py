@@ -16,33 +16,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.common.cache import check_cache, check_integers, codes, halves, head_stride, power_below
-from triton_kernels.common.launch import require
-from triton_kernels.common.schedule import case, heads, load, schedule, softmax_step, store, tile, widths
-from triton_kernels.common.tuning import Space, candidates
+from triton_kernels.common.cache import (
+    check_cache,
+    check_int_tensor,
+    floor_to_power_of_two,
+    fp8_as_bytes,
+    fp8_to_fp16,
+    scale_stride,
+)
+from triton_kernels.common.launch import check
+from triton_kernels.common.schedule import (
+    contiguous_heads,
+    head_dim_case,
+    load_head,
+    load_tile,
+    online_softmax_step,
+    schedule_tiles,
+    split_head_dim,
+    store_head,
+)
+from triton_kernels.common.tuning import SearchSpace, make_configs
 
 _CONFIG = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 
 # By head dim; "of 8": a cache in float8.
-FORWARD = Space(
+FORWARD = SearchSpace(
     "paged_prefill_attention.forward",
     {
-        "64": candidates(_CONFIG, (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
-        "64 of 8": candidates(_CONFIG, (128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
-        "72": candidates(_CONFIG, (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
-        "72 of 8": candidates(_CONFIG, (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
-        "128": candidates(_CONFIG, (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 4), (64, 64, 4, 2)),
-        "128 of 8": candidates(_CONFIG, (128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)),
-        "other": candidates(_CONFIG, (64, 64, 4, 2)),
-        "other of 8": candidates(_CONFIG, (64, 64, 4, 2)),
-        "float32": candidates(_CONFIG, (32, 32, 4, 2)),
-        "float32 of 8": candidates(_CONFIG, (32, 32, 4, 2)),
+        "64": make_configs(_CONFIG, (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
+        "64 of 8": make_configs(_CONFIG, (128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+        "72": make_configs(_CONFIG, (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
+        "72 of 8": make_configs(_CONFIG, (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
+        "128": make_configs(_CONFIG, (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 4), (64, 64, 4, 2)),
+        "128 of 8": make_configs(_CONFIG, (128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)),
+        "other": make_configs(_CONFIG, (64, 64, 4, 2)),
+        "other of 8": make_configs(_CONFIG, (64, 64, 4, 2)),
+        "float32": make_configs(_CONFIG, (32, 32, 4, 2)),
+        "float32 of 8": make_configs(_CONFIG, (32, 32, 4, 2)),
     },
 )
 
 
 @triton.jit
-def _look_up(pages, n, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+def _load_page_ids(pages, n, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The page of the block of keys from n on or, if it may lie in several, of each key; past ``end`` none is read."""
     if PAGE % BLOCK_N == 0:
         page = tl.load(pages + n // PAGE, mask=n < end, other=0)
@@ -53,7 +69,7 @@ def _look_up(pages, n, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _address(x, page, n, page_stride, row_stride, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr):
+def _block_address(x, page, n, page_stride, row_stride, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr):
     """Where the block of keys from n on begins, and its rows from there."""
     rows = tl.arange(0, BLOCK_N)
     if PAGE % BLOCK_N == 0:
@@ -65,55 +81,55 @@ def _address(x, page, n, page_stride, row_stride, PAGE: tl.constexpr, BLOCK_N: t
 
 
 @triton.jit
-def _stored(
+def _load_cache(
     x, rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """``load`` of a cache, in DTYPE."""
-    value = load(x, rows, inside, FIRST, WIDTH, D, MASKED)
-    return halves(value).to(DTYPE) if value.dtype == tl.uint8 else value
+    """``load_head`` of a cache, in DTYPE."""
+    value = load_head(x, rows, inside, FIRST, WIDTH, D, MASKED)
+    return fp8_to_fp16(value).to(DTYPE) if value.dtype == tl.uint8 else value
 
 
 @triton.jit
-def _visit(
-    acc, acc_tail, total, peak, q_main, q_tail, k, v, pages, k_page, k_row, v_page, v_row, first, end, seen, factor,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr,
+def _attention_inner(
+    acc, acc_tail, row_sum, row_max, q_main, q_tail, k, v, pages, k_page, k_row, v_page, v_row, first, end, seen,
+    scale_log2, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys from first to end to a tile's state."""
     # One block ahead: a load that waits for another load would leave the pipeline shallow.
-    page = _look_up(pages, first, end, PAGE, BLOCK_N)
+    page = _load_page_ids(pages, first, end, PAGE, BLOCK_N)
     for n in range(first, end, BLOCK_N):
         keys = n + tl.arange(0, BLOCK_N)
         inside = keys < end
-        kn, k_rows = _address(k, page, n, k_page, k_row, PAGE, BLOCK_N, ALIGN)
-        vn, v_rows = _address(v, page, n, v_page, v_row, PAGE, BLOCK_N, ALIGN)
-        page = _look_up(pages, n + BLOCK_N, end, PAGE, BLOCK_N)
+        kn, k_rows = _block_address(k, page, n, k_page, k_row, PAGE, BLOCK_N, ALIGN)
+        vn, v_rows = _block_address(v, page, n, v_page, v_row, PAGE, BLOCK_N, ALIGN)
+        page = _load_page_ids(pages, n + BLOCK_N, end, PAGE, BLOCK_N)
         s = tl.dot(
-            q_main, tl.trans(_stored(kn, k_rows, inside, 0, MAIN, D, MASKED, q_main.dtype)), input_precision="ieee"
+            q_main, tl.trans(_load_cache(kn, k_rows, inside, 0, MAIN, D, MASKED, q_main.dtype)), input_precision="ieee"
         )
         if TAIL:
-            k_tail = _stored(kn, k_rows, inside, MAIN, TAIL, D, MASKED, q_main.dtype)
+            k_tail = _load_cache(kn, k_rows, inside, MAIN, TAIL, D, MASKED, q_main.dtype)
             s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision="ieee")
         if MASKED:
             s = tl.where(keys[None, :] < seen[:, None], s, float("-inf"))
-        p, shrink, total, peak = softmax_step(s, total, peak, factor, q_main.dtype)
-        v_main = _stored(vn, v_rows, inside, 0, MAIN, D, MASKED, q_main.dtype)
-        acc = tl.dot(p, v_main, acc * shrink[:, None], input_precision="ieee")
+        p, rescale, row_sum, row_max = online_softmax_step(s, row_sum, row_max, scale_log2, q_main.dtype)
+        v_main = _load_cache(vn, v_rows, inside, 0, MAIN, D, MASKED, q_main.dtype)
+        acc = tl.dot(p, v_main, acc * rescale[:, None], input_precision="ieee")
         if TAIL:
-            v_tail = _stored(vn, v_rows, inside, MAIN, TAIL, D, MASKED, q_main.dtype)
-            acc_tail = tl.dot(p, v_tail, acc_tail * shrink[:, None], input_precision="ieee")
-    return acc, acc_tail, total, peak
+            v_tail = _load_cache(vn, v_rows, inside, MAIN, TAIL, D, MASKED, q_main.dtype)
+            acc_tail = tl.dot(p, v_tail, acc_tail * rescale[:, None], input_precision="ieee")
+    return acc, acc_tail, row_sum, row_max
 
 
 @triton.jit(do_not_specialize=["pages_document"])
-def _forward(
+def _forward_kernel(
     q, k, v, pages, lengths, cu_seqlens, tiles, k_scale, v_scale, out, scale,
     q_token, k_page, k_row, k_head, v_page, v_row, v_head, pages_document, k_scale_head, v_scale_head, H, SHARED,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    block, start, run = tile(tiles, cu_seqlens)
+    block, start, run = load_tile(tiles, cu_seqlens)
     if block < 0:
         return
     document = tl.load(tiles + 2 * tl.program_id(0)).to(tl.int64)
@@ -131,24 +147,24 @@ def _forward(
     # D is a constant here so that the compiler sees addresses of 16 bytes.
     q_rows = token.to(tl.int64) * q_token + head * D
     q += start * q_token
-    q_main = load(q, q_rows, inside, 0, MAIN, D, True)
-    q_tail = load(q, q_rows, inside, MAIN, TAIL, D, True) if TAIL else q_main
+    q_main = load_head(q, q_rows, inside, 0, MAIN, D, True)
+    q_tail = load_head(q, q_rows, inside, MAIN, TAIL, D, True) if TAIL else q_main
 
-    factor = tl.zeros((BLOCK_M,), tl.float32) + scale
+    scale_log2 = tl.zeros((BLOCK_M,), tl.float32) + scale
     if k.dtype.element_ty == tl.uint8 and q_main.dtype != tl.float32:
         # As in decode_attention: products in float16, each row brought into its range by a power of two.
         wide, wide_tail = q_main.to(tl.float32), q_tail.to(tl.float32)
-        unit = power_below(tl.maximum(tl.max(tl.abs(wide), 1), tl.max(tl.abs(wide_tail), 1)))
+        unit = floor_to_power_of_two(tl.maximum(tl.max(tl.abs(wide), 1), tl.max(tl.abs(wide_tail), 1)))
         q_main = (wide / unit[:, None]).to(tl.float16)
         q_tail = (wide_tail / unit[:, None]).to(tl.float16)
-        factor *= unit
+        scale_log2 *= unit
     if k_scale is not None:
         by = tl.load(k_scale + g * k_scale_head)
         # The largest score of a row must stay the largest, and what is hidden, at -inf, must stay there.
         q_main = tl.where(by < 0, -q_main, q_main)
         q_tail = tl.where(by < 0, -q_tail, q_tail)
-        factor *= tl.abs(by)
-    factor = tl.maximum(factor, 1.1754944e-38)
+        scale_log2 *= tl.abs(by)
+    scale_log2 = tl.maximum(scale_log2, 1.1754944e-38)
 
     first = before + block * TOKENS + 1  # keys that the tile's first token sees
     end = tl.maximum(tl.minimum(first + TOKENS - 1, before + run), 0)
@@ -156,25 +172,25 @@ def _forward(
     seen = before + token + 1
     acc = tl.zeros((BLOCK_M, MAIN), tl.float32)
     acc_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    acc, acc_tail, total, peak = _visit(
-        acc, acc_tail, total, peak, q_main, q_tail, k, v, pages, k_page, k_row, v_page, v_row,
-        0, unmasked, seen, factor, D, MAIN, TAIL, PAGE, ALIGN, BLOCK_N, False,
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    acc, acc_tail, row_sum, row_max = _attention_inner(
+        acc, acc_tail, row_sum, row_max, q_main, q_tail, k, v, pages, k_page, k_row, v_page, v_row,
+        0, unmasked, seen, scale_log2, D, MAIN, TAIL, PAGE, ALIGN, BLOCK_N, False,
     )  # fmt: skip
-    acc, acc_tail, total, peak = _visit(
-        acc, acc_tail, total, peak, q_main, q_tail, k, v, pages, k_page, k_row, v_page, v_row,
-        unmasked, end, seen, factor, D, MAIN, TAIL, PAGE, ALIGN, BLOCK_N, True,
+    acc, acc_tail, row_sum, row_max = _attention_inner(
+        acc, acc_tail, row_sum, row_max, q_main, q_tail, k, v, pages, k_page, k_row, v_page, v_row,
+        unmasked, end, seen, scale_log2, D, MAIN, TAIL, PAGE, ALIGN, BLOCK_N, True,
     )  # fmt: skip
 
-    share = 1 / tl.where(total == 0, 1.0, total)  # of a document without keys it is 0
+    share = 1 / tl.where(row_sum == 0, 1.0, row_sum)  # of a document without keys it is 0
     if v_scale is not None:
         share *= tl.load(v_scale + g * v_scale_head)
     out += start * H * D
     out_rows = token.to(tl.int64) * (H * D) + head * D
-    store(out, acc * share[:, None], out_rows, inside, 0, MAIN, D)
+    store_head(out, acc * share[:, None], out_rows, inside, 0, MAIN, D)
     if TAIL:
-        store(out, acc_tail * share[:, None], out_rows, inside, MAIN, TAIL, D)
+        store_head(out, acc_tail * share[:, None], out_rows, inside, MAIN, TAIL, D)
 
 
 def launch(
@@ -191,37 +207,37 @@ def launch(
     """See ``paged_prefill_attention``."""
     name = "paged_prefill_attention"
     shape = tuple(k_pages.shape)
-    require(q.ndim == 3, f"{name}: q has shape {tuple(q.shape)}, must be (tokens, heads, head dim)")
-    require(k_pages.ndim == 4, f"{name}: k has shape {shape}, must be (pages, page size, key heads, head dim)")
+    check(q.ndim == 3, f"{name}: q has shape {tuple(q.shape)}, must be (tokens, heads, head dim)")
+    check(k_pages.ndim == 4, f"{name}: k has shape {shape}, must be (pages, page size, key heads, head dim)")
     check_cache(name, q, k_pages, v_pages, k_scale, v_scale)
     size = k_pages.shape[1]
-    require(size > 0, f"{name}: k has shape {shape}: a page must hold a row")
-    require(page_table.ndim == 2, f"{name}: page_table has shape {tuple(page_table.shape)}, must be (documents, pages)")
+    check(size > 0, f"{name}: k has shape {shape}: a page must hold a row")
+    check(page_table.ndim == 2, f"{name}: page_table has shape {tuple(page_table.shape)}, must be (documents, pages)")
     B = len(page_table)
-    check_integers(name, "page_table", page_table, (B, page_table.shape[1]))
-    check_integers(name, "lengths", lengths, (B,))
+    check_int_tensor(name, "page_table", page_table, (B, page_table.shape[1]))
+    check_int_tensor(name, "lengths", lengths, (B,))
     offsets = cu_seqlens.dtype == torch.int32 and cu_seqlens.shape == (B + 1,)
-    require(offsets, f"{name}: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, must be int32 ({B + 1},)")
+    check(offsets, f"{name}: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, must be int32 ({B + 1},)")
 
     T, H, D = q.shape
-    q, k, v = heads(q), codes(k_pages), codes(v_pages)
+    q, k, v = contiguous_heads(q), fp8_as_bytes(k_pages), fp8_as_bytes(v_pages)
     pages = page_table if page_table.stride(1) == 1 else page_table.contiguous()
     lengths, cu_seqlens = lengths.contiguous(), cu_seqlens.contiguous()
     out = q.new_empty((T, H, D))
     fp8 = k.dtype == torch.uint8
-    config = FORWARD.pick(case(D, q.dtype) + (" of 8" if fp8 else ""), q.device)
+    config = FORWARD.pick(head_dim_case(D, q.dtype) + (" of 8" if fp8 else ""), q.device)
     shared = H // k.shape[2]
     packed = math.gcd(shared, config["BLOCK_M"])
-    main, tail = widths(D)
-    tiles = schedule(
+    main, tail = split_head_dim(D)
+    tiles = schedule_tiles(
         cu_seqlens, T, max_seqlen, config["BLOCK_M"] // packed, True, lengths=lengths, max_length=pages.shape[1] * size
     )
     if len(tiles) and H:
         with torch.cuda.device_of(q):
-            _forward[(len(tiles), H // packed)](
+            _forward_kernel[(len(tiles), H // packed)](
                 q, k, v, pages, lengths, cu_seqlens, tiles, k_scale, v_scale, out, math.log2(math.e) / math.sqrt(D),
-                q.stride(0), *k.stride()[:3], *v.stride()[:3], pages.stride(0), head_stride(k_scale),
-                head_stride(v_scale), H, shared, D=D, MAIN=main, TAIL=tail, PAGE=size,
+                q.stride(0), *k.stride()[:3], *v.stride()[:3], pages.stride(0), scale_stride(k_scale),
+                scale_stride(v_scale), H, shared, D=D, MAIN=main, TAIL=tail, PAGE=size,
                 ALIGN=math.gcd(16, *k.stride()[:3], *v.stride()[:3]), PACKED=packed, **config,
             )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phi4rv.ops.low_precision import QuantizedWeight, float8_rounded
+from phi4rv.ops.low_precision import QuantizedWeight, fake_quantize_float8
 from phi4rv.ops.projector_gradient import (
     project_into_backward,
     projector_backward,
@@ -24,8 +24,8 @@ from phi4rv.ops.projector_gradient import (
     save_projector,
 )
 from triton_kernels.common.gemm import gemm
-from triton_kernels.common.launch import require, require_float, rows
-from triton_kernels.common.tuning import Config, Space
+from triton_kernels.common.launch import check, check_float, flatten_to_2d
+from triton_kernels.common.tuning import Config, SearchSpace
 from triton_kernels.gelu import gelu_erf
 from triton_kernels.quantized_linear import quantized_linear
 
@@ -37,7 +37,7 @@ def _config(M: int, N: int, K: int, num_warps: int, num_stages: int, persistent:
 
 _TMA = [_config(128, 256, 64, 8, 3, 1, 1), _config(128, 256, 64, 8, 4, 0, 1), _config(128, 128, 64, 8, 3, 0, 1)]
 _LOADS = [_config(128, 256, 64, 8, 3, 0, 0), _config(128, 128, 64, 8, 3, 0, 0)]
-GEMM = Space(
+GEMM = SearchSpace(
     "projector.gemm",
     {
         "gelu": _TMA + _LOADS,
@@ -47,11 +47,11 @@ GEMM = Space(
         "float32": [_config(64, 64, 32, 4, 2, 0, 0), _config(64, 64, 32, 8, 2, 0, 0)],
     },
 )
-PLACE = Space("projector.place", {"row": [{"num_warps": 8}, {"num_warps": 4}]})
+SCATTER = SearchSpace("projector.place", {"row": [{"num_warps": 8}, {"num_warps": 4}]})
 
 
 @triton.jit
-def _invert(index, position, P, T, BLOCK: tl.constexpr):
+def _invert_kernel(index, position, P, T, BLOCK: tl.constexpr):
     """position[index[p]] = p."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     t = tl.load(index + p, mask=p < P, other=0)
@@ -60,7 +60,9 @@ def _invert(index, position, P, T, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _place(row, values, position, out, row_stride, values_stride, C, COVERED: tl.constexpr, BLOCK: tl.constexpr):
+def _scatter_kernel(
+    row, values, position, out, row_stride, values_stride, C, COVERED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Copies the rows that have no position. The others become their value, zero, or stay for another to write."""
     t = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -76,60 +78,60 @@ def _place(row, values, position, out, row_stride, values_stride, C, COVERED: tl
         tl.store(out + t * C + cols, tl.zeros((BLOCK,), out.dtype.element_ty), mask=inside)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, epilogue: str, **rest: Tensor | None) -> Tensor:
+def _gemm(a: Tensor, b: Tensor, out: Tensor, epilogue: str, **rest: Tensor | None) -> Tensor:
     case = "float32" if a.dtype == torch.float32 else epilogue
     return gemm(a, b, out, GEMM.pick(case, a.device), epilogue=epilogue, **rest)
 
 
 def _check(name: str, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> None:
-    require_float(x, f"{name}: x")
-    require(x.ndim == 2, f"{name}: x has {x.ndim} dimensions, must have 2")
+    check_float(x, f"{name}: x")
+    check(x.ndim == 2, f"{name}: x has {x.ndim} dimensions, must have 2")
     same = all(w.dtype == x.dtype for w in (w0, b0, w1, b1))
-    require(same, f"{name}: weights and biases must be {x.dtype}, as x is")
-    require(w0.ndim == 2 and w1.ndim == 2, f"{name}: w0 and w1 must have 2 dimensions")
+    check(same, f"{name}: weights and biases must be {x.dtype}, as x is")
+    check(w0.ndim == 2 and w1.ndim == 2, f"{name}: w0 and w1 must have 2 dimensions")
     (H, C0), (C, H1) = w0.shape, w1.shape
-    require(x.shape[1] == C0, f"{name}: w0 is {tuple(w0.shape)}, must be (…, {x.shape[1]})")
-    require(H1 == H, f"{name}: w1 is {tuple(w1.shape)}, must be (…, {H})")
-    require(b0.shape == (H,), f"{name}: b0 is {tuple(b0.shape)}, must be ({H},)")
-    require(b1.shape == (C,), f"{name}: b1 is {tuple(b1.shape)}, must be ({C},)")
+    check(x.shape[1] == C0, f"{name}: w0 is {tuple(w0.shape)}, must be (…, {x.shape[1]})")
+    check(H1 == H, f"{name}: w1 is {tuple(w1.shape)}, must be (…, {H})")
+    check(b0.shape == (H,), f"{name}: b0 is {tuple(b0.shape)}, must be ({H},)")
+    check(b1.shape == (C,), f"{name}: b1 is {tuple(b1.shape)}, must be ({C},)")
 
 
 def _check_index(name: str, row: Tensor, index: Tensor, P: int, C: int) -> None:
-    require_float(row, f"{name}: row")
-    require(row.ndim == 2 and row.shape[1] == C, f"{name}: row is {tuple(row.shape)}, must be (T, {C})")
-    require(index.shape == (P,), f"{name}: index is {tuple(index.shape)}, must be ({P},)")
-    require(index.dtype == torch.int64, f"{name}: index is {index.dtype}, must be int64")
+    check_float(row, f"{name}: row")
+    check(row.ndim == 2 and row.shape[1] == C, f"{name}: row is {tuple(row.shape)}, must be (T, {C})")
+    check(index.shape == (P,), f"{name}: index is {tuple(index.shape)}, must be ({P},)")
+    check(index.dtype == torch.int64, f"{name}: index is {index.dtype}, must be int64")
 
 
 def _scatter(row: Tensor, index: Tensor, covered: str, values: Tensor | None = None) -> Tensor:
-    """A contiguous copy of row, its rows in index as ``covered`` says; see ``_place``."""
+    """A contiguous copy of row, its rows in index as ``covered`` says; see ``_scatter_kernel``."""
     T, C = row.shape
     out = row.new_empty((T, C))
     if not T or not C:
         return out
-    row = rows(row)
-    values = row if values is None else rows(values)
+    row = flatten_to_2d(row)
+    values = row if values is None else flatten_to_2d(values)
     position = row.new_full((T,), -1, dtype=torch.int32)
     with torch.cuda.device_of(row):
         if len(index):
             grid = (triton.cdiv(len(index), 1024),)
-            _invert[grid](index.contiguous(), position, len(index), T, BLOCK=1024)
-        _place[(T,)](
+            _invert_kernel[grid](index.contiguous(), position, len(index), T, BLOCK=1024)
+        _scatter_kernel[(T,)](
             row, values, position, out, row.stride(0), values.stride(0), C,
-            COVERED=covered, BLOCK=triton.next_power_of_2(C), **PLACE.pick("row", row.device),
+            COVERED=covered, BLOCK=triton.next_power_of_2(C), **SCATTER.pick("row", row.device),
         )  # fmt: skip
     return out
 
 
 def _activation(x: Tensor, w0: Tensor, b0: Tensor) -> Tensor:
-    return _product(x, w0, x.new_empty((len(x), len(w0))), "gelu", bias=b0.contiguous())
+    return _gemm(x, w0, x.new_empty((len(x), len(w0))), "gelu", bias=b0.contiguous())
 
 
 def launch_forward(x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
     """See ``projector``."""
     _check("projector", x, w0, b0, w1, b1)
-    h = _activation(rows(x), w0, b0)
-    return _product(h, w1, x.new_empty((len(x), len(w1))), "linear", bias=b1.contiguous())
+    h = _activation(flatten_to_2d(x), w0, b0)
+    return _gemm(h, w1, x.new_empty((len(x), len(w1))), "linear", bias=b1.contiguous())
 
 
 def launch_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, index: Tensor) -> Tensor:
@@ -137,22 +139,22 @@ def launch_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: 
     _check("project_into", x, w0, b0, w1, b1)
     _check_index("project_into", row, index, len(x), len(w1))
     out = _scatter(row, index, "elsewhere")
-    h = _activation(rows(x), w0, b0)
-    return _product(h, w1, out, "linear", bias=b1.contiguous(), index=index.contiguous())
+    h = _activation(flatten_to_2d(x), w0, b0)
+    return _gemm(h, w1, out, "linear", bias=b1.contiguous(), index=index.contiguous())
 
 
 def launch_backward(dy: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, wanted: list[bool]) -> list[Tensor]:
     """Those gradients of x, w0, b0, w1, b1 that are wanted, in this order."""
-    require_float(x, "projector's gradient: x")
+    check_float(x, "projector's gradient: x")
     of_x, of_w0, of_b0, of_w1, of_b1 = wanted
-    dy, x = rows(dy), rows(x)
+    dy, x = flatten_to_2d(dy), flatten_to_2d(x)
     h, slope = (x.new_empty((len(x), len(w0))) for _ in range(2))
     if any(wanted[:4]):
-        _product(x, w0, h, "gelu and slope", bias=b0.contiguous(), slope=slope)
+        _gemm(x, w0, h, "gelu and slope", bias=b0.contiguous(), slope=slope)
     dw1 = [torch.mm(dy.T, h)] if of_w1 else []
     del h
     # Where the slope was there is the gradient before the activation now.
-    dpre = _product(dy, w1.T, slope, "times slope", slope=slope) if any(wanted[:3]) else slope
+    dpre = _gemm(dy, w1.T, slope, "times slope", slope=slope) if any(wanted[:3]) else slope
     dx = [torch.mm(dpre, w0)] if of_x else []
     dw0 = [torch.mm(dpre.T, x)] if of_w0 else []
     db0 = [dpre.sum(0)] if of_b0 else []
@@ -162,8 +164,8 @@ def launch_backward(dy: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, w
 
 def launch_scatter(row: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """See ``scatter_rows``."""
-    require(values.ndim == 2, f"scatter_rows: values has {values.ndim} dimensions, must have 2")
-    require_float(values, "scatter_rows: values")
+    check(values.ndim == 2, f"scatter_rows: values has {values.ndim} dimensions, must have 2")
+    check_float(values, "scatter_rows: values")
     _check_index("scatter_rows", row, index, *values.shape)
     return _scatter(row, index, "value", values)
 
@@ -206,13 +208,13 @@ def _(row: Tensor, index: Tensor) -> Tensor:
     return row.new_empty(row.shape)
 
 
-def _save_scatter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, values, index = inputs
     ctx.save_for_backward(index)
     ctx.dtype = values.dtype
 
 
-def _differentiate_scatter(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd_scatter_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     (index,) = ctx.saved_tensors
     drow = clear(dout, index) if ctx.needs_input_grad[0] else None
     dvalues = dout.index_select(0, index).to(ctx.dtype) if ctx.needs_input_grad[1] else None
@@ -221,7 +223,7 @@ def _differentiate_scatter(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 forward.register_autograd(projector_backward, setup_context=save_projector)
 into.register_autograd(project_into_backward, setup_context=save_project_into)
-scatter.register_autograd(_differentiate_scatter, setup_context=_save_scatter)
+scatter.register_autograd(_autograd_scatter_backward, setup_context=_setup_scatter_context)
 
 
 def projector(x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
@@ -243,8 +245,8 @@ def project_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1:
 
 def quantized_projector(x: Tensor, w0: QuantizedWeight, b0: Tensor, w1: QuantizedWeight, b1: Tensor) -> Tensor:
     """``projector`` with fp8 weights and rows rounded to fp8, of kernels that others use too: right, not fast."""
-    h = gelu_erf(quantized_linear(float8_rounded(x), w0, b0))
-    return quantized_linear(float8_rounded(h), w1, b1)
+    h = gelu_erf(quantized_linear(fake_quantize_float8(x), w0, b0))
+    return quantized_linear(fake_quantize_float8(h), w1, b1)
 
 
 def scatter_rows(row: Tensor, values: Tensor, index: Tensor) -> Tensor:

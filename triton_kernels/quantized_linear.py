@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phi4rv.ops.low_precision import FORMATS, GROUP, QuantizedWeight, dequantize, part
-from triton_kernels.common.launch import multiprocessors, require, require_float, rows
-from triton_kernels.common.tuning import Space
+from phi4rv.ops.low_precision import FORMATS, GROUP_SIZE, QuantizedWeight, dequantize, slice_weight
+from triton_kernels.common.launch import check, check_float, flatten_to_2d, num_sms
+from triton_kernels.common.tuning import SearchSpace
 from triton_kernels.rms_norm import rms_norm
 from triton_kernels.swiglu import swiglu as silu_times
 
-ROW = Space(
+ROW = SearchSpace(
     "quantized_linear.row",
     {
         "8-bit": [
@@ -40,7 +40,7 @@ ROW = Space(
     },
 )
 # A tile of four-bit codes is one group of K: its scale comes after the product.
-TILE = Space(
+TILE = SearchSpace(
     "quantized_linear.tile",
     {
         "8-bit": [
@@ -56,16 +56,16 @@ TILE = Space(
         ],
     },
 )
-MOST_ROWS = 64
+MAX_ROWS = 64
 # Elements of a weight that are dequantised at once, in float32, for the library's product.
-PIECE = 1 << 24
-REDUCED = 1024
+CHUNK_ELEMENTS = 1 << 24
+REDUCE_BLOCK = 1024
 # float32's exponent bits of 2²³: an integer below that, set in the significand, adds itself.
 EXPONENT = 0x4B000000
 
 
 @triton.jit
-def _fp8(code):
+def _fp8_to_fp16(code):
     """float8_e4m3fn bytes (as int8) to float16 / 256, exactly: its bits moved to float16's places.
 
     Architecture and interpreter need not know the format. NaN's codes, which quantize gives no finite weight, read 480.
@@ -74,7 +74,7 @@ def _fp8(code):
 
 
 @triton.jit
-def _fp8_pair(words):
+def _fp8_pair_to_fp32(words):
     """The same for the upper byte of each half of int32 words, as float32: lower half, upper half."""
     bits = (words >> 1) & -1082081408  # 0xBF80BF80, where the shift has kept only the upper half's sign
     bits = (bits & -32769) | (words & 32768)
@@ -83,7 +83,7 @@ def _fp8_pair(words):
 
 
 @triton.jit
-def _bits(words, exponent, FROM: tl.constexpr, WIDTH: tl.constexpr):
+def _extract_bits(words, exponent, FROM: tl.constexpr, WIDTH: tl.constexpr):
     """WIDTH bits from FROM on of int32 words, less half their range, as float32.
 
     Set in the significand of 2²³, which is then subtracted: at full rate, unlike a conversion. ``exponent`` is that
@@ -98,34 +98,34 @@ def _bits(words, exponent, FROM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _four(words, exponent, FP8: tl.constexpr):
+def _unpack_bytes(words, exponent, FP8: tl.constexpr):
     """int32 words (…, W) to the four values of their bytes, (…, W, 2, 2), the lowest first. fp8's are / 256."""
     if FP8:
-        first, third = _fp8_pair(words << 8)
-        second, fourth = _fp8_pair(words)
+        first, third = _fp8_pair_to_fp32(words << 8)
+        second, fourth = _fp8_pair_to_fp32(words)
     else:
         words ^= -2139062144  # 0x80808080: signed codes to 0..255
-        first, second = _bits(words, exponent, 0, 8), _bits(words, exponent, 8, 8)
-        third, fourth = _bits(words, exponent, 16, 8), _bits(words, exponent, 24, 8)
+        first, second = _extract_bits(words, exponent, 0, 8), _extract_bits(words, exponent, 8, 8)
+        third, fourth = _extract_bits(words, exponent, 16, 8), _extract_bits(words, exponent, 24, 8)
     return tl.join(tl.join(first, third), tl.join(second, fourth))
 
 
 @triton.jit
-def _eight(words, exponent):
+def _unpack_nibbles(words, exponent):
     """int32 words (…, W) to their eight four-bit codes, less 8, (…, W, 2, 2, 2), the lowest first."""
     even = tl.join(
-        tl.join(_bits(words, exponent, 0, 4), _bits(words, exponent, 16, 4)),
-        tl.join(_bits(words, exponent, 8, 4), _bits(words, exponent, 24, 4)),
+        tl.join(_extract_bits(words, exponent, 0, 4), _extract_bits(words, exponent, 16, 4)),
+        tl.join(_extract_bits(words, exponent, 8, 4), _extract_bits(words, exponent, 24, 4)),
     )
     odd = tl.join(
-        tl.join(_bits(words, exponent, 4, 4), _bits(words, exponent, 20, 4)),
-        tl.join(_bits(words, exponent, 12, 4), _bits(words, exponent, 28, 4)),
+        tl.join(_extract_bits(words, exponent, 4, 4), _extract_bits(words, exponent, 20, 4)),
+        tl.join(_extract_bits(words, exponent, 12, 4), _extract_bits(words, exponent, 28, 4)),
     )
     return tl.join(even, odd)
 
 
 @triton.jit
-def _finish(out, y, bias, m, n, inside, M, N, BIAS: tl.constexpr, SPLIT: tl.constexpr):
+def _epilogue(out, y, bias, m, n, inside, M, N, BIAS: tl.constexpr, SPLIT: tl.constexpr):
     """Stores a tile of results, or of a part of K, which the bias is not yet added to."""
     if SPLIT:
         out += tl.program_id(1).to(tl.int64) * M * N
@@ -135,7 +135,7 @@ def _finish(out, y, bias, m, n, inside, M, N, BIAS: tl.constexpr, SPLIT: tl.cons
 
 
 @triton.jit(do_not_specialize=["exponent"])
-def _row(
+def _gemv_kernel(
     x, data, scales, zeros, bias, out, N, K, data_stride, tiles, exponent,
     FP8: tl.constexpr, INT4: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
@@ -161,7 +161,9 @@ def _row(
         # Two dimensions, so that a warp's lanes lie along a row: of three, Triton would lay them across rows.
         words = tl.load(data + line[:, None] * data_stride + word[None, :], mask=known, other=None if EVEN else 0)
         words = tl.reshape(words, (BLOCK_N, pieces, 4))
-        w = tl.reshape(_eight(words, exponent) if INT4 else _four(words, exponent, FP8), (BLOCK_N, pieces, run))
+        w = tl.reshape(
+            _unpack_nibbles(words, exponent) if INT4 else _unpack_bytes(words, exponent, FP8), (BLOCK_N, pieces, run)
+        )
         y = tl.sum(w * xs[None, :, :], 2)
         if INT4:
             group = tile * groups + group_in
@@ -177,11 +179,11 @@ def _row(
     y = tl.sum(acc, 1)
     if not INT4:
         y *= tl.load(scales + line) * (256.0 if FP8 else 1.0)
-    _finish(out, y, bias, tl.zeros_like(n), n, n < N, 1, N, BIAS, SPLIT)
+    _epilogue(out, y, bias, tl.zeros_like(n), n, n < N, 1, N, BIAS, SPLIT)
 
 
 @triton.jit
-def _tile(
+def _gemm_kernel(
     x, data, scales, zeros, bias, out, M, N, K, x_stride, data_stride, tiles,
     FP8: tl.constexpr, INT4: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -211,16 +213,16 @@ def _tile(
             product = tl.dot(w.to(short), tl.trans(xs), input_precision="ieee")
             acc += product * tl.load(scales + at).to(tl.float32)[:, None]
         else:
-            w = _fp8(codes) if FP8 else codes
+            w = _fp8_to_fp16(codes) if FP8 else codes
             acc = tl.dot(w.to(short), tl.trans(xs), acc, input_precision="ieee")
     if not INT4:
         acc *= (tl.load(scales + line) * (256.0 if FP8 else 1.0))[:, None]
     inside = (n < N)[:, None] & (m < M)[None, :]
-    _finish(out, acc, bias, m[None, :], n[:, None], inside, M, N, BIAS, SPLIT)
+    _epilogue(out, acc, bias, m[None, :], n[:, None], inside, M, N, BIAS, SPLIT)
 
 
 @triton.jit
-def _add_parts(parts, bias, out, N, elements, splits, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def _reduce_splits_kernel(parts, bias, out, N, elements, splits, BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """The parts' sum in order, and the bias."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
@@ -240,18 +242,18 @@ def launch_forward(
     out = x.new_empty((*x.shape[:-1], N))
     if not out.numel():
         return out
-    if len(flat) > MOST_ROWS:
-        q = _weight(format, data, scales, zeros, N, K)
+    if len(flat) > MAX_ROWS:
+        q = _quantized_weight(format, data, scales, zeros, N, K)
         wide = out.view(-1, N)
-        for start, end in _pieces(N, K, 1):
-            weight = dequantize(part(q, 0, start, end), x.dtype)
+        for start, end in _chunks(N, K, 1):
+            weight = dequantize(slice_weight(q, 0, start, end), x.dtype)
             wide[:, start:end] = torch.nn.functional.linear(flat, weight, None if bias is None else bias[start:end])
         return out
-    _multiply(flat, format, data, scales, zeros, out.view(-1, N), bias)
+    _launch_product(flat, format, data, scales, zeros, out.view(-1, N), bias)
     return out
 
 
-def _multiply(
+def _launch_product(
     x: Tensor, format: str, data: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor, bias: Tensor | None
 ) -> None:
     """The kernels, for 1 to 64 rows."""
@@ -259,7 +261,7 @@ def _multiply(
     int4 = format.startswith("int4")
     space, waves = (ROW, 8) if M == 1 else (TILE, 2)
     config = space.pick("4-bit" if int4 else "8-bit", x.device)
-    tiles, splits = _split(triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(K, config["BLOCK_K"]), waves, x.device)
+    tiles, splits = _split_k(triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(K, config["BLOCK_K"]), waves, x.device)
     target = out if splits == 1 else out.new_empty((splits, M, N), dtype=torch.float32)
     grid = (triton.cdiv(N, config["BLOCK_N"]), splits)
     options: dict[str, Any] = {
@@ -269,39 +271,48 @@ def _multiply(
     others = scales, scales if zeros is None else zeros, scales if bias is None else bias, target
     with torch.cuda.device_of(x):
         if M == 1:
-            words = _words(data)
-            _row[grid](x, words, *others, N, K, words.stride(0), tiles, EXPONENT, **options)
+            words = _as_int32(data)
+            _gemv_kernel[grid](x, words, *others, N, K, words.stride(0), tiles, EXPONENT, **options)
         else:
             codes = data.view(torch.int8)
             options["BLOCK_M"] = max(16, triton.next_power_of_2(M))
-            _tile[grid](x, codes, *others, M, N, K, x.stride(0), codes.stride(0), tiles, **options)
+            _gemm_kernel[grid](x, codes, *others, M, N, K, x.stride(0), codes.stride(0), tiles, **options)
         if splits > 1:
-            _add_parts[(triton.cdiv(M * N, REDUCED),)](
-                target, scales if bias is None else bias, out, N, M * N, splits, BIAS=bias is not None, BLOCK=REDUCED
+            _reduce_splits_kernel[(triton.cdiv(M * N, REDUCE_BLOCK),)](
+                target,
+                scales if bias is None else bias,
+                out,
+                N,
+                M * N,
+                splits,
+                BIAS=bias is not None,
+                BLOCK=REDUCE_BLOCK,
             )
 
 
-def _words(data: Tensor) -> Tensor:
+def _as_int32(data: Tensor) -> Tensor:
     """Rows of bytes as rows of int32; copied, with zeros behind them, where a row does not end with a word."""
     if data.shape[1] % 4:
         data = torch.nn.functional.pad(data, (0, -data.shape[1] % 4))
     return data.view(torch.int32)
 
 
-def _split(programs: int, tiles: int, waves: int, device: torch.device) -> tuple[int, int]:
+def _split_k(programs: int, tiles: int, waves: int, device: torch.device) -> tuple[int, int]:
     """Tiles of K a program, and parts of K: so many that about ``waves`` programs run on each multiprocessor."""
-    wanted = max(1, min(tiles, waves * multiprocessors(device) // programs))
+    wanted = max(1, min(tiles, waves * num_sms(device) // programs))
     each = triton.cdiv(tiles, wanted)
     return each, triton.cdiv(tiles, each)
 
 
-def _pieces(length: int, other: int, multiple: int) -> list[tuple[int, int]]:
+def _chunks(length: int, other: int, multiple: int) -> list[tuple[int, int]]:
     """start, end of pieces of one dimension that have about PIECE elements with the ``other``."""
-    step = max(multiple, PIECE // max(other, 1) // multiple * multiple)
+    step = max(multiple, CHUNK_ELEMENTS // max(other, 1) // multiple * multiple)
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _weight(format: str, data: Tensor, scales: Tensor, zeros: Tensor | None, N: int, K: int) -> QuantizedWeight:
+def _quantized_weight(
+    format: str, data: Tensor, scales: Tensor, zeros: Tensor | None, N: int, K: int
+) -> QuantizedWeight:
     typed = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(format, torch.uint8)
     return QuantizedWeight(format, data.view(typed), scales, zeros, (N, K))
 
@@ -313,9 +324,9 @@ def launch_backward(
     flat = dy.reshape(-1, N)
     dx = dy.new_empty((*dy.shape[:-1], K))
     wide = dx.view(-1, K)
-    q = _weight(format, data, scales, zeros, N, K)
-    for start, end in _pieces(K, N, GROUP):
-        wide[:, start:end] = flat @ dequantize(part(q, 1, start, end), dy.dtype)
+    q = _quantized_weight(format, data, scales, zeros, N, K)
+    for start, end in _chunks(K, N, GROUP_SIZE):
+        wide[:, start:end] = flat @ dequantize(slice_weight(q, 1, start, end), dy.dtype)
     return dx
 
 
@@ -323,13 +334,13 @@ def _check(
     x: Tensor, format: str, data: Tensor, scales: Tensor, zeros: Tensor | None, N: int, K: int, bias: Tensor | None
 ) -> Tensor:
     """x as (rows, K)."""
-    require(format in FORMATS, f"quantized_linear: format is {format!r}, must be one of {', '.join(FORMATS)}")
-    require_float(x, "quantized_linear: x")
-    require(x.ndim > 0 and x.shape[-1] == K, f"quantized_linear: x is {tuple(x.shape)}, must be (…, {K})")
-    groups = triton.cdiv(K, GROUP)
+    check(format in FORMATS, f"quantized_linear: format is {format!r}, must be one of {', '.join(FORMATS)}")
+    check_float(x, "quantized_linear: x")
+    check(x.ndim > 0 and x.shape[-1] == K, f"quantized_linear: x is {tuple(x.shape)}, must be (…, {K})")
+    groups = triton.cdiv(K, GROUP_SIZE)
     int4 = format.startswith("int4")
     expected = {
-        "data": (data, (N, groups * GROUP // 2) if int4 else (N, K)),
+        "data": (data, (N, groups * GROUP_SIZE // 2) if int4 else (N, K)),
         "scales": (scales, (N, groups) if int4 else (N,)),
         "zeros": (zeros, (N, groups)),
         "bias": (bias, (N,)),
@@ -337,10 +348,10 @@ def _check(
     for name, (tensor, shape) in expected.items():
         if tensor is not None:
             right = tensor.shape == shape and tensor.is_contiguous()
-            require(right, f"quantized_linear: {name} is {tuple(tensor.shape)}, must be {shape} and contiguous")
-            require(tensor.device == x.device, f"quantized_linear: {name} is on {tensor.device}, x on {x.device}")
-    require((zeros is None) == (format != "int4_zero"), f"quantized_linear: {format} with wrong zeros")
-    return rows(x) if x.ndim > 1 else x[None]
+            check(right, f"quantized_linear: {name} is {tuple(tensor.shape)}, must be {shape} and contiguous")
+            check(tensor.device == x.device, f"quantized_linear: {name} is on {tensor.device}, x on {x.device}")
+    check((zeros is None) == (format != "int4_zero"), f"quantized_linear: {format} with wrong zeros")
+    return flatten_to_2d(x) if x.ndim > 1 else x[None]
 
 
 forward = torch.library.custom_op("phi4rv_triton::quantized_linear", launch_forward, mutates_args=())
@@ -359,19 +370,19 @@ def _(dy: Tensor, format: str, data: Tensor, scales: Tensor, zeros: Tensor | Non
     return dy.new_empty((*dy.shape[:-1], K))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, ctx.format, data, scales, zeros, ctx.N, ctx.K, _ = inputs
     ctx.save_for_backward(data, scales, zeros)
 
 
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
     dx = backward(dy, ctx.format, *ctx.saved_tensors, ctx.N, ctx.K) if wants_x else None
     dbias = dy.reshape(-1, ctx.N).sum(0) if wants_bias else None
     return dx, None, None, None, None, None, None, dbias
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:

@@ -13,15 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.common.launch import multiprocessors, require, require_float, rows
-from triton_kernels.common.tuning import Space
+from triton_kernels.common.launch import check, check_float, flatten_to_2d, num_sms
+from triton_kernels.common.tuning import SearchSpace
 
-FORWARD = Space("rms_norm.forward", {"row": [{"num_warps": 8}, {"num_warps": 4}, {"num_warps": 16}]})
-BACKWARD = Space("rms_norm.backward", {"row": [{"num_warps": 8}, {"num_warps": 16}]})
+FORWARD = SearchSpace("rms_norm.forward", {"row": [{"num_warps": 8}, {"num_warps": 4}, {"num_warps": 16}]})
+BACKWARD = SearchSpace("rms_norm.backward", {"row": [{"num_warps": 8}, {"num_warps": 16}]})
 
 
 @triton.jit
-def _forward(
+def _forward_kernel(
     x, residual, weight, normed, summed, rstd, eps, x_stride, residual_stride, C,
     RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _backward_kernel(
     dnormed, dsummed, summed, weight, rstd, dx, dweight, dnormed_stride, dsummed_stride, summed_stride, T, C,
     DSUMMED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -66,19 +66,19 @@ def _backward(
 
 def launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:
     """normed, rstd (rows,) float32, and x + residual if there is a residual; see ``rms_norm``."""
-    require_float(x, "rms_norm: x")
-    require(weight.shape == x.shape[-1:], f"rms_norm: weight is {tuple(weight.shape)}, must be {tuple(x.shape[-1:])}")
+    check_float(x, "rms_norm: x")
+    check(weight.shape == x.shape[-1:], f"rms_norm: weight is {tuple(weight.shape)}, must be {tuple(x.shape[-1:])}")
     same = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    require(same, f"rms_norm: residual must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}")
+    check(same, f"rms_norm: residual must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}")
     C = x.shape[-1]
-    flat = rows(x)
-    added = flat if residual is None else rows(residual)
+    flat = flatten_to_2d(x)
+    added = flat if residual is None else flatten_to_2d(residual)
     normed = x.new_empty(x.shape)
     summed = normed if residual is None else x.new_empty(x.shape)
     rstd = x.new_empty(len(flat), dtype=torch.float32)
     if len(flat):
         with torch.cuda.device_of(x):
-            _forward[(len(flat),)](
+            _forward_kernel[(len(flat),)](
                 flat, added, weight.contiguous(), normed, summed, rstd, eps, flat.stride(0), added.stride(0), C,
                 RESIDUAL=residual is not None, BLOCK=triton.next_power_of_2(C), **FORWARD.pick("row", x.device),
             )  # fmt: skip
@@ -90,14 +90,14 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x (and of the residual, the same) and of the weight."""
     C = summed.shape[-1]
-    dy, s = rows(dnormed), rows(summed)
-    ds = dy if dsummed is None else rows(dsummed)
+    dy, s = flatten_to_2d(dnormed), flatten_to_2d(summed)
+    ds = dy if dsummed is None else flatten_to_2d(dsummed)
     dx = summed.new_empty(summed.shape)
-    programs = min(len(s), 2 * multiprocessors(s.device))
+    programs = min(len(s), 2 * num_sms(s.device))
     partial = weight.new_empty((programs, C), dtype=torch.float32)
     if programs:
         with torch.cuda.device_of(s):
-            _backward[(programs,)](
+            _backward_kernel[(programs,)](
                 dy, ds, s, weight.contiguous(), rstd, dx, partial, dy.stride(0), ds.stride(0), s.stride(0), len(s), C,
                 DSUMMED=dsummed is not None, BLOCK=triton.next_power_of_2(C), **BACKWARD.pick("row", s.device),
             )  # fmt: skip
@@ -119,20 +119,20 @@ def _(dnormed: Tensor, dsummed: Tensor | None, summed: Tensor, weight: Tensor, r
     return summed.new_empty(summed.shape), weight.new_empty(weight.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, residual, weight, _ = inputs
     ctx.save_for_backward(x if residual is None else output[2], weight, output[1])
     ctx.residual = residual is not None
 
 
-def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor, Tensor | None, Tensor, None]:
+def _autograd_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor, Tensor | None, Tensor, None]:
     summed, weight, rstd = ctx.saved_tensors
     dnormed = summed.new_zeros(summed.shape) if grads[0] is None else grads[0]
     dx, dweight = backward(dnormed, grads[2] if ctx.residual else None, summed, weight, rstd)
     return dx, dx if ctx.residual else None, dweight, None
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

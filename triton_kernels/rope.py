@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.common.launch import require, require_float
-from triton_kernels.common.tuning import Space
+from triton_kernels.common.launch import check, check_float
+from triton_kernels.common.tuning import SearchSpace
 
-SPACE = Space(
+SPACE = SearchSpace(
     "rope.rotate",
     {
         "row": [
@@ -32,7 +32,7 @@ SPACE = Space(
 
 
 @triton.jit
-def _rotate(
+def _rotate_kernel(
     qkv, cos, sin, out, qkv_stride, cos_stride, sin_stride, heads, rotated, groups,
     HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -63,13 +63,13 @@ def _rotate(
 
 def launch(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int, inverse: bool) -> Tensor:
     """See ``rope``; ``inverse``: by the opposite angle."""
-    require_float(qkv, "rope: qkv")
-    require(qkv.ndim == 3 and qkv.shape[2] % 2 == 0, f"rope: qkv is {tuple(qkv.shape)}, must be (T, heads, even D)")
+    check_float(qkv, "rope: qkv")
+    check(qkv.ndim == 3 and qkv.shape[2] % 2 == 0, f"rope: qkv is {tuple(qkv.shape)}, must be (T, heads, even D)")
     T, heads, D = qkv.shape
     for name, table in {"cos": cos, "sin": sin}.items():
         right = table.shape == (T, D // 2) and table.dtype == torch.float32
-        require(right, f"rope: {name} is {table.dtype} {tuple(table.shape)}, must be float32 {(T, D // 2)}")
-    require(0 <= rotated <= heads, f"rope: rotated is {rotated}, must be 0 to {heads}")
+        check(right, f"rope: {name} is {table.dtype} {tuple(table.shape)}, must be float32 {(T, D // 2)}")
+    check(0 <= rotated <= heads, f"rope: rotated is {rotated}, must be 0 to {heads}")
     adjacent = qkv.stride(2) == 1 and (heads == 1 or qkv.stride(1) == D)
     qkv = qkv if adjacent else qkv.contiguous()
     cos, sin = (table if table.stride(1) == 1 else table.contiguous() for table in (cos, sin))
@@ -79,7 +79,7 @@ def launch(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int, inverse: bool) -
         block = min(config.pop("HEADS"), triton.next_power_of_2(heads))
         groups = triton.cdiv(heads, block)
         with torch.cuda.device_of(qkv):
-            _rotate[(T * groups,)](
+            _rotate_kernel[(T * groups,)](
                 qkv, cos, sin, out, qkv.stride(0), cos.stride(0), sin.stride(0), heads, rotated, groups,
                 HALF=D // 2, BLOCK=triton.next_power_of_2(D // 2), HEADS=block, INVERSE=inverse, **config,
             )  # fmt: skip
@@ -94,16 +94,16 @@ def _(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int, inverse: bool) -> Ten
     return qkv.new_empty(qkv.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, cos, sin, ctx.rotated, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     return rotate(grad, *ctx.saved_tensors, ctx.rotated, not ctx.inverse), None, None, None, None
 
 
-rotate.register_autograd(_differentiate, setup_context=_save)
+rotate.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:

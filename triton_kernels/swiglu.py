@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.common.launch import require, require_float, rows
-from triton_kernels.common.tuning import Space
+from triton_kernels.common.launch import check, check_float, flatten_to_2d
+from triton_kernels.common.tuning import SearchSpace
 
-FORWARD = Space(
+FORWARD = SearchSpace(
     "swiglu.forward",
     {
         "row": [
@@ -28,7 +28,7 @@ FORWARD = Space(
         ]
     },
 )
-BACKWARD = Space(
+BACKWARD = SearchSpace(
     "swiglu.backward",
     {
         "row": [
@@ -49,7 +49,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _forward(gate_up, out, stride, C, chunks, BLOCK: tl.constexpr):
+def _forward_kernel(gate_up, out, stride, C, chunks, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     row = (program // chunks).to(tl.int64)
     cols = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
@@ -61,7 +61,7 @@ def _forward(gate_up, out, stride, C, chunks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(dout, gate_up, dgate_up, dout_stride, stride, C, chunks, BLOCK: tl.constexpr):
+def _backward_kernel(dout, gate_up, dgate_up, dout_stride, stride, C, chunks, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     row = (program // chunks).to(tl.int64)
     cols = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
@@ -79,29 +79,29 @@ def _backward(dout, gate_up, dgate_up, dout_stride, stride, C, chunks, BLOCK: tl
 
 def launch_forward(gate_up: Tensor) -> Tensor:
     """See ``swiglu``."""
-    require_float(gate_up, "swiglu: gate_up")
-    require(gate_up.shape[-1] % 2 == 0, f"swiglu: gate_up is {tuple(gate_up.shape)}, must have an even last dimension")
+    check_float(gate_up, "swiglu: gate_up")
+    check(gate_up.shape[-1] % 2 == 0, f"swiglu: gate_up is {tuple(gate_up.shape)}, must have an even last dimension")
     C = gate_up.shape[-1] // 2
-    flat = rows(gate_up)
+    flat = flatten_to_2d(gate_up)
     out = gate_up.new_empty((*gate_up.shape[:-1], C))
     if out.numel():
         config = FORWARD.pick("row", gate_up.device)
         chunks = triton.cdiv(C, config["BLOCK"])
         with torch.cuda.device_of(gate_up):
-            _forward[(len(flat) * chunks,)](flat, out, flat.stride(0), C, chunks, **config)
+            _forward_kernel[(len(flat) * chunks,)](flat, out, flat.stride(0), C, chunks, **config)
     return out
 
 
 def launch_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of gate_up."""
     C = dout.shape[-1]
-    grad, flat = rows(dout), rows(gate_up)
+    grad, flat = flatten_to_2d(dout), flatten_to_2d(gate_up)
     dgate_up = gate_up.new_empty(gate_up.shape)
     if dgate_up.numel():
         config = BACKWARD.pick("row", gate_up.device)
         chunks = triton.cdiv(C, config["BLOCK"])
         with torch.cuda.device_of(gate_up):
-            _backward[(len(flat) * chunks,)](
+            _backward_kernel[(len(flat) * chunks,)](
                 grad, flat, dgate_up, grad.stride(0), flat.stride(0), C, chunks, **config
             )  # fmt: skip
     return dgate_up
@@ -121,15 +121,15 @@ def _(dout: Tensor, gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx: Any, dout: Tensor) -> Tensor:
+def _autograd_backward(ctx: Any, dout: Tensor) -> Tensor:
     return backward(dout, *ctx.saved_tensors)
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
   output layer on every token, over what ours does.
 - **packing**: milliseconds for each sample to fill sequences of 8192 and to share a step out, how full the sequences
   are, and how much longer than the mean the busiest of 2, 8 and 64 ranks works.
-- **loading**: pictures a second and core, from JPEG files and JSON lines to the batch that the model takes: ours
+- **loading**: images a second and core, from JPEG files and JSON lines to the batch that the model takes: ours
   beside a plain PyTorch DataLoader with transformers' image processor and tokenizer, each in its own process
   (0 workers, by the processor's time, which neighbours do not lengthen) and in one worker (by the clock). The peer
   pads to 3600 patches and to the longest sample.
@@ -29,11 +29,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.data.mixture import Lengths, mixture
-from benchmarks.images import MAX_PATCHES, MIN_PATCHES, picture
-from benchmarks.kernels.timing import spread
-from benchmarks.parts import ROOT
-from benchmarks.report.result_files import write
+from benchmarks.data.mixture import SampleLengths, mixture
+from benchmarks.images import MAX_PATCHES, MIN_PATCHES, synthetic_image
+from benchmarks.jobs import ROOT
+from benchmarks.kernels.timing import relative_iqr
+from benchmarks.report.result_files import write_results
 from benchmarks.report.rows import Row
 from phi4rv.batch import NO_LABEL
 from phi4rv.config import Config
@@ -47,15 +47,15 @@ from train.data.stream import global_batches
 
 CHECKPOINT = ROOT / "tests" / "data" / "tiny-checkpoint"
 SIZES = [(1280, 720), (1024, 680), (640, 480), (300, 200)]
-TOGETHER = 4  # samples of a padded micro-batch; of this mixture a sequence of 8192 holds 3.7
-PICTURES, ROUNDS = 24, 5
+MICRO_BATCH = 4  # samples of a padded micro-batch; of this mixture a sequence of 8192 holds 3.7
+IMAGES, ROUNDS = 24, 5
 WORLDS = (2, 8, 64)
 
 
-def padding(samples: list[Lengths]) -> dict[str, Any]:
+def padding(samples: list[SampleLengths]) -> dict[str, Any]:
     """Shares of padding, and the operations of a padded step over those of a packed one."""
     config = Config()
-    groups = [samples[i : i + TOGETHER] for i in range(0, len(samples), TOGETHER)]
+    groups = [samples[i : i + MICRO_BATCH] for i in range(0, len(samples), MICRO_BATCH)]
     patches = [n for s in samples for n in s.patches]
     labelled = sum(s.labelled for s in samples)
     ours = flops(config, [s.length for s in samples], patches, labelled)
@@ -103,21 +103,21 @@ def packing(steps: int = 2) -> dict[str, Any]:
 
 
 def make_data(folder: Path) -> Path:
-    """JPEG pictures of four sizes, each with a question and an answer of 60 words."""
+    """JPEG images of four sizes, each with a question and an answer of 60 words."""
     path = folder / "data.jsonl"
     with path.open("w") as lines:
-        for i in range(PICTURES):
+        for i in range(IMAGES):
             name = f"{i}.jpg"
-            picture(*SIZES[i % len(SIZES)]).save(folder / name, quality=90)
+            synthetic_image(*SIZES[i % len(SIZES)]).save(folder / name, quality=90)
             turns = [("human", f"<image>\nWhat is in picture {i}?"), ("gpt", "<nothink>" + "A thing of note. " * 15)]
             said = [{"from": who, "value": text} for who, text in turns]
             lines.write(json.dumps({"image": name, "conversations": [said]}) + "\n")
     return path
 
 
-def ours(path: Path, processor: Processor, workers: int) -> Iterator[int]:
-    """The number of pictures of each row."""
-    stage = recipe.stage(2, False, {"sequence_length": 8192, "global_batch": PICTURES, "max_steps": 10**6})
+def phi4rv_loader(path: Path, processor: Processor, workers: int) -> Iterator[int]:
+    """The number of images of each row."""
+    stage = recipe.stage(2, False, {"sequence_length": 8192, "global_batch": IMAGES, "max_steps": 10**6})
     dataset = PackedDataset([path], processor, stage, workers=workers)
     try:
         for ready in prefetch(global_batches(dataset, 0)(), dataset, 0, 1):
@@ -127,8 +127,8 @@ def ours(path: Path, processor: Processor, workers: int) -> Iterator[int]:
         dataset.close()
 
 
-class Plain(Dataset):
-    """What one would write with transformers: a sample is tensors, its picture padded to 3600 patches."""
+class PlainDataset(Dataset):
+    """What one would write with transformers: a sample is tensors, its image padded to 3600 patches."""
 
     def __init__(self, path: Path):
         from transformers import PreTrainedTokenizerFast
@@ -163,10 +163,10 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     }
 
 
-def plain(path: Path, workers: int) -> Iterator[int]:
+def plain_loader(path: Path, workers: int) -> Iterator[int]:
     loader = DataLoader(
-        Plain(path),
-        batch_size=TOGETHER,
+        PlainDataset(path),
+        batch_size=MICRO_BATCH,
         shuffle=True,
         num_workers=workers,
         collate_fn=collate,
@@ -179,11 +179,11 @@ def plain(path: Path, workers: int) -> Iterator[int]:
 
 
 def _rates(counts: Iterator[int], clock: Callable[[], float]) -> list[float]:
-    """Pictures a second, of each of ROUNDS, after one that starts the workers and fills what is read ahead."""
+    """Images a second, of each of ROUNDS, after one that starts the workers and fills what is read ahead."""
     rates = []
     for _ in range(1 + ROUNDS):
         begun, total = clock(), 0
-        while total < PICTURES:
+        while total < IMAGES:
             total += next(counts)
         rates.append(total / (clock() - begun))
     counts.close()  # type: ignore[attr-defined]
@@ -191,7 +191,7 @@ def _rates(counts: Iterator[int], clock: Callable[[], float]) -> list[float]:
 
 
 def loading(workers: int) -> dict[str, Any]:
-    """Pictures a second of both sides, one after the other: either reads ahead while nobody asks."""
+    """Images a second of both loaders, one after the other, since either reads ahead while idle."""
     with tempfile.TemporaryDirectory() as folder:
         path = make_data(Path(folder))
         config = dataclasses.replace(
@@ -199,8 +199,11 @@ def loading(workers: int) -> dict[str, Any]:
         )
         processor = Processor.from_folder(CHECKPOINT, config)
         clock = time.perf_counter if workers else time.process_time
-        rates = {"ours": _rates(ours(path, processor, workers), clock), "peer": _rates(plain(path, workers), clock)}
-    found = {side: statistics.median(taken) for side, taken in rates.items()}
+        rates = {
+            "ours": _rates(phi4rv_loader(path, processor, workers), clock),
+            "peer": _rates(plain_loader(path, workers), clock),
+        }
+    found = {name: statistics.median(taken) for name, taken in rates.items()}
     return {
         "benchmark": "data",
         "case": "loading",
@@ -208,7 +211,7 @@ def loading(workers: int) -> dict[str, Any]:
         "ours_images_per_second": found["ours"],
         "peer_images_per_second": found["peer"],
         "ratio": found["ours"] / found["peer"],
-        "spread": spread(rates["ours"]),
+        "spread": relative_iqr(rates["ours"]),
     }
 
 
@@ -228,22 +231,30 @@ def run() -> list[dict[str, Any]]:
         torch.set_num_threads(threads)
 
 
-def rows(records: list[dict[str, Any]]) -> list[Row]:
+def table_rows(records: list[dict[str, Any]]) -> list[Row]:
     """Shares in percent. What is counted has no noise."""
     found = []
     for r in records:
         if r["case"] == "padding":
-            padded, exact = (f"to the longest of {TOGETHER}", f"to {MAX_PATCHES} patches"), {"noise": 0.0}
+            padded, exact = (f"to the longest of {MICRO_BATCH}", f"to {MAX_PATCHES} patches"), {"noise": 0.0}
             found += [
-                Row("data", "padded tokens", 0.0, "%", peer=padded[0], theirs=100 * r["tokens"], **exact),
-                Row("data", "padded patches", 0.0, "%", peer=padded[1], theirs=100 * r["patches"], **exact),
-                Row("data", "operations of a step, over those needed", 1.0, "x", peer="padded", theirs=r["operations"],
-                    first=True, **exact),
+                Row("data", "padded tokens", 0.0, "%", peer=padded[0], peer_value=100 * r["tokens"], **exact),
+                Row("data", "padded patches", 0.0, "%", peer=padded[1], peer_value=100 * r["patches"], **exact),
+                Row("data", "operations of a step, over those needed", 1.0, "x", peer="padded",
+                    peer_value=r["operations"], headline=True, **exact),
             ]  # fmt: skip
         elif r["case"] == "packing":
             found += [
-                Row("data", "packing a sample", r["ms_per_sample"], "ms", first=True),
-                Row("data", "filling of sequences", 100 * r["filling"], "%", least=False, noise=0.0, first=True),
+                Row("data", "packing a sample", r["ms_per_sample"], "ms", headline=True),
+                Row(
+                    "data",
+                    "filling of sequences",
+                    100 * r["filling"],
+                    "%",
+                    lower_is_better=False,
+                    noise=0.0,
+                    headline=True,
+                ),
                 *(
                     Row("data", f"busiest of {n} ranks, above the mean", 100 * r[f"imbalance_{n}"], "%", noise=0.0)
                     for n in WORLDS
@@ -253,9 +264,9 @@ def rows(records: list[dict[str, Any]]) -> list[Row]:
             workers = f"{r['workers'] or 'no'} worker{'s' * (r['workers'] != 1)}"
             found.append(
                 Row(
-                    "data", f"loading, {workers}", r["ours_images_per_second"], "pictures/s", least=False,
-                    peer="DataLoader, transformers", theirs=r["peer_images_per_second"], noise=r.get("spread"),
-                    first=True,
+                    "data", f"loading, {workers}", r["ours_images_per_second"], "pictures/s", lower_is_better=False,
+                    peer="DataLoader, transformers", peer_value=r["peer_images_per_second"], noise=r.get("spread"),
+                    headline=True,
                 )
             )  # fmt: skip
     return found
@@ -266,9 +277,9 @@ def table(records: list[dict[str, Any]]) -> str:
     for record in records:
         if record["case"] == "padding":
             lines += [
-                f"padding, {record['samples']} samples: ours 0; to the longest of {TOGETHER} {record['tokens']:.1%} of "
-                f"the tokens; to {MAX_PATCHES} patches {record['patches']:.1%} of the patches",
-                f"operations of the padded step: {record['flops']:.2f} times ours",
+                f"padding, {record['samples']} samples: ours 0; to the longest of {MICRO_BATCH} {record['tokens']:.1%} "
+                f"of the tokens; to {MAX_PATCHES} patches {record['patches']:.1%} of the patches",
+                f"operations of the padded step: {record['operations']:.2f} times ours",
             ]
         elif record["case"] == "packing":
             shares = ", ".join(f"{record[f'imbalance_{world}']:.2%} ({world})" for world in WORLDS)
@@ -278,7 +289,7 @@ def table(records: list[dict[str, Any]]) -> str:
             ]
         else:
             lines.append(
-                f"loading, {record['workers']} workers: {record['ours_images_per_second']:.1f} pictures a second, "
+                f"loading, {record['workers']} workers: {record['ours_images_per_second']:.1f} images a second, "
                 f"DataLoader with transformers {record['peer_images_per_second']:.1f}: {record['ratio']:.1f} times"
             )
     return "\n".join(lines)
@@ -290,7 +301,7 @@ def main() -> None:
     args = parser.parse_args()
     records = run()
     if args.json:
-        write(args.json, {"data": records})
+        write_results(args.json, {"data": records})
     print(table(records))
 
 

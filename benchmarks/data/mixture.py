@@ -21,11 +21,11 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
-LEAST, MOST = 256, 3600  # patches of an image
-FRAME = 20  # tokens of the chat's frame
+MIN_PATCHES, MAX_PATCHES = 256, 3600  # patches of an image
+TEMPLATE_TOKENS = 20  # tokens of the chat's frame
 
 
-class Lengths(NamedTuple):
+class SampleLengths(NamedTuple):
     """length: tokens, images included; patches: of each image; labelled: tokens of the answer."""
 
     length: int
@@ -34,7 +34,7 @@ class Lengths(NamedTuple):
     thinking: bool
 
 
-def mixture(seed: int = 0, longest: int = 8192) -> Iterator[Lengths]:
+def mixture(seed: int = 0, longest: int = 8192) -> Iterator[SampleLengths]:
     """Samples without end; those over ``longest`` are left out, as in a run."""
     rng = random.Random(seed)
 
@@ -47,13 +47,13 @@ def mixture(seed: int = 0, longest: int = 8192) -> Iterator[Lengths]:
             question, answer = spread(150, 0.6), spread(2000, 0.6)
             patches = spread(1600, 0.6) if rng.random() < 0.8 else 0.0
         elif kind < 0.55:
-            question, answer, patches = spread(90, 0.6), spread(100, 0.8), rng.uniform(2000, MOST)
+            question, answer, patches = spread(90, 0.6), spread(100, 0.8), rng.uniform(2000, MAX_PATCHES)
         elif kind < 0.95:
             question, answer, patches = spread(90, 0.8), spread(200, 1.0), spread(2000, 0.6)
         else:
             question, answer, patches = spread(250, 1.0), spread(400, 1.0), 0.0
-        images = (min(MOST, max(LEAST, int(patches))),) if patches else ()
+        images = (min(MAX_PATCHES, max(MIN_PATCHES, int(patches))),) if patches else ()
         labelled = int(answer) + 2
-        sample = Lengths(FRAME + int(question) + labelled + sum(images), images, labelled, kind < 0.20)
+        sample = SampleLengths(TEMPLATE_TOKENS + int(question) + labelled + sum(images), images, labelled, kind < 0.20)
         if sample.length <= longest:
             yield sample

@@ -11,7 +11,7 @@ import torch
 LIBRARY = "libnvidia-ml.so.1"
 
 
-def joules(library: Any = None) -> Callable[[], float] | None:
+def energy_counter(library: Any = None) -> Callable[[], float] | None:
     """A function that reads the counter of the current GPU, in joules; None where nothing tells it.
 
     The counter moves some ten times a second: what is measured should take a second or more.

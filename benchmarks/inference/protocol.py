@@ -25,17 +25,17 @@ from typing import Any
 import torch
 
 from benchmarks.inference.figure2 import draw
-from benchmarks.inference.protocol_engines import ENGINES, Setting, ask_all, installed
-from benchmarks.inference.questions import Asked, check, make_questions, read_questions, sample
-from benchmarks.parts import apart, here
-from benchmarks.report.result_files import write
+from benchmarks.inference.protocol_engines import ENGINES, ProtocolConfig, answer_all, installed
+from benchmarks.inference.questions import ProtocolQuestion, check_questions, make_questions, read_questions, sample
+from benchmarks.jobs import run_in_process, run_inline
+from benchmarks.report.result_files import write_results
 from infer.quantization.weight_loader import load
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
 from phi4rv.processing.chat_template import MODES
 
 Record = dict[str, Any]
-LONGEST = 7 * 86400.0  # seconds of one engine
+MAX_SECONDS = 7 * 86400.0  # seconds of one engine
 MEAN = "mean of kinds"
 
 
@@ -75,11 +75,11 @@ def command(args: argparse.Namespace) -> None:
     if missing:
         raise UserError(f"--engines: {', '.join(missing)} is not installed")
     _, processor = load(args.checkpoint, "meta", kernels="torch", weights=args.weights)
-    with questions(args) as asked:
-        check(asked, processor)
-        result = run(setting_of(args), asked, args.engines, args.answers)
+    with open_questions(args) as questions:
+        check_questions(questions, processor)
+        result = run(config_from_args(args), questions, args.engines, args.answers)
     if args.json:
-        write(args.json, {"protocol": result})
+        write_results(args.json, {"protocol": result})
     print(table(result))
     if args.chart and result["rows"]:
         draw(args.chart, result)
@@ -88,33 +88,35 @@ def command(args: argparse.Namespace) -> None:
         raise UserError(f"phi4rv did not answer: {result['failed']['phi4rv']}")
 
 
-def setting_of(args: argparse.Namespace) -> Setting:
+def config_from_args(args: argparse.Namespace) -> ProtocolConfig:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[args.dtype] if args.dtype else None
     modes = tuple(dict.fromkeys(args.modes))
-    return Setting(args.checkpoint, modes, args.max_new_tokens, device, dtype, args.kernels, args.weights)
+    return ProtocolConfig(args.checkpoint, modes, args.max_new_tokens, device, dtype, args.kernels, args.weights)
 
 
 @contextlib.contextmanager
-def questions(args: argparse.Namespace) -> Iterator[list[Asked]]:
+def open_questions(args: argparse.Namespace) -> Iterator[list[ProtocolQuestion]]:
     """The samples that are asked; made-up ones lie in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(args.protocol) if args.protocol else make_questions(Path(folder), args.samples, args.seed)
         yield sample(read_questions(path), args.samples, args.seed)
 
 
-def run(setting: Setting, asked: Sequence[Asked], engines: Sequence[str], answers: Path | None = None) -> Record:
+def run(
+    config: ProtocolConfig, questions: Sequence[ProtocolQuestion], engines: Sequence[str], answers: Path | None = None
+) -> Record:
     """Every engine, on a GPU in a process of its own: what each kind of question took, and why an engine failed."""
-    call = apart if setting.device == "cuda" else here
+    call = run_in_process if config.device == "cuda" else run_inline
     results: list[Record] = []
     failed = {}
     for name in engines:
-        found, reason = call(ask_all, (name, setting, asked, answers), LONGEST)
+        found, reason = call(answer_all, (name, config, questions, answers), MAX_SECONDS)
         if reason:
             failed[name] = reason
         else:
             results += found
-    about = {"device": setting.device, "max_new_tokens": setting.new, "weights": setting.weights}
+    about = {"device": config.device, "max_new_tokens": config.new, "weights": config.weights}
     return {**about, "rows": summary(results), "failed": failed}
 
 
@@ -126,14 +128,14 @@ def summary(results: Sequence[Record]) -> list[Record]:
         kinds = []
         for kind in dict.fromkeys(r["kind"] for r in own):
             same = [r for r in own if r["kind"] == kind]
-            values = {key: mean(r[source] for r in same) for key, source in MEANS.items()}
+            values = {key: mean(r[source] for r in same) for key, source in AVERAGED.items()}
             kinds.append({"engine": engine, "mode": mode, "kind": kind, "questions": len(same), **values})
-        means = {key: mean(row[key] for row in kinds) for key in MEANS}
+        means = {key: mean(row[key] for row in kinds) for key in AVERAGED}
         rows += [*kinds, {"engine": engine, "mode": mode, "kind": MEAN, "questions": len(own), **means}]
     return rows
 
 
-MEANS = {"accuracy": "right", "seconds": "seconds", "tokens": "tokens"}
+AVERAGED = {"accuracy": "right", "seconds": "seconds", "tokens": "tokens"}
 
 
 def table(result: Record) -> str:

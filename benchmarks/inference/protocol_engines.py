@@ -1,4 +1,4 @@
-"""Who answers the questions of ``benchmarks/inference/protocol.py``: this engine, transformers' classes and vLLM."""
+"""The engines that ``benchmarks/inference/protocol.py`` asks: this one, transformers' classes and vLLM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import phi4rv
-from benchmarks.inference.questions import Asked
+from benchmarks.inference.questions import ProtocolQuestion
 from benchmarks.inference.vllm_peer import VLLM
 from benchmarks.models import Transformers
 from infer.engine.config import EngineConfig
@@ -27,12 +27,12 @@ from phi4rv.processing.images import open_image
 from phi4rv.processing.processor import Processor, Prompt
 
 # A prompt and a limit of new tokens to the answer and how many tokens it has.
-Ask = Callable[[Prompt, int], tuple[Answer, int]]
-WARM = 8  # tokens of an answer that is not timed
+AnswerFn = Callable[[Prompt, int], tuple[Answer, int]]
+WARMUP_TOKENS = 8  # tokens of an answer that is not timed
 
 
 @dataclass(frozen=True)
-class Setting:
+class ProtocolConfig:
     """What is asked, and of which weights. weights: the engine's format, ``Engine``'s argument."""
 
     checkpoint: Path
@@ -44,11 +44,11 @@ class Setting:
     weights: str | None = None
 
 
-def ours(setting: Setting) -> Ask:
+def phi4rv_engine(config: ProtocolConfig) -> AnswerFn:
     """Each question stands alone: nothing is remembered of those before it."""
-    config = EngineConfig(max_running=1, image_cache_bytes=0, prefix_cache=False)
+    engine_config = EngineConfig(max_running=1, image_cache_bytes=0, prefix_cache=False)
     engine = Engine(
-        setting.checkpoint, setting.device, setting.dtype, setting.kernels, weights=setting.weights, config=config
+        config.checkpoint, config.device, config.dtype, config.kernels, weights=config.weights, config=engine_config
     )  # fmt: skip
 
     def ask(prompt: Prompt, new: int) -> tuple[Answer, int]:
@@ -58,8 +58,8 @@ def ours(setting: Setting) -> Ask:
     return ask
 
 
-def transformers(setting: Setting) -> Ask:
-    model, processor = phi4rv.load(setting.checkpoint, setting.device, setting.dtype, "torch")
+def transformers_engine(config: ProtocolConfig) -> AnswerFn:
+    model, processor = phi4rv.load(config.checkpoint, config.device, config.dtype, "torch")
     peer = Transformers(model.config, model.device, model.decoder.norm.weight.dtype, model)
     stops = stop_token_ids(processor)
 
@@ -68,32 +68,36 @@ def transformers(setting: Setting) -> Ask:
         ids: list[int] = []
         room = model.config.context - len(batch.input_ids)
         peer.generate(peer.embeddings(batch)[None], min(new, room), stops, ids.extend, static=False)
-        return read(processor, ids, stops, prompt)
+        return parse_ids(processor, ids, stops, prompt)
 
     return ask
 
 
-def vllm(setting: Setting) -> Ask:
+def vllm_engine(config: ProtocolConfig) -> AnswerFn:
     """With the code that the checkpoint's folder brings, which vLLM asks for."""
-    processor = phi4rv.load(setting.checkpoint, "meta", kernels="torch")[1]
+    processor = phi4rv.load(config.checkpoint, "meta", kernels="torch")[1]
     window = processor.config.context
-    peer = VLLM(setting.checkpoint, trust_remote_code=True, max_model_len=window, max_num_seqs=1)
+    peer = VLLM(config.checkpoint, trust_remote_code=True, max_model_len=window, max_num_seqs=1)
 
     def ask(prompt: Prompt, new: int) -> tuple[Answer, int]:
         rendered = processor.template.render(prompt.messages(), prompt.mode).text
         asked = {"prompt": rendered, "multi_modal_data": {"image": [open_image(image) for image in prompt.images]}}
-        return read(processor, peer.answer([asked], new)[0], stop_token_ids(processor), prompt)
+        return parse_ids(processor, peer.answer([asked], new)[0], stop_token_ids(processor), prompt)
 
     return ask
 
 
-def read(processor: Processor, ids: Sequence[int], stops: set[int], prompt: Prompt) -> tuple[Answer, int]:
+def parse_ids(processor: Processor, ids: Sequence[int], stops: set[int], prompt: Prompt) -> tuple[Answer, int]:
     """The answer of ``ids``, whose end-of-text token does not count."""
     kept = [i for i in ids if i not in stops]
     return parse_answer(processor.decode(kept), prompt.mode), len(kept)
 
 
-ENGINES: dict[str, Callable[[Setting], Ask]] = {"phi4rv": ours, "transformers": transformers, "vLLM": vllm}
+ENGINES: dict[str, Callable[[ProtocolConfig], AnswerFn]] = {
+    "phi4rv": phi4rv_engine,
+    "transformers": transformers_engine,
+    "vLLM": vllm_engine,
+}
 
 
 def installed() -> list[str]:
@@ -102,17 +106,19 @@ def installed() -> list[str]:
 
 
 @torch.no_grad()
-def ask_all(name: str, setting: Setting, asked: Sequence[Asked], answers: Path | None) -> list[dict[str, Any]]:
+def answer_all(
+    name: str, config: ProtocolConfig, questions: Sequence[ProtocolQuestion], answers: Path | None
+) -> list[dict[str, Any]]:
     """Every question in every mode, one after another; seconds from prompt and encoded picture to the whole answer.
 
     ``answers``: a JSON Lines file that each of them is added to as it comes, with its text.
     """
-    ask, results = ENGINES[name](setting), []
-    ask(asked[0].prompt(setting.modes[0]), WARM)
-    todo = [(a, mode) for mode in setting.modes for a in asked]
+    ask, results = ENGINES[name](config), []
+    ask(questions[0].prompt(config.modes[0]), WARMUP_TOKENS)
+    todo = [(a, mode) for mode in config.modes for a in questions]
     for a, mode in tqdm(todo, desc=name, unit="answer", file=sys.stderr, dynamic_ncols=True):
         begun = time.perf_counter()
-        answer, tokens = ask(a.prompt(mode), setting.new)
+        answer, tokens = ask(a.prompt(mode), config.new)
         seconds = time.perf_counter() - begun
         result = {"engine": name, "mode": mode, "kind": a.kind, "where": a.where, "seconds": seconds}
         results.append({**result, "tokens": tokens, "right": a.right(answer)})

@@ -21,11 +21,11 @@ from train.synthetic.records import Record, as_json, with_opening
 from train.synthetic.screens import random_screen
 
 # What the embedded generator draws.
-MADE = {"chart": random_chart, "scene": random_scene, "screen": random_screen}
+GENERATORS = {"chart": random_chart, "scene": random_scene, "screen": random_screen}
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProtocolQuestion:
     """A question of one kind; ``where``: its line, ``file.jsonl:12``."""
 
     kind: str
@@ -43,7 +43,7 @@ class Asked:
         return bool(scores["point_in_box"] if scores["boxes"] else scores["exact_match"])
 
 
-def read_questions(path: Path) -> list[Asked]:
+def read_questions(path: Path) -> list[ProtocolQuestion]:
     """Of a file in the format of training records, gzipped or not, whose objects have a ``kind`` too: the first
     question of each conversation. UserError naming the line that is wrong.
     """
@@ -55,14 +55,14 @@ def read_questions(path: Path) -> list[Asked]:
             kind = json.loads(content).get("kind")
             if not isinstance(kind, str) or not kind.strip():
                 raise UserError(f"{line.where}: 'kind' is {kind!r}; name the kind of question: chart or screen, say")
-            found += [Asked(kind.strip(), line.where, Question.from_record(record)) for record in records]
+            found += [ProtocolQuestion(kind.strip(), line.where, Question.from_record(record)) for record in records]
     return found
 
 
 def make_questions(folder: Path, count: int, seed: int) -> Path:
     """``count`` questions of each kind that the embedded generator has, and their pictures, written to ``folder``."""
     lines = []
-    for kind, make in MADE.items():
+    for kind, make in GENERATORS.items():
         for index in range(count):
             rng = Random(f"{kind}/{seed}/{index}")
             picture, name = make(rng, True), f"{kind}-{index:04}.png"
@@ -74,16 +74,16 @@ def make_questions(folder: Path, count: int, seed: int) -> Path:
     return path
 
 
-def sample(asked: Sequence[Asked], count: int, seed: int) -> list[Asked]:
+def sample(questions: Sequence[ProtocolQuestion], count: int, seed: int) -> list[ProtocolQuestion]:
     """``count`` of each kind at random, or all where there are fewer: kind after kind, each in the file's order."""
-    kinds = {a.kind: [b for b in asked if b.kind == a.kind] for a in asked}
+    kinds = {a.kind: [b for b in questions if b.kind == a.kind] for a in questions}
     drawn = {kind: sorted(Random(seed).sample(range(len(same)), min(count, len(same)))) for kind, same in kinds.items()}
     return [kinds[kind][index] for kind, indices in drawn.items() for index in indices]
 
 
-def check(asked: Sequence[Asked], processor: Processor) -> None:
+def check_questions(questions: Sequence[ProtocolQuestion], processor: Processor) -> None:
     """UserError for a picture that cannot be read, or a question over the window, before any is asked."""
-    for a in asked:
+    for a in questions:
         try:
             processor([a.prompt("think")])
         except UserError as error:

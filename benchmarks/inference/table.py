@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.inference.rows import Record, format_of
+from benchmarks.inference.roofline import Record, weight_format
 from benchmarks.report.rows import Row
 from phi4rv.config import Config
 
@@ -15,13 +15,13 @@ OVER_PEER = {"decode": 3.0, "first token": 2.0}
 TOWER_MS, SECOND, AT_ONCE = 10.0, 5.0, 15.0
 UNITS = {"s": 1.0, "ms": 1e3}
 CEILINGS = {"decode": "copy", "first token": "product", "load": "upload"}
-ALIKE = 0.1  # by how much the log-probability of the first token may differ from the peer's
+LOGPROB_TOLERANCE = 0.1  # by how much the log-probability of the first token may differ from the peer's
 PEERS = ("transformers", "transformers, static cache", "transformers, flash-attn")
 
 
 def goals(result: Record) -> list[Record]:
-    """What the fastest of our sides reached, and whether it is enough: on a GPU, by the whole model."""
-    sides = result["sides"]
+    """What the fastest of our contenders reached, and whether it is enough: on a GPU, by the whole model."""
+    contenders = result["sides"]
     judged = []
 
     def judge(name: str, value: float | None, goal: float, at_most: bool = False) -> None:
@@ -31,61 +31,69 @@ def goals(result: Record) -> list[Record]:
         judged.append({"name": name, "goal": goal, "at_most": at_most, "value": value, "verdict": verdict})
 
     for form, share in SHARE.items():
-        judge(f"decode, {form}: share of the copy rate", _best(sides, "decode", "share", form), share)
-    judge("first token: share of the product rate", _best(sides, "first token", "share"), FIRST_SHARE)
+        judge(f"decode, {form}: share of the copy rate", _best(contenders, "decode", "share", form), share)
+    judge("first token: share of the product rate", _best(contenders, "first token", "share"), FIRST_SHARE)
     for case, goal in OVER_PEER.items():
-        judge(f"{case} over transformers", over_peer(sides, case), goal)
-    judge("tower and projector, ms", _best(sides, "tower", "ms", least=True), TOWER_MS, at_most=True)
-    judge("second question, times faster", _best(sides, "second question", "ratio"), SECOND)
-    judge("many requests at once over one", _best(sides, "at once", "ratio"), AT_ONCE)
-    judge("load: share of the copy rate to the GPU", _best(sides, "load", "share"), UPLOAD_SHARE)
+        judge(f"{case} over transformers", over_peer(contenders, case), goal)
+    judge("tower and projector, ms", _best(contenders, "tower", "ms", lower_is_better=True), TOWER_MS, at_most=True)
+    judge("second question, times faster", _best(contenders, "second question", "ratio"), SECOND)
+    judge("many requests at once over one", _best(contenders, "at once", "ratio"), AT_ONCE)
+    judge("load: share of the copy rate to the GPU", _best(contenders, "load", "share"), UPLOAD_SHARE)
     return judged
 
 
-def _ours(sides: dict[str, Record], case: str, form: str = "bf16") -> dict[str, Record]:
-    own = {s: c[case] for s, c in sides.items() if s not in (*PEERS, "vLLM") and format_of(s) == form and case in c}
-    return {side: r for side, r in own.items() if "reason" not in r}
+def _ours(contenders: dict[str, Record], case: str, form: str = "bf16") -> dict[str, Record]:
+    own = {
+        s: c[case]
+        for s, c in contenders.items()
+        if s not in (*PEERS, "vLLM") and weight_format(s) == form and case in c
+    }
+    return {contender: r for contender, r in own.items() if "reason" not in r}
 
 
-def _best(sides: dict[str, Record], case: str, key: str, form: str = "bf16", least: bool = False) -> float | None:
-    values = [r[key] for r in _ours(sides, case, form).values()]
-    return (min if least else max)(values, default=None)
+def _best(
+    contenders: dict[str, Record], case: str, key: str, form: str = "bf16", lower_is_better: bool = False
+) -> float | None:
+    values = [r[key] for r in _ours(contenders, case, form).values()]
+    return (min if lower_is_better else max)(values, default=None)
 
 
-def over_peer(sides: dict[str, Record], case: str) -> float | None:
+def over_peer(contenders: dict[str, Record], case: str) -> float | None:
     """The fastest peer's time over ours; of ours only those count that make the first token as the peer does."""
-    peers = [sides[p][case] for p in PEERS if case in sides.get(p, {}) and "reason" not in sides[p][case]]
-    ours = [r for r in _ours(sides, case).values() if any(alike(r, p) for p in peers)]
+    peers = [
+        contenders[p][case] for p in PEERS if case in contenders.get(p, {}) and "reason" not in contenders[p][case]
+    ]
+    ours = [r for r in _ours(contenders, case).values() if any(same_first_token(r, p) for p in peers)]
     return min(p["seconds"] for p in peers) / min(r["seconds"] for r in ours) if ours else None
 
 
-def alike(ours: Record, peer: Record) -> bool:
+def same_first_token(ours: Record, peer: Record) -> bool:
     """Whether our first token is among the peer's most probable ones, and as probable."""
     token, logprob = ours["top"][0]
-    return any(token == other and abs(logprob - its) <= ALIKE for other, its in peer["top"])
+    return any(token == other and abs(logprob - its) <= LOGPROB_TOLERANCE for other, its in peer["top"])
 
 
-def rows(result: Record) -> list[Row]:
-    """The fastest of our sides in each case beside the fastest peer; a share that has a goal of its own once more."""
-    sides, judged = result["sides"], {goal["name"]: goal for goal in goals(result)}
+def table_rows(result: Record) -> list[Row]:
+    """The fastest of our contenders in each case beside the fastest peer; shares with goals of their own again."""
+    contenders, judged = result["sides"], {goal["name"]: goal for goal in goals(result)}
     cut = "" if result["layers"] == Config().num_hidden_layers else f", {result['layers']} decoder layers"
     found = []
 
     def add(what: str, case: str, unit: str, goal: str, named: str, form: str = "bf16", percent: bool = False) -> None:
-        ours, peer = (_fastest(s, case, unit) for s in (_ours(sides, case, form), _peers(sides, case, form)))
+        ours, peer = (_fastest(s, case, unit) for s in (_ours(contenders, case, form), _peers(contenders, case, form)))
         record = ours[1] if ours else {}
         if case == "second question" and ours:
             peer = 1e3 * record["first_seconds"], {}, "the first one"
         row = Row(
-            "inference", what + cut, ours[0] if ours else None, unit, least=unit in ("ms", "s"),
-            peer=peer[2] if peer else None, theirs=peer[0] if peer else None,
+            "inference", what + cut, ours[0] if ours else None, unit, lower_is_better=unit in ("ms", "s"),
+            peer=peer[2] if peer else None, peer_value=peer[0] if peer else None,
             share=record.get("share"), ceiling=CEILINGS.get(case), goal=goal, verdict=judged[named]["verdict"],
-            noise=record.get("spread"), reason=None if ours else _why_none(sides, case, form),
-            tiny=result["device"] == "cpu", first=True,
+            noise=record.get("spread"), reason=None if ours else _missing_reason(contenders, case, form),
+            tiny=result["device"] == "cpu", headline=True,
         )  # fmt: skip
         if percent:
-            alone = {"peer": None, "theirs": None, "share": None, "least": False}
-            row = replace(row, ours=100 * record["share"] if ours else None, unit="%", **alone)
+            alone = {"peer": None, "peer_value": None, "share": None, "lower_is_better": False}
+            row = replace(row, value=100 * record["share"] if ours else None, unit="%", **alone)
         found.append(row)
 
     add("decode, bf16", "decode", "tokens/s", f"{OVER_PEER['decode']:g}x", "decode over transformers")
@@ -103,27 +111,34 @@ def rows(result: Record) -> list[Row]:
     return found
 
 
-def _fastest(sides: dict[str, Record], case: str, unit: str) -> tuple[float, Record, str] | None:
-    """Figure in ``unit``, record and name of the side that does best."""
+def _fastest(contenders: dict[str, Record], case: str, unit: str) -> tuple[float, Record, str] | None:
+    """Figure in ``unit``, record and name of the contender that does best."""
     if unit == "tokens/s":
-        figures = [(-r["tokens_per_second"], r, side) for side, r in sides.items()]
+        figures = [(-r["tokens_per_second"], r, contender) for contender, r in contenders.items()]
     else:
-        figures = [(r["ms"] if case == "tower" else UNITS[unit] * r["seconds"], r, side) for side, r in sides.items()]
+        figures = [
+            (r["ms"] if case == "tower" else UNITS[unit] * r["seconds"], r, contender)
+            for contender, r in contenders.items()
+        ]
     best = min(figures, key=lambda figure: figure[0], default=None)
     return best and (abs(best[0]), *best[1:])
 
 
-def _peers(sides: dict[str, Record], case: str, form: str) -> dict[str, Record]:
+def _peers(contenders: dict[str, Record], case: str, form: str) -> dict[str, Record]:
     """All are in bf16."""
-    given = {side: sides[side][case] for side in (*PEERS, "vLLM") if case in sides.get(side, {}) and form == "bf16"}
-    return {side: r for side, r in given.items() if "reason" not in r}
+    given = {
+        contender: contenders[contender][case]
+        for contender in (*PEERS, "vLLM")
+        if case in contenders.get(contender, {}) and form == "bf16"
+    }
+    return {contender: r for contender, r in given.items() if "reason" not in r}
 
 
-def _why_none(sides: dict[str, Record], case: str, form: str) -> str:
-    own = {s: c for s, c in sides.items() if s not in (*PEERS, "vLLM") and format_of(s) == form}
+def _missing_reason(contenders: dict[str, Record], case: str, form: str) -> str:
+    own = {s: c for s, c in contenders.items() if s not in (*PEERS, "vLLM") and weight_format(s) == form}
     own = {s: c for s, c in own.items() if (s == "load") == (case == "load")}
-    said = {side: cases.get("reason") or cases.get(case, {}).get("reason") for side, cases in own.items()}
-    return "; ".join(f"{side}: {reason}" for side, reason in said.items() if reason) or "no side has it"
+    said = {contender: cases.get("reason") or cases.get(case, {}).get("reason") for contender, cases in own.items()}
+    return "; ".join(f"{contender}: {reason}" for contender, reason in said.items() if reason) or "no contender has it"
 
 
 def table(result: Record) -> str:
@@ -134,13 +149,13 @@ def table(result: Record) -> str:
         f"{result['layers']} decoder layers{cut}; measured: copy {_rate(result['copy'])}B/s, product "
         f"{_rate(result['product'])}FLOP/s, copy to the device {_rate(result['upload'])}B/s"
     )
-    for side, cases in result["sides"].items():
+    for contender, cases in result["sides"].items():
         if "reason" in cases:
-            lines.append(f"  {side:27} {cases['reason']}")
+            lines.append(f"  {contender:27} {cases['reason']}")
             continue
         for case, r in cases.items():
-            lines.append(f"  {side:27} {case:16} {r['reason'] if 'reason' in r else FIGURES[case](r)}")
-    lines += [line for case in OVER_PEER for line in _unlike(result["sides"], case)]
+            lines.append(f"  {contender:27} {case:16} {r['reason'] if 'reason' in r else FIGURES[case](r)}")
+    lines += [line for case in OVER_PEER for line in _first_token_mismatches(result["sides"], case)]
     for goal in goals(result):
         value = "-" if goal["value"] is None else f"{goal['value']:.3g}"
         bound = "at most" if goal["at_most"] else "at least"
@@ -184,8 +199,12 @@ def _rate(value: float) -> str:
     return f"{value / power:.3g} {unit}"
 
 
-def _unlike(sides: dict[str, Record], case: str) -> list[str]:
-    """Of sides of ours whose first token is not the peers': they do not count against them."""
-    peers = [sides[p][case] for p in PEERS if "top" in sides.get(p, {}).get(case, {})]
-    ours = [side for side, r in _ours(sides, case).items() if peers and not any(alike(r, p) for p in peers)]
-    return [f"  {case}: {side} and transformers do not agree on the first token" for side in ours]
+def _first_token_mismatches(contenders: dict[str, Record], case: str) -> list[str]:
+    """Of contenders of ours whose first token is not the peers': they do not count against them."""
+    peers = [contenders[p][case] for p in PEERS if "top" in contenders.get(p, {}).get(case, {})]
+    ours = [
+        contender
+        for contender, r in _ours(contenders, case).items()
+        if peers and not any(same_first_token(r, p) for p in peers)
+    ]
+    return [f"  {case}: {contender} and transformers do not agree on the first token" for contender in ours]

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.inference.place import Place, question
-from benchmarks.inference.rows import Record
+from benchmarks.inference.roofline import Record
+from benchmarks.inference.workload import Workload, random_prompt
 from benchmarks.models import Transformers
 
 
@@ -37,16 +37,18 @@ class VLLM:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def measure(place: Place, folder: Path) -> dict[str, Record]:
+def measure(workload: Workload, folder: Path) -> dict[str, Record]:
     """Decoding, by the time of a long answer without that of a short one, and many requests at once."""
-    Transformers(place.config, place.device, place.dtype, place.model("torch")).decoder.save_pretrained(folder)
+    Transformers(workload.config, workload.device, workload.dtype, workload.model("torch")).decoder.save_pretrained(
+        folder
+    )
     torch.cuda.empty_cache()
-    s = place.shapes
+    s = workload.shapes
     peer = VLLM(folder, skip_tokenizer_init=True, max_model_len=s.context + s.new, max_num_seqs=s.many)
 
     def seconds(count: int, tokens: int, new: int) -> float:
-        prompts = [question(place, tokens, seed=n) for n in range(count)]
-        asked = [{"prompt_token_ids": place.processor([prompt]).input_ids.tolist()} for prompt in prompts]
+        prompts = [random_prompt(workload, tokens, seed=n) for n in range(count)]
+        asked = [{"prompt_token_ids": workload.processor([prompt]).input_ids.tolist()} for prompt in prompts]
         peer.answer(asked, new, ignore_eos=True)
         begun = time.perf_counter()
         peer.answer(asked, new, ignore_eos=True)

@@ -5,6 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def operations(folder: Path = Path(__file__).parent / "cases") -> list[str]:
+def operation_names(folder: Path = Path(__file__).parent / "cases") -> list[str]:
     """Names of the files that define ``cases``."""
     return sorted(file.stem for file in folder.glob("*.py") if "\ndef cases(" in file.read_text())

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernels import operations
-from benchmarks.kernels.report import chart, rows, table
+from benchmarks.kernels import operation_names
+from benchmarks.kernels.report import chart, table, table_rows
 from benchmarks.kernels.suite import run
-from benchmarks.report.result_files import environment, write
+from benchmarks.report.result_files import environment, write_results
 
-__all__ = ["main", "rows", "run", "table"]
+__all__ = ["main", "run", "table", "table_rows"]
 
 
 def failed(result: dict[str, Any]) -> bool:
@@ -26,7 +26,9 @@ def failed(result: dict[str, Any]) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description="Kernels beside their peers.")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=operations(), default=[], help="these operations")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=operation_names(), default=[], help="these operations"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
     parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw shares of the measured ceilings")
     parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="begin no row after N seconds")
@@ -34,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     result = run(args.only, args.seconds)
     about = environment()
     if args.json:
-        write(args.json, {"kernels": result}, about)
+        write_results(args.json, {"kernels": result}, about)
     if args.chart:
         chart(
             result, f"{about['device']}, {about['date']}, commit {about['commit']}, torch {about['torch']}", args.chart

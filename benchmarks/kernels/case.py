@@ -59,7 +59,7 @@ class Case:
     cuda: bool = False
 
 
-def on_cuda(case: Case, kernel: Callable[..., Any], goal: tuple[str, float] | None = None) -> Case:
+def with_cuda_kernel(case: Case, kernel: Callable[..., Any], goal: tuple[str, float] | None = None) -> Case:
     """The row again, computed by csrc/'s kernel; the other one is its first peer."""
     return replace(
         case,
@@ -72,7 +72,7 @@ def on_cuda(case: Case, kernel: Callable[..., Any], goal: tuple[str, float] | No
     )
 
 
-def differentiable(outputs: Any) -> list[Tensor]:
+def differentiable_outputs(outputs: Any) -> list[Tensor]:
     """The outputs that have a gradient."""
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
     return [out for out in outputs if isinstance(out, Tensor) and out.requires_grad]

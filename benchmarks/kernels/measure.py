@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels import timing
-from benchmarks.kernels.case import Case, Draw, differentiable
+from benchmarks.kernels.case import Case, Draw, differentiable_outputs
 from benchmarks.kernels.timing import Clock, Timing
 
 OURS = "ours"
 # Largest relative Frobenius error against a peer. Parity proper is the tests' business: this catches a wrong kernel.
 TOLERANCE = 2e-2
-REASON = 100  # characters
+MAX_REASON = 100  # characters
 
 Record = dict[str, Any]
 
 
-class Broken(Exception):
+class GpuBroken(Exception):
     """The GPU accepts nothing more from this process."""
 
 
@@ -45,11 +45,11 @@ def measure(
     device: str,
     ceilings: Mapping[str, float],
     excluded: Mapping[str, str] | None = None,
-    at: Callable[[str], None] = lambda variant: None,
+    announce: Callable[[str], None] = lambda variant: None,
     seconds: float = 0.5,
     clock: Clock | None = None,
 ) -> Record:
-    """The case's record. ``excluded``: peers not to try, and why; ``at`` hears which variant is about to run."""
+    """The case's record. ``excluded``: peers not to try, and why; ``announce`` is told which variant runs next."""
     variants = {OURS: Variant(case.ours), **{name: Variant(peer) for name, peer in case.peers.items()}}
     for name, reason in (excluded or {}).items():
         variants[name].reason = reason
@@ -57,9 +57,9 @@ def measure(
         gc.collect()
         torch.cuda.empty_cache()
     with timing.side_stream(device), _no_compiling(device):
-        wrong = _check(case, variants, device, at)
+        wrong = _check(case, variants, device, announce)
         if variants[OURS].reason is None:
-            _time(case, variants, device, at, seconds, clock)
+            _time(case, variants, device, announce, seconds, clock)
     return _record(case, variants, device, ceilings, wrong)
 
 
@@ -68,13 +68,13 @@ def _no_compiling(device: str) -> Any:
     return nullcontext() if device == "cuda" else torch.compiler.set_stance("force_eager")
 
 
-def _check(case: Case, variants: dict[str, Variant], device: str, at: Callable[[str], None]) -> bool:
+def _check(case: Case, variants: dict[str, Variant], device: str, announce: Callable[[str], None]) -> bool:
     """Runs every variant once on the same values and compares; True if ours is not what the first peer gives."""
     ours = variants[OURS]
     for name, variant in variants.items():
         if variant.reason is not None:
             continue
-        with _guarded(variant, name, device, at):
+        with _guarded(variant, name, device, announce):
             _first_run(case, variant, device)
             if variant is not ours and ours.reason is None and name not in case.bounds:
                 if not all(r is None or _finite(r) for r in variant.results):
@@ -146,7 +146,7 @@ def _call(case: Case, function: Callable[..., Any], inputs: tuple[Any, ...]) -> 
 
 def _gradient(inputs: tuple[Any, ...], outputs: Any, repeat: bool = False) -> Callable[[], tuple[Tensor | None, ...]]:
     """What computes the gradient for every input that wants one, from random gradients of the outputs."""
-    roots = differentiable(outputs)
+    roots = differentiable_outputs(outputs)
     wanted = [x for x in tensors(inputs) if x.requires_grad]
     draw = Draw(roots[0].device.type, seed=1) if roots else _no_gradient()
     given = [draw.normal(*root.shape, dtype=root.dtype) for root in roots]
@@ -161,26 +161,26 @@ def _time(
     case: Case,
     variants: dict[str, Variant],
     device: str,
-    at: Callable[[str], None],
+    announce: Callable[[str], None],
     seconds: float,
     clock: Clock | None,
 ) -> None:
     """Fills in ``time`` of every variant that has no reason not to have one."""
     shared = [_inputs(case, device, 0)]
     storages = {x.data_ptr(): x for x in (x.untyped_storage() for x in tensors(shared[0]))}
-    sets = timing.sets_for(sum(storage.nbytes() for storage in storages.values()), device)
+    sets = timing.num_input_sets(sum(storage.nbytes() for storage in storages.values()), device)
     shared += [_inputs(case, device, i) for i in range(1, sets)]
     pool = timing.graph_pool(device)
     prepared = {}
     for name, variant in variants.items():
         if variant.reason is None:
-            with _guarded(variant, name, device, at):
+            with _guarded(variant, name, device, announce):
                 # What writes to its inputs must not change those of the others.
                 own = [_inputs(case, device, i) for i in range(sets)] if variant.mutates else shared
                 prepared[name] = timing.prepare(_numbered(case, variant.function, own), sets, device, pool)
-    at("timing")
+    announce("timing")
     if variants[OURS].reason is None:
-        for name, result in timing.interleaved(prepared, clock or timing.clock_of(device), seconds).items():
+        for name, result in timing.interleaved(prepared, clock or timing.clock_for(device), seconds).items():
             variants[name].time = result
 
 
@@ -193,20 +193,20 @@ def _numbered(case: Case, function: Callable[..., Any], sets: list[tuple[Any, ..
 
 
 @contextmanager
-def _guarded(variant: Variant, name: str, device: str, at: Callable[[str], None]) -> Iterator[None]:
+def _guarded(variant: Variant, name: str, device: str, announce: Callable[[str], None]) -> Iterator[None]:
     """Announces the variant. An error inside becomes its reason; one that broke the GPU ends this process's work."""
-    at(name)
+    announce(name)
     try:
         yield
         if device == "cuda":
             torch.cuda.synchronize()
     except Exception as error:
-        variant.reason, variant.results = short(error), []
-        if broken(device):
-            raise Broken(variant.reason) from None
+        variant.reason, variant.results = short_error(error), []
+        if gpu_is_broken(device):
+            raise GpuBroken(variant.reason) from None
 
 
-def broken(device: str) -> bool:
+def gpu_is_broken(device: str) -> bool:
     """Whether the GPU accepts nothing more from this process."""
     try:
         if device == "cuda":
@@ -216,11 +216,11 @@ def broken(device: str) -> bool:
     return False
 
 
-def short(error: BaseException) -> str:
+def short_error(error: BaseException) -> str:
     """The error in one short line."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     text = text if isinstance(error, ImportError) else f"{type(error).__name__}: {text}"
-    return text if len(text) <= REASON else text[: REASON - 1] + "…"
+    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 1] + "…"
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -274,7 +274,7 @@ def _record(
     binding = max(floors, key=lambda name: floors[name])
     goal_ms = goal_time(case.goal, {**times, **floors, "peer": times[best] if best else None})
     return {
-        **heading(case),
+        **case_key(case),
         "status": "wrong" if wrong else "failed" if ours.reason else "ok",
         "reason": ours.reason,
         **_figures(ours),
@@ -291,13 +291,13 @@ def _record(
     }
 
 
-def heading(case: Case) -> Record:
+def case_key(case: Case) -> Record:
     """Which row it is."""
     goal = list(case.goal) if case.goal else None
     return {"operation": case.operation, "shape": case.shape, "backward": case.backward, "goal": goal}
 
 
-def unmeasured(head: Record, status: str, reason: str) -> Record:
+def empty_record(head: Record, status: str, reason: str) -> Record:
     """The record of a case that gave none: ``status`` "failed" or "not measured"."""
     names = ("ms", "tflops", "gbs", "ceiling", "share", "error", "best_peer", "goal_share")
     none = dict.fromkeys(names)

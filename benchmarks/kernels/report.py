@@ -26,8 +26,8 @@ LEGEND = (
 )
 
 
-def rows(result: dict[str, Any]) -> list[Row]:
-    """Each case beside the peer that its goal names, else the fastest. ``first``: of every operation, direction and
+def table_rows(result: dict[str, Any]) -> list[Row]:
+    """Each case beside the peer that its goal names, else the fastest. ``headline``: of every operation, direction and
     kind of kernel the first case with a goal.
     """
     seen: set[tuple[Any, ...]] = set()
@@ -39,10 +39,10 @@ def rows(result: dict[str, Any]) -> list[Row]:
         found.append(
             Row(
                 "kernels", f"{r['operation']}: {r['shape']}" if r["shape"] else r["operation"], r["ms"], "ms",
-                peer=peer, theirs=r["peers"][peer]["ms"] if peer else None, share=r["share"], ceiling=r["ceiling"],
+                peer=peer, peer_value=r["peers"][peer]["ms"] if peer else None, share=r["share"], ceiling=r["ceiling"],
                 goal=_goal(r["goal"]), verdict=r["verdict"], noise=r.get("spread"),
                 reason=None if r["status"] == "ok" else f"{r['status']}: {r['reason']}",
-                tiny=result["device"] == "cpu", first=bool(r["goal"]) and kind not in seen,
+                tiny=result["device"] == "cpu", headline=bool(r["goal"]) and kind not in seen,
             )
         )  # fmt: skip
         if r["goal"]:
@@ -90,13 +90,13 @@ def _lines(row: Record, width: int) -> list[str]:
     """The row, and its peers below it where they do not fit behind it."""
     ratios = sorted((peer["ratio"], name) for name, peer in row["peers"].items() if "ratio" in peer)
     peers = ", ".join(f"{name} {ratio:.2f}x" for ratio, name in ratios)
-    line = f"  {_cut(row['shape'], width):{width}} {_figures(row)}  "
+    line = f"  {_truncate(row['shape'], width):{width}} {_figures(row)}  "
     if len(line) + len(peers) <= WIDTH:
         return [line + peers]
     return [line, *textwrap.wrap(peers, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)]
 
 
-def _cut(text: str, width: int) -> str:
+def _truncate(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -139,7 +139,7 @@ def _failures(rows: list[Record]) -> list[str]:
     unchecked = [f"{row['operation']} {row['shape']}" for row in rows if row["status"] == "ok" and row["error"] is None]
     if unchecked:
         lines.append(f"not compared, as no peer ran, in {len(unchecked)} rows: {', '.join(unchecked)}")
-    return [_cut(line, WIDTH) for line in lines]
+    return [_truncate(line, WIDTH) for line in lines]
 
 
 LABEL, BAR, NOTE, ROW, TOP, BOTTOM = 470, 640, 370, 24, 84, 40

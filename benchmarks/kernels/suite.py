@@ -20,28 +20,37 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels import operations, timing
+from benchmarks.kernels import operation_names, timing
 from benchmarks.kernels.case import Case
-from benchmarks.kernels.measure import OURS, Broken, Record, broken, heading, measure, short, unmeasured
+from benchmarks.kernels.measure import (
+    OURS,
+    GpuBroken,
+    Record,
+    case_key,
+    empty_record,
+    gpu_is_broken,
+    measure,
+    short_error,
+)
 from phi4rv.ops import cuda
 
 PACKAGE = "benchmarks.kernels.cases"
 TIMING = "timing"
 # Silence after which a process is taken to hang: compiling a peer, or ten slow calls.
-PATIENCE = 120.0
+HANG_SECONDS = 120.0
 CASE_SECONDS = {"cuda": 0.4, "cpu": 0.05}
 OUT_OF_TIME = "out of time"
 
 
 @dataclass
 class Progress:
-    """What the processes have reported so far. ``at``: the row and the variant that one of them is in."""
+    """What the processes have reported so far. ``current``: the row and variant being measured."""
 
     rows: list[Record] = field(default_factory=list)
     records: dict[int, Record] = field(default_factory=dict)
     excluded: dict[int, dict[str, str]] = field(default_factory=dict)
     ceilings: dict[str, float] = field(default_factory=dict)
-    at: tuple[int, str] | None = None
+    current: tuple[int, str] | None = None
 
     def next(self) -> int:
         """The first row without a record."""
@@ -50,57 +59,57 @@ class Progress:
     def complete(self) -> bool:
         return bool(self.rows) and self.next() == len(self.rows)
 
-    def blame(self, reason: str) -> None:
+    def record_crash(self, reason: str) -> None:
         """A process ended before its time: a peer is not tried again, ours has failed."""
-        row, variant = self.at or (self.next(), OURS)
+        row, variant = self.current or (self.next(), OURS)
         if variant in (OURS, TIMING):
             place = "" if variant == OURS else " while timing"
-            self.records[row] = unmeasured(self.rows[row], "failed", reason + place)
+            self.records[row] = empty_record(self.rows[row], "failed", reason + place)
         else:
             self.excluded.setdefault(row, {})[variant] = reason
 
 
 def run(
-    only: Sequence[str] = (), seconds: float = math.inf, package: str = PACKAGE, patience: float = PATIENCE
+    only: Sequence[str] = (), seconds: float = math.inf, package: str = PACKAGE, hang_seconds: float = HANG_SECONDS
 ) -> dict[str, Any]:
     """Measures every row: {"device", "ceilings", "rows"}. Rows for which ``seconds`` do not suffice say so."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         # The new process reads them before its first kernel.
         os.environ |= {"TRITON_INTERPRET": "1", cuda.EMULATE: "1"}
-    names = list(only) or operations()
+    names = list(only) or operation_names()
     progress, deadline = Progress(), time.monotonic() + seconds
     while not progress.complete() and time.monotonic() < deadline:
         begun = len(progress.records)
-        stopped = _follow(progress, (package, names, device), deadline, patience)
+        stopped = _supervise(progress, (package, names, device), deadline, hang_seconds)
         if stopped in (None, OUT_OF_TIME):
             break
         if not progress.ceilings:  # it did not come to the first row: nothing will
-            progress.rows = progress.rows or [_empty(name) for name in names]
-            progress.records = {i: unmeasured(row, "failed", stopped) for i, row in enumerate(progress.rows)}
-        elif progress.at or len(progress.records) == begun:
-            progress.blame(stopped)
-    progress.rows = progress.rows or [_empty(name) for name in names]
+            progress.rows = progress.rows or [_placeholder(name) for name in names]
+            progress.records = {i: empty_record(row, "failed", stopped) for i, row in enumerate(progress.rows)}
+        elif progress.current or len(progress.records) == begun:
+            progress.record_crash(stopped)
+    progress.rows = progress.rows or [_placeholder(name) for name in names]
     rows = [
-        progress.records.get(i) or unmeasured(row, "not measured", OUT_OF_TIME) for i, row in enumerate(progress.rows)
+        progress.records.get(i) or empty_record(row, "not measured", OUT_OF_TIME) for i, row in enumerate(progress.rows)
     ]
     return {"device": device, "ceilings": progress.ceilings, "rows": rows}
 
 
-def _follow(progress: Progress, work: tuple[Any, ...], deadline: float, patience: float) -> str | None:
+def _supervise(progress: Progress, work: tuple[Any, ...], deadline: float, hang_seconds: float) -> str | None:
     """Starts a process and takes down what it reports. None when it did all, else why it ended."""
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
-    progress.at = None
+    progress.current = None
     process = spawn.Process(
-        target=_work, args=(sender, *work, progress.next(), progress.excluded, progress.ceilings), name="kernels"
+        target=_worker, args=(sender, *work, progress.next(), progress.excluded, progress.ceilings), name="kernels"
     )
     process.start()
     sender.close()
     reason = None
     try:
         while True:
-            quiet = patience if progress.at else PATIENCE  # starting takes its time
+            quiet = hang_seconds if progress.current else HANG_SECONDS  # starting takes its time
             left = deadline - time.monotonic()
             if left <= 0 or not receiver.poll(min(quiet, left)):
                 return OUT_OF_TIME if left <= quiet else f"no answer for {quiet:g} s"
@@ -110,11 +119,11 @@ def _follow(progress: Progress, work: tuple[Any, ...], deadline: float, patience
             if kind == "stopped":
                 reason = value
             elif kind == "at":
-                progress.at = value
+                progress.current = value
             elif kind == "record":
                 row, record = value
-                progress.records[row], progress.at = record, None
-                print(f"  {_line(record)}", file=sys.stderr, flush=True)
+                progress.records[row], progress.current = record, None
+                print(f"  {_log_line(record)}", file=sys.stderr, flush=True)
             else:
                 setattr(progress, kind, value)
     except EOFError:
@@ -125,12 +134,12 @@ def _follow(progress: Progress, work: tuple[Any, ...], deadline: float, patience
         process.join()
 
 
-def _line(record: Record) -> str:
+def _log_line(record: Record) -> str:
     figure = f"{record['ms']:.4g} ms" if record["ms"] else f"{record['status']}: {record['reason']}"
     return f"{record['operation']} {record['shape']}: {figure}"
 
 
-def _work(
+def _worker(
     sender: Connection,
     package: str,
     names: list[str],
@@ -143,8 +152,8 @@ def _work(
     if device == "cuda":
         _configure_compile()
     plan = [entry for name in names for entry in _cases(package, name)]
-    plan.sort(key=lambda entry: _head(entry)["goal"] is None)  # goals first, should the time not suffice for all
-    sender.send(("rows", [_head(entry) for entry in plan]))
+    plan.sort(key=lambda entry: _key(entry)["goal"] is None)  # goals first, should the time not suffice for all
+    sender.send(("rows", [_key(entry) for entry in plan]))
     if not ceilings:
         ceilings = timing.ceilings(device)
         sender.send(("ceilings", ceilings))
@@ -159,15 +168,15 @@ def _work(
                     functools.partial(_announce, sender, row),
                     CASE_SECONDS[device],
                 )
-            except Broken as error:
+            except GpuBroken as error:
                 sender.send(("stopped", str(error)))
                 os._exit(1)  # nothing can be freed any more
             except Exception as error:  # of the inputs, or of the timing itself
-                record = unmeasured(heading(entry), "failed", short(error))
+                record = empty_record(case_key(entry), "failed", short_error(error))
         else:
             record = entry
         sender.send(("record", (row, record)))
-        if broken(device):
+        if gpu_is_broken(device):
             os._exit(1)
     sender.send(("done", None))
 
@@ -193,15 +202,17 @@ def _cases(package: str, name: str) -> list[Case | Record]:
     try:
         return list(importlib.import_module(f"{package}.{name}").cases(tiny=not torch.cuda.is_available()))
     except Exception as error:
-        return [unmeasured(_empty(name), "failed", short(error))]
+        return [empty_record(_placeholder(name), "failed", short_error(error))]
 
 
-def _empty(name: str) -> Record:
+def _placeholder(name: str) -> Record:
     """Stands for the cases of an operation that could not be listed."""
     return {"operation": name, "shape": "", "backward": False, "goal": None}
 
 
-def _head(entry: Case | Record) -> Record:
+def _key(entry: Case | Record) -> Record:
     return (
-        heading(entry) if isinstance(entry, Case) else {k: entry[k] for k in ("operation", "shape", "backward", "goal")}
+        case_key(entry)
+        if isinstance(entry, Case)
+        else {k: entry[k] for k in ("operation", "shape", "backward", "goal")}
     )

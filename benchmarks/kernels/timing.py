@@ -61,7 +61,7 @@ def milliseconds(
     with side_stream(device):
         pool = graph_pool(device)
         prepared = {name: prepare(function, sets, device, pool) for name, function in functions.items()}
-        return interleaved(prepared, clock or clock_of(device), seconds)
+        return interleaved(prepared, clock or clock_for(device), seconds)
 
 
 def median_ms(make: Callable[[], Callable[[], Any]], device: str = "cuda", seconds: float = 0.1) -> float:
@@ -70,9 +70,9 @@ def median_ms(make: Callable[[], Callable[[], Any]], device: str = "cuda", secon
     ``make`` draws its own inputs and is called as often as it takes for them to exceed the L2 together.
     """
     with side_stream(device):
-        before = allocated(device)
+        before = allocated_bytes(device)
         calls = [make()]
-        calls += [make() for _ in range(sets_for(allocated(device) - before, device) - 1)]
+        calls += [make() for _ in range(num_input_sets(allocated_bytes(device) - before, device) - 1)]
         return milliseconds({"": lambda i: calls[i]()}, len(calls), device, seconds)[""].ms
 
 
@@ -129,10 +129,10 @@ def interleaved(prepared: dict[str, Prepared], clock: Clock, seconds: float) -> 
 
 
 def _summary(values: list[float], method: str) -> Timing:
-    return Timing(statistics.median(values), spread(values) or 0.0, len(values), method)
+    return Timing(statistics.median(values), relative_iqr(values) or 0.0, len(values), method)
 
 
-def spread(values: Sequence[float]) -> float | None:
+def relative_iqr(values: Sequence[float]) -> float | None:
     """The width of the middle half over the median; None of less than two values."""
     if len(values) < 2:
         return None
@@ -140,7 +140,7 @@ def spread(values: Sequence[float]) -> float | None:
     return (high - low) / middle if middle else 0.0
 
 
-def clock_of(device: str) -> Clock:
+def clock_for(device: str) -> Clock:
     """The clock of a kind of device."""
     return cuda_clock if device == "cuda" else cpu_clock
 
@@ -180,12 +180,12 @@ def graph_pool(device: str) -> Any:
     return torch.cuda.graph_pool_handle() if device == "cuda" else None
 
 
-def allocated(device: str) -> int:
+def allocated_bytes(device: str) -> int:
     """Bytes that tensors hold on the GPU."""
     return torch.cuda.memory_allocated() if device == "cuda" else 0
 
 
-def sets_for(size: int, device: str) -> int:
+def num_input_sets(size: int, device: str) -> int:
     """How many sets of ``size`` bytes the L2 does not hold; 1 on a CPU, whose times say nothing."""
     if device != "cuda":
         return 1

@@ -1,4 +1,4 @@
-"""Charts of rows: the newest beside their peers, and their course from result to result."""
+"""Charts of rows: the newest beside their peers, and their history from result to result."""
 
 from __future__ import annotations
 
@@ -42,12 +42,16 @@ def draw_newest(rows: Sequence[Row], title: str, file: Path) -> None:
         left, right = sorted((across(1.0), across(row.ratio)))
         pen.rectangle((left, y + 4, right, y + BAR - 5), VERDICTS[row.verdict])
         pen.text(
-            (LABEL - 8, y + BAR / 2), _fitting(pen, f"{row.benchmark}: {row.what}", font, LABEL - 20), INK, font, "rm"
+            (LABEL - 8, y + BAR / 2),
+            _shorten_to_fit(pen, f"{row.benchmark}: {row.what}", font, LABEL - 20),
+            INK,
+            font,
+            "rm",
         )
         _, ours, peer, ratio, *_ = cells(row)
         pen.text(
             (LABEL + PLANE + 8, y + BAR / 2),
-            _fitting(pen, f"{ratio}  {ours}; {peer}", font, NOTE - 16),
+            _shorten_to_fit(pen, f"{ratio}  {ours}; {peer}", font, NOTE - 16),
             INK,
             font,
             "lm",
@@ -55,7 +59,7 @@ def draw_newest(rows: Sequence[Row], title: str, file: Path) -> None:
     image.save(file)
 
 
-def _fitting(
+def _shorten_to_fit(
     pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
 ) -> str:
     while pen.textlength(text, font) > width:
@@ -63,22 +67,22 @@ def _fitting(
     return text
 
 
-def draw_course(courses: Sequence[Sequence[tuple[str, Row]]], file: Path, columns: int = 2) -> None:
+def draw_history(histories: Sequence[Sequence[tuple[str, Row]]], file: Path, columns: int = 2) -> None:
     """PNG: a panel for each row, its figure and its best peer's over (commit, row) in order of time."""
     head = 26
-    columns = min(columns, len(courses))
-    image = Image.new("RGB", (columns * WIDTH, head + -(-len(courses) // columns) * HEIGHT), "white")
+    columns = min(columns, len(histories))
+    image = Image.new("RGB", (columns * WIDTH, head + -(-len(histories) // columns) * HEIGHT), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for i, said in enumerate(("ours", "best peer")):
         pen.line((12 + 130 * i, 14, 42 + 130 * i, 14), fill=COLOURS[i], width=3)
         pen.text((50 + 130 * i, 14), said, INK, font, "lm")
-    for number, course in enumerate(courses):
+    for number, history in enumerate(histories):
         corner = number % columns * WIDTH, head + number // columns * HEIGHT
-        last = course[-1][1]
+        last = history[-1][1]
         curves = [
-            [(float(i), value) for i, (_, row) in enumerate(course) if (value := getattr(row, side)) is not None]
-            for side in ("ours", "theirs")
+            [(float(i), value) for i, (_, row) in enumerate(history) if (value := getattr(row, field)) is not None]
+            for field in ("value", "peer_value")
         ]
-        title = f"{last.what}, {last.unit}, {'less' if last.least else 'more'} is better"
-        draw_panel(pen, corner, title, curves, window=1, names=[commit for commit, _ in course])
+        title = f"{last.what}, {last.unit}, {'less' if last.lower_is_better else 'more'} is better"
+        draw_panel(pen, corner, title, curves, window=1, names=[commit for commit, _ in history])
     image.save(file)

@@ -1,4 +1,4 @@
-"""Who our figures stand beside: under which version and with which settings."""
+"""The peers that our figures are compared with: versions and settings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def described() -> dict[str, dict[str, str]]:
+def peer_versions() -> dict[str, dict[str, str]]:
     """Of each peer its version, or ``not installed``, and its settings."""
     return {name: {"version": _version(found), "settings": settings} for name, (found, settings) in PEERS.items()}
 

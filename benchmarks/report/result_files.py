@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report.peers import described, version
+from benchmarks.report.peers import peer_versions, version
 
 FOLDER = Path(__file__).parents[1] / "results"
 # Key in the file: distribution.
@@ -68,10 +68,10 @@ def file_for(about: dict[str, str], folder: Path = FOLDER) -> Path:
     return folder / device / f"{about['date']}-{about['commit']}.json"
 
 
-def write(file: Path, results: dict[str, Any], about: dict[str, str] | None = None, **more: Any) -> None:
+def write_results(file: Path, results: dict[str, Any], about: dict[str, str] | None = None, **more: Any) -> None:
     """The environment, the peers, and the results of each benchmark, by name."""
     file.parent.mkdir(parents=True, exist_ok=True)
     about = environment() if about is None else about
     file.write_text(
-        json.dumps({**about, "peers": described(), **more, "results": results}, indent=1, allow_nan=False) + "\n"
+        json.dumps({**about, "peers": peer_versions(), **more, "results": results}, indent=1, allow_nan=False) + "\n"
     )

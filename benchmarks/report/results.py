@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parts import ROOT
-from benchmarks.report.charts import draw_course, draw_newest
+from benchmarks.jobs import ROOT
+from benchmarks.report.charts import draw_history, draw_newest
 from benchmarks.report.result_files import FOLDER
-from benchmarks.report.rows import HEADS, Row, cells, figure, markdown
-from benchmarks.run import MODULES, rows
+from benchmarks.report.rows import HEADERS, Row, cells, figure, markdown
+from benchmarks.run import MODULES, table_rows
 from phi4rv.command_line import Parser, exit_status
 from phi4rv.errors import UserError
 
@@ -26,7 +26,7 @@ PAGE = "docs/measurements.md"
 MARKS = "<!-- measured: by python -m benchmarks.report -->", "<!-- end of measured -->"
 # Relative; of a figure whose record has no spread, and the least that any figure is taken to have.
 NOISE, LEAST_NOISE = 0.10, 0.02
-COLUMNS = 8  # newest results that a table of the course shows; the charts show all
+COLUMNS = 8  # newest results that a history table shows; the charts show all
 HEAD = f"""# Results
 
 Written by `python -m benchmarks.report` from `benchmarks/results/`, where every figure, its peers, their versions and
@@ -65,7 +65,7 @@ def read(file: Path) -> Result:
     try:
         about = json.loads(file.read_text())
         results = about.pop("results")
-        found = rows(results)
+        found = table_rows(results)
         if missing := {"device", "date", "commit", "torch"} - set(about):
             raise ValueError(f"no {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -91,7 +91,7 @@ def read_all(folder: Path) -> tuple[dict[str, list[Result]], list[str]]:
     return found, broken
 
 
-def courses(results: Sequence[Result]) -> dict[tuple[str, str], list[Point]]:
+def histories(results: Sequence[Result]) -> dict[tuple[str, str], list[Point]]:
     """By benchmark and row its points in order of time, of the rows that the newest result of their benchmark has."""
     newest = {row.benchmark: result for result in results for row in result.rows}
     keys = [(row.benchmark, row.what) for name in MODULES if name in newest for row in newest[name].rows
@@ -106,7 +106,7 @@ def courses(results: Sequence[Result]) -> dict[tuple[str, str], list[Point]]:
 
 def latest(points: Sequence[Point]) -> Point:
     """The newest with a figure; without any the newest."""
-    return next((p for p in reversed(points) if p.row.ours is not None), points[-1])
+    return next((p for p in reversed(points) if p.row.value is not None), points[-1])
 
 
 def noise(row: Row) -> float:
@@ -114,28 +114,32 @@ def noise(row: Row) -> float:
     return max(LEAST_NOISE, NOISE if row.noise is None else row.noise)
 
 
-def slower(points: Sequence[Point]) -> tuple[Point, float] | None:
+def regression(points: Sequence[Point]) -> tuple[Point, float] | None:
     """The best earlier point and by how much the newest figure is worse, if by more than both their noises."""
     now = latest(points)
-    earlier = [p for p in points[: points.index(now)] if p.row.ours]
-    if now.row.ours is None or not earlier:
+    earlier = [p for p in points[: points.index(now)] if p.row.value]
+    if now.row.value is None or not earlier:
         return None
-    best = (min if now.row.least else max)(earlier, key=lambda p: p.row.ours)
-    assert best.row.ours
-    worse = now.row.ours / best.row.ours - 1 if now.row.least else best.row.ours / now.row.ours - 1
+    best = (min if now.row.lower_is_better else max)(earlier, key=lambda p: p.row.value)
+    assert best.row.value
+    worse = now.row.value / best.row.value - 1 if now.row.lower_is_better else best.row.value / now.row.value - 1
     return (best, worse) if worse > noise(now.row) + noise(best.row) else None
 
 
 def device_text(name: str, results: Sequence[Result]) -> str:
     """The part of RESULTS.md about one device."""
-    found = courses(results)
+    found = histories(results)
     parts = [f"## {results[-1].about['device']}", _versions(results[-1]), f"![ratios](results/{name}/newest.png)"]
     for benchmark in dict.fromkeys(benchmark for benchmark, _ in found):
         mine = {what: points for (b, what), points in found.items() if b == benchmark}
         parts += [f"### {benchmark}", newest_table([latest(points) for points in mine.values()])]
         if several := {what: points for what, points in mine.items() if len(points) > 1}:
-            parts += [f"#### Course of {benchmark}", course_table(several), f"![course]({_course(name, benchmark)})"]
-    lines = [_slower(what, points) for (_, what), points in found.items()]
+            parts += [
+                f"#### Course of {benchmark}",
+                history_table(several),
+                f"![course]({_history_chart(name, benchmark)})",
+            ]
+    lines = [_regression_line(what, points) for (_, what), points in found.items()]
     said = [line for line in lines if line] or ["Nothing, or nothing was measured twice."]
     return "\n\n".join([*parts, "### Slower than the best earlier result by more than the noise", *said])
 
@@ -152,10 +156,10 @@ def newest_table(points: Sequence[Point], named: bool = False) -> str:
     for point in points:
         what, *others = cells(point.row)
         lines.append((f"{point.row.benchmark}: {what}" if named else what, *others, point.result.when))
-    return markdown((*HEADS, "measured"), lines)
+    return markdown((*HEADERS, "measured"), lines)
 
 
-def course_table(found: dict[str, list[Point]]) -> str:
+def history_table(found: dict[str, list[Point]]) -> str:
     """Of each row its figures in the newest COLUMNS results that have any of them."""
     every = {p.result.when: p.result for points in found.values() for p in points}
     shown = sorted(every.values(), key=lambda r: (r.about["date"], r.about.get("time", ""), r.name))[-COLUMNS:]
@@ -163,22 +167,22 @@ def course_table(found: dict[str, list[Point]]) -> str:
     for what, points in found.items():
         by = {p.result.when: p.row for p in points}
         taken = [by.get(result.when) for result in shown]
-        lines.append((what, *("-" if r is None or r.ours is None else figure(r.ours, r.unit) for r in taken)))
+        lines.append((what, *("-" if r is None or r.value is None else figure(r.value, r.unit) for r in taken)))
     return markdown(("what", *(result.when for result in shown)), lines)
 
 
-def _slower(what: str, points: Sequence[Point]) -> str | None:
-    if (found := slower(points)) is None:
+def _regression_line(what: str, points: Sequence[Point]) -> str | None:
+    if (found := regression(points)) is None:
         return None
     (best, worse), now = found, latest(points)
-    assert now.row.ours is not None and best.row.ours is not None
+    assert now.row.value is not None and best.row.value is not None
     return (
-        f"- {now.row.benchmark}, {what}: {figure(now.row.ours, now.row.unit)} ({now.result.when}), "
-        f"{worse:.0%} worse than {figure(best.row.ours, best.row.unit)} ({best.result.when})"
+        f"- {now.row.benchmark}, {what}: {figure(now.row.value, now.row.unit)} ({now.result.when}), "
+        f"{worse:.0%} worse than {figure(best.row.value, best.row.unit)} ({best.result.when})"
     )
 
 
-def _course(name: str, benchmark: str) -> str:
+def _history_chart(name: str, benchmark: str) -> str:
     return f"results/{name}/course-{benchmark}.png"
 
 
@@ -190,11 +194,11 @@ def results_text(devices: dict[str, list[Result]], broken: Sequence[str]) -> str
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def first_table(devices: dict[str, list[Result]]) -> str:
-    """What stands between the marks: of each device the rows that are ``first``."""
+def headline_table(devices: dict[str, list[Result]]) -> str:
+    """What stands between the marks: of each device the ``headline`` rows."""
     parts = []
     for results in devices.values():
-        points = [point for points in courses(results).values() if (point := latest(points)).row.first]
+        points = [point for points in histories(results).values() if (point := latest(points)).row.headline]
         parts += [f"{results[-1].about['device']}:", newest_table(points, named=True)]
     return "\n\n".join(parts)
 
@@ -212,15 +216,15 @@ def draw_all(devices: dict[str, list[Result]], folder: Path) -> list[Path]:
     """The charts that RESULTS.md names."""
     files = []
     for name, results in devices.items():
-        found = courses(results)
+        found = histories(results)
         files.append(folder / name / "newest.png")
         title = f"{results[-1].about['device']}: how many times better than the best peer"
         draw_newest([latest(points).row for points in found.values()], title, files[-1])
         for benchmark in dict.fromkeys(benchmark for benchmark, _ in found):
             several = [points for (b, _), points in found.items() if b == benchmark and len(points) > 1]
             if several:
-                files.append(folder.parent / _course(name, benchmark))
-                draw_course([[(p.result.about["commit"], p.row) for p in points] for points in several], files[-1])
+                files.append(folder.parent / _history_chart(name, benchmark))
+                draw_history([[(p.result.about["commit"], p.row) for p in points] for points in several], files[-1])
     return files
 
 
@@ -234,7 +238,7 @@ def command(argv: Sequence[str] | None) -> None:
     devices, broken = read_all(FOLDER)
     (FOLDER.parent / "RESULTS.md").write_text(results_text(devices, broken))
     page = ROOT / PAGE
-    page.write_text(with_table(page.read_text(), first_table(devices)))
+    page.write_text(with_table(page.read_text(), headline_table(devices)))
     for file in ("benchmarks/RESULTS.md", PAGE, *(f.relative_to(ROOT) for f in draw_all(devices, FOLDER))):
         print(f"written: {file}")
     if broken:

@@ -69,7 +69,7 @@ class Engine:
         on_gpu = model.device.type == "cuda"
         self.overlap = on_gpu if config.overlap is None else config.overlap
         # The definition of attention reads lengths on the host, which no graph can capture.
-        capturable = on_gpu and model.ops.chosen["paged_decode_attention"] != "torch"
+        capturable = on_gpu and model.ops.backends["paged_decode_attention"] != "torch"
         if config.graphs and not capturable:
             raise UserError("graphs: need a GPU and --kernels triton or cuda for paged_decode_attention")
         cuda_graphs = CudaGraphs(capturable if config.graphs is None else config.graphs)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi4rv.model.decoder import Attend, Decoder
+from phi4rv.model.decoder import AttentionFn, Decoder
 from phi4rv.ops import cuda
 from phi4rv.ops.low_precision import QuantizedWeight
 from phi4rv.ops.reference import rope_table
@@ -38,9 +38,9 @@ class FusedDecoder:
         if weight is None:
             unquantised: Tensor = layer.weight.detach()
             return unquantised
-        return cuda.repack(weight) if self.ops.chosen["decode_gemv"] == "cuda" else weight
+        return cuda.repack(weight) if self.ops.backends["decode_gemv"] == "cuda" else weight
 
-    def __call__(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def __call__(self, x: Tensor, positions: Tensor, attend: AttentionFn) -> Tensor:
         """Embeddings (T, C) at positions (T,) -> logits (T, V) float32, T at most MAX_ROWS."""
         config, gemv, eps = self.decoder.config, self.ops.decode_gemv, self.decoder.config.rms_norm_eps
         heads, groups = config.num_attention_heads, config.num_key_value_heads
@@ -58,7 +58,7 @@ class FusedDecoder:
 
 def is_supported(decoder: Decoder) -> bool:
     """Whether the chosen ``decode_gemv`` supports these layers: csrc/'s needs 16-bit activations and certain widths."""
-    if decoder.ops.chosen["decode_gemv"] != "cuda":
+    if decoder.ops.backends["decode_gemv"] != "cuda":
         return True
     config = decoder.config
     columns = (config.hidden_size, config.intermediate_size)

@@ -8,7 +8,7 @@ from torch import Tensor
 from infer.engine.config import EngineConfig
 from phi4rv.config import Config
 from phi4rv.errors import UserError
-from phi4rv.model.decoder import Attend
+from phi4rv.model.decoder import AttentionFn
 from phi4rv.ops.low_precision import FP8_MAX
 from phi4rv.ops.registry import Operations
 
@@ -60,7 +60,7 @@ class PagedKVCache:
                 flat, new = flat.view(torch.uint8), scaled.to(pages.dtype).view(torch.uint8)
             flat.index_copy_(0, slot_mapping, new)
 
-    def decode_attention(self, page_table: Tensor, seq_lens: Tensor, slot_mapping: Tensor) -> Attend:
+    def decode_attention(self, page_table: Tensor, seq_lens: Tensor, slot_mapping: Tensor) -> AttentionFn:
         """Attention of the last M tokens of B documents, packed as (B · M) rows. seq_lens (B,): these included."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class PagedKVCache:
         cu_seqlens: Tensor,
         max_seqlen: int,
         no_context: bool,
-    ) -> Attend:
+    ) -> AttentionFn:
         """Attention of packed chunks of new tokens, the last of ``seq_lens`` (B,) each. no_context: nothing precedes
         the chunks, so that the cache need not be read.
         """
@@ -95,7 +95,7 @@ class PagedKVCache:
 
         return attend
 
-    def scale_setting_attention(self) -> Attend:
+    def scale_setting_attention(self) -> AttentionFn:
         """Causal attention of one document that stores nothing, and sets the fp8 scales to twice what its keys and
         values need: later ones may be larger.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phi4rv.ops.low_precision import WORD, mix
+from phi4rv.ops.low_precision import UINT32_MASK, hash32
 
 GOLDEN_RATIO = 0x9E3779B9
 
@@ -71,12 +71,12 @@ def _gumbel_noise(seed: Tensor, step: Tensor, token_ids: Tensor) -> Tensor:
     The largest of logits + noise is a draw from their softmax (Gumbel 1954; Maddison et al. 2014).
     """
     # Three keys a row. Each of a token's two random words depends on a key that the other does not use.
-    keys = mix(GOLDEN_RATIO * torch.arange(1, 4, device=seed.device) & WORD)
-    for word in (seed & WORD, seed >> 32, step & WORD):
-        keys = mix(keys ^ word[:, None])
+    keys = hash32(GOLDEN_RATIO * torch.arange(1, 4, device=seed.device) & UINT32_MASK)
+    for word in (seed & UINT32_MASK, seed >> 32, step & UINT32_MASK):
+        keys = hash32(keys ^ word[:, None])
     shared, first, second = keys.unbind(1)
-    hashed = mix(shared[:, None] ^ token_ids)
-    high, low = mix(hashed ^ first[:, None]), mix(hashed ^ second[:, None])
+    hashed = hash32(shared[:, None] ^ token_ids)
+    high, low = hash32(hashed ^ first[:, None]), hash32(hashed ^ second[:, None])
     # 52 bits, and half of the last, which keeps 0 and 1 out: 32 would draw nothing rarer than 2^-32.
     uniform = ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
     return -torch.log(-torch.log1p(-uniform))

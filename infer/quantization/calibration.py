@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from infer.requests.outputs import Generation
 from phi4rv.batch import pack
 from phi4rv.model.phi4rv import Phi4RV
-from phi4rv.ops.low_precision import GROUP, QuantizedWeight, dequantize, part, quantize
+from phi4rv.ops.low_precision import GROUP_SIZE, QuantizedWeight, dequantize, quantize, slice_weight
 from phi4rv.processing.processor import Processor
-from phi4rv.quantization.quantized_linear import ROWS, chosen_layers, quantize_rows
+from phi4rv.quantization.quantized_linear import CHUNK_ROWS, layers_to_quantize, quantize_in_chunks
 
 # Factors of a scale that are searched: AWQ's range (Lin et al. 2023, whose clipping search has the same criterion).
 SCALE_FACTORS = tuple(1 - 0.05 * i for i in range(11))
@@ -31,7 +31,7 @@ class LayerInputs:
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
-        self.gram = torch.zeros(-(-columns // GROUP), GROUP, GROUP, device=device)
+        self.gram = torch.zeros(-(-columns // GROUP_SIZE), GROUP_SIZE, GROUP_SIZE, device=device)
         self.rows: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
@@ -45,7 +45,7 @@ class LayerInputs:
 
 def split_groups(x: Tensor) -> Tensor:
     """(R, K) -> (R, G, GROUP), the last group padded with zeros."""
-    return F.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    return F.pad(x, (0, -x.shape[1] % GROUP_SIZE)).unflatten(1, (-1, GROUP_SIZE))
 
 
 def collect_inputs(
@@ -58,7 +58,7 @@ def collect_inputs(
         (x,) = given
         inputs.setdefault(name, LayerInputs(x.shape[-1], x.device)).add(x)
 
-    layers = {name: model.get_submodule(name) for name in chosen_layers(model, formats)}
+    layers = {name: model.get_submodule(name) for name in layers_to_quantize(model, formats)}
     hooks = [layer.register_forward_pre_hook(partial(collect, name)) for name, layer in layers.items()]
     try:
         compute_logits(model, processor, generations)
@@ -86,10 +86,10 @@ def quantize_calibrated(weight: Tensor, format: str, gram: Tensor) -> QuantizedW
     weight (N, K); gram: ``LayerInputs.gram`` of the layer.
     """
     factors = []
-    for block in weight.split(ROWS):
+    for block in weight.split(CHUNK_ROWS):
         errors = torch.stack([scale_errors(block, _quantize_scaled(block, format, f), gram) for f in SCALE_FACTORS])
         factors.append(errors.new_tensor(SCALE_FACTORS)[errors.argmin(0)])
-    return quantize_rows(weight, format, torch.cat(factors))
+    return quantize_in_chunks(weight, format, torch.cat(factors))
 
 
 def scale_errors(weight: Tensor, quantized: QuantizedWeight, gram: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def scale_errors(weight: Tensor, quantized: QuantizedWeight, gram: Tensor) -> Te
 
 
 def _quantize_scaled(weight: Tensor, format: str, factor: float) -> QuantizedWeight:
-    groups = -(-weight.shape[1] // GROUP)
+    groups = -(-weight.shape[1] // GROUP_SIZE)
     shape = (len(weight), groups) if format.startswith("int4") else (len(weight),)
     return quantize(weight, format, torch.full(shape, factor, device=weight.device))
 
@@ -121,9 +121,9 @@ def layer_error(path: str, weight: Tensor, quantized: QuantizedWeight, rows: Ten
     """Of the layer with published ``path``; the bias, which both have, is left out."""
     off = total = off_output = total_output = 0.0
     rows = rows.float()
-    for start in range(0, len(weight), ROWS):
-        w = weight[start : start + ROWS].float()
-        d = w - dequantize(part(quantized, 0, start, start + len(w)), torch.float32)
+    for start in range(0, len(weight), CHUNK_ROWS):
+        w = weight[start : start + CHUNK_ROWS].float()
+        d = w - dequantize(slice_weight(quantized, 0, start, start + len(w)), torch.float32)
         off, total = off + float(d.square().sum()), total + float(w.square().sum())
         off_output += float((rows @ d.T).square().sum())
         total_output += float((rows @ w.T).square().sum())

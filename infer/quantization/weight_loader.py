@@ -13,35 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi4rv.checkpoint.atomic_folder import whole_folder
+from phi4rv.checkpoint.atomic_folder import atomic_folder
 from phi4rv.checkpoint.huggingface import (
-    FLOATS,
+    FLOAT_DTYPES,
+    assign_parameter,
+    copy_if_mapped,
     empty_model,
-    kept,
-    outline,
-    place,
-    published_name,
-    tensors_of,
-    write_outline,
+    hf_name,
+    iter_tensors,
+    load_meta,
+    write_config_and_processor,
     write_tensors,
 )
 from phi4rv.checkpoint.tensor_reader import DTYPES as STORED_DTYPES
 from phi4rv.config import DTYPES, Config, read_json
 from phi4rv.errors import UserError
 from phi4rv.model.phi4rv import Phi4RV
-from phi4rv.ops.low_precision import GROUP, QuantizedWeight
+from phi4rv.ops.low_precision import GROUP_SIZE, QuantizedWeight
 from phi4rv.processing.processor import Processor
 from phi4rv.quantization.quantized_linear import (
-    fill_quantized,
-    formats_of,
+    format_spec,
+    load_quantized_weights,
     parse_formats,
+    quantization_formats,
     quantize_layers,
     quantized_layers,
-    spec_of,
 )
 
 CONFIG_KEY = "quantization_config"  # of config.json, where transformers looks for it too
-QUANT_METHOD = {"quant_method": "phi4rv", "version": 1, "group_size": GROUP}
+QUANT_METHOD = {"quant_method": "phi4rv", "version": 1, "group_size": GROUP_SIZE}
 
 
 def load(
@@ -64,14 +64,14 @@ def load(
     if config.is_file() and CONFIG_KEY in (raw := read_json(config)):
         saved = _saved_formats(raw[CONFIG_KEY], config)
         if formats not in ({}, saved):
-            raise UserError(f"--weights: {weights}, but {folder} holds {spec_of(saved)}; leave the option out")
+            raise UserError(f"--weights: {weights}, but {folder} holds {format_spec(saved)}; leave the option out")
         sizes = Config.from_dict({k: v for k, v in raw.items() if k != CONFIG_KEY}, str(config))
         return _load_quantized(folder, sizes, saved, device, dtype, kernels)
-    model, processor = outline(folder, device, dtype, kernels)
+    model, processor = load_meta(folder, device, dtype, kernels)
     if device.type == "meta":
         quantize_layers(model, formats)
     else:
-        fill_quantized(model, folder, device, formats)
+        load_quantized_weights(model, folder, device, formats)
     return model, processor
 
 
@@ -80,14 +80,16 @@ def save(model: Phi4RV, processor: Processor, path: str | Path) -> None:
 
     ValueError for a model without quantised layers.
     """
-    formats = formats_of(model)
+    formats = quantization_formats(model)
     if not formats:
         raise ValueError("no layer is quantised: phi4rv.save writes the published layout")
     tensors = _state_dict(model)
-    with whole_folder(Path(path)) as folder:
+    with atomic_folder(Path(path)) as folder:
         write_tensors(tensors, folder, lambda name: tensors[name].cpu())
         dtype = model.decoder.norm.weight.dtype
-        write_outline(model, processor, folder, dtype, {CONFIG_KEY: {**QUANT_METHOD, "weights": spec_of(formats)}})
+        write_config_and_processor(
+            model, processor, folder, dtype, {CONFIG_KEY: {**QUANT_METHOD, "weights": format_spec(formats)}}
+        )
 
 
 def _load_quantized(
@@ -108,7 +110,7 @@ def _load_quantized(
 
 def _state_dict(model: Phi4RV) -> dict[str, Tensor]:
     """All that a model holds, by the names of a quantised folder."""
-    tensors = {published_name(n): p.detach() for n, p in model.named_parameters()}
+    tensors = {hf_name(n): p.detach() for n, p in model.named_parameters()}
     for path, layer in quantized_layers(model).items():
         fields = {field: getattr(layer.quantized, field) for field in ("data", "scales", "zeros")}
         tensors |= {f"{path}.weight.{field}": t for field, t in fields.items() if t is not None}
@@ -119,18 +121,18 @@ def _state_dict(model: Phi4RV) -> dict[str, Tensor]:
 def _load_quantized_weights(model: Phi4RV, folder: Path, device: torch.device) -> None:
     """Reads the folder's tensors into an outline with the folder's quantised layers."""
     names = {dtype: name for name, dtype in STORED_DTYPES.items()}
-    plain = {published_name(n): n for n, _ in model.named_parameters()}
+    plain = {hf_name(n): n for n, _ in model.named_parameters()}
     held = _state_dict(model)
-    expected = {n: (tuple(t.shape), FLOATS if n in plain else (names[t.dtype],)) for n, t in held.items()}
-    tensors = tensors_of(folder, expected, device)
+    expected = {n: (tuple(t.shape), FLOAT_DTYPES if n in plain else (names[t.dtype],)) for n, t in held.items()}
+    tensors = iter_tensors(folder, expected, device)
     layers = quantized_layers(model)
     for name, tensor in tensors:
         if name in plain:
-            place(model, plain[name], tensor)
+            assign_parameter(model, plain[name], tensor)
         else:
             path, field = name.rsplit(".weight.", 1)
             known = layers[path].quantized
-            layers[path].quantized = QuantizedWeight(**{**vars(known), field: kept(tensor)})
+            layers[path].quantized = QuantizedWeight(**{**vars(known), field: copy_if_mapped(tensor)})
 
 
 def _saved_formats(given: Any, config: Path) -> dict[str, str]:

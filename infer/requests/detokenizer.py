@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tokenizers import decoders
 
 from phi4rv.errors import UserError
-from phi4rv.processing.answers import DIRECT_SPELLINGS, ENDS, THINK_END, strip_direct, strip_ends
+from phi4rv.processing.answers import END_TOKENS, NOTHINK_SPELLINGS, THINK_END, strip_end_tokens, strip_nothink
 from phi4rv.processing.chat_template import THINK, check_mode
 from phi4rv.processing.processor import TOKENIZER, Processor
 
@@ -81,8 +81,8 @@ class Detokenizer:
             self._open(last)
         thinking = self._read_thought(last) if self._stage == "thought" else ""
         if self._stage == "start":
-            self._buffer = strip_direct(self._buffer)
-            if last or not _is_prefix(self._buffer, DIRECT_SPELLINGS):
+            self._buffer = strip_nothink(self._buffer)
+            if last or not _is_prefix(self._buffer, NOTHINK_SPELLINGS):
                 self._stage = "answer"
         text = self._read_answer(last) if self._stage == "answer" else ""
         return TextDelta(thinking, text, self._stage == "stopped")
@@ -103,7 +103,7 @@ class Detokenizer:
             self._buffer, self._stage = after, "start"
             return self._thought.push(before) + self._thought.finish(str.rstrip)
         text = self._thought.push(self._take_certain(last, (THINK_END,)))
-        return text + self._thought.finish(strip_ends) if last else text
+        return text + self._thought.finish(strip_end_tokens) if last else text
 
     def _read_answer(self, last: bool) -> str:
         # The first to be complete, so that the result does not depend on how the text is cut into tokens.
@@ -111,7 +111,7 @@ class Detokenizer:
         if found:
             self._buffer, self._stage, last = self._buffer[: min(found)[1]], "stopped", True
         text = self._answer.push(self._take_certain(last, self._stop))
-        return text + self._answer.finish(strip_ends) if last else text
+        return text + self._answer.finish(strip_end_tokens) if last else text
 
     def _take_certain(self, last: bool, patterns: Sequence[str]) -> str:
         """The buffer up to where one of ``patterns`` may begin; all of it after the last token."""
@@ -132,9 +132,9 @@ class _TrimmedText:
         text = self._buffer + new
         if not self.emitted and not self._trailing:
             text = text.lstrip()
-        cut = _partial_match_start(text, ENDS)
+        cut = _partial_match_start(text, END_TOKENS)
         whole, self._buffer = text[:cut], text[cut:]
-        kept = strip_ends(whole)
+        kept = strip_end_tokens(whole)
         emitted = self._emit("".join([*self._trailing, kept])) if kept else ""
         if rest := whole[len(kept) :]:
             self._trailing.append(rest)

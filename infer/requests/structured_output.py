@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infer.requests.grammar import Grammar
-from phi4rv.processing.answers import DIRECT_SPELLINGS, THINK_END
+from phi4rv.processing.answers import NOTHINK_SPELLINGS, THINK_END
 from phi4rv.processing.chat_template import THINK
 from phi4rv.processing.processor import Processor
 
@@ -24,7 +24,7 @@ class ThinkingTokens:
 
     @staticmethod
     def from_processor(processor: Processor) -> ThinkingTokens:
-        ids = [processor.tokenizer.token_to_id(text) for text in (THINK, THINK_END, *DIRECT_SPELLINGS)]
+        ids = [processor.tokenizer.token_to_id(text) for text in (THINK, THINK_END, *NOTHINK_SPELLINGS)]
         start, end, *direct = (-1 if i is None else i for i in ids)
         return ThinkingTokens(start, end, tuple(i for i in (start, *direct) if i >= 0))
 

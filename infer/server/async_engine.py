@@ -15,7 +15,7 @@ from infer.requests.outputs import StreamEvent
 from infer.requests.request import Request
 from infer.requests.sampling_params import SamplingParams
 from infer.server.errors import ApiError, from_user_error
-from phi4rv.errors import UserError, WindowError
+from phi4rv.errors import ContextLengthError, UserError
 from phi4rv.processing.processor import Processor, Prompt
 
 MAX_UNREAD_EVENTS = 1024
@@ -235,7 +235,7 @@ def check_length(processor: Processor, prompt: Prompt) -> None:
         for begin in range(0, len(text), PIECE_CHARACTERS):
             count += len(processor.tokenizer.encode_batch_fast([text[begin : begin + PIECE_CHARACTERS]])[0].ids)
             if count > window + window // 4:
-                raise WindowError(f"the prompt has more than {count} tokens, the model's window holds {window}")
+                raise ContextLengthError(f"the prompt has more than {count} tokens, the model's window holds {window}")
 
 
 def _engine_failed() -> ApiError:

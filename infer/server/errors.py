@@ -6,7 +6,7 @@ import re
 from http import HTTPStatus
 from typing import Any
 
-from phi4rv.errors import UserError, WindowError
+from phi4rv.errors import ContextLengthError, UserError
 
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
 _ERROR_TYPES |= {500: "server_error", 503: "server_error", 504: "timeout_error"}
@@ -29,7 +29,7 @@ class ApiError(Exception):
 def from_user_error(error: UserError) -> ApiError:
     """400. ``--top-p: …``, as a command line would name it, becomes ``top_p: …``."""
     message = str(error)
-    if isinstance(error, WindowError):
+    if isinstance(error, ContextLengthError):
         return ApiError(400, message, "messages", "context_length_exceeded")
     found = re.match(r"--([a-z-]+): ", message)
     if found is None:

@@ -13,7 +13,7 @@ from infer.server.errors import ApiError, from_user_error
 from infer.server.json_fields import Fields, check_depth, check_text
 from phi4rv.errors import UserError
 from phi4rv.processing.answers import THINK_END
-from phi4rv.processing.chat_template import IMAGE_MARK, THINK, Message
+from phi4rv.processing.chat_template import IMAGE_TOKEN, THINK, Message
 from phi4rv.processing.processor import Processor
 
 MAX_CHOICES = 8
@@ -65,7 +65,7 @@ class ChatRequestParser:
         self.model, self.max_tokens, self._window = model, max_tokens, processor.config.context
         self._max_token_characters = max(map(len, processor.tokenizer.get_vocab(with_added_tokens=True)))
         added = processor.tokenizer.get_added_tokens_decoder().values()
-        special = {t.content for t in added if t.special or (t.content[0], t.content[-1]) == ("<", ">")} | {IMAGE_MARK}
+        special = {t.content for t in added if t.special or (t.content[0], t.content[-1]) == ("<", ">")} | {IMAGE_TOKEN}
         firsts = {text[0]: [re.escape(t[1:]) for t in special if t[0] == text[0]] for text in special}
         self._special = re.compile("|".join(f"{re.escape(c)}(?={'|'.join(rest)})" for c, rest in firsts.items()))
 
@@ -144,7 +144,7 @@ class ChatRequestParser:
                 lines.append(self._text(part.require("text", str), role))
             elif kind in ("image_url", "file") and role == "user":
                 images.append(_image_source(part, kind))
-                lines.append(IMAGE_MARK)
+                lines.append(IMAGE_TOKEN)
             else:
                 raise ApiError(400, f"{part.name('type')}: {kind[:40]!r} is not served for {role}", part.name("type"))
             part.reject_unknown()

@@ -1,1 +1,1 @@
-"""Checkpoint folders: the published Hugging Face layout, in and out."""
+"""Checkpoint folders: the Hugging Face layout, in and out."""

@@ -1,4 +1,4 @@
-"""Folders that are either whole or not there: written beside their place, then renamed into it."""
+"""Folders that exist completely or not at all: written beside their path, then renamed to it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from phi4rv.errors import UserError
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``path``; on leaving, flushes it to disk and renames it to ``path``.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``path``; on exit, fsyncs it and renames it to ``path``.
 
     An older ``path`` is replaced only then. If anything fails, nothing of the new folder stays and the older one is
-    untouched; what the system says of the disk becomes a UserError naming ``path``.
+    untouched; an OSError becomes a UserError naming ``path``.
     """
     path = path.resolve()  # of a link, its target is replaced
     if not path.name or (path.exists() and not path.is_dir()):
@@ -28,9 +28,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        flush_folder(partial)
+        fsync_folder(partial)
         replace_folder(partial, path)
-        flush_folder(path.parent, deep=False)
+        fsync_folder(path.parent, deep=False)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -55,16 +55,16 @@ def replace_folder(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def flush_folder(folder: Path, deep: bool = True) -> None:
-    """Brings the folder's names, and with ``deep`` all that is in it, to the disk."""
+def fsync_folder(folder: Path, deep: bool = True) -> None:
+    """Fsyncs the folder's entries and, with ``deep``, everything in it."""
     for file in folder.rglob("*") if deep else ():
-        _flush(file)
-    _flush(folder)
+        _fsync(file)
+    _fsync(folder)
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(fd)
     finally:
-        os.close(handle)
+        os.close(fd)

@@ -1,6 +1,6 @@
 """Tensors of safetensors files onto a device, as fast as the page cache and the bus allow.
 
-Threads read the files piece by piece into pinned buffers, and each piece goes to the GPU by a copy on a stream of its
+Threads read the files chunk by chunk into pinned buffers, and each chunk goes to the GPU by a copy on a stream of its
 own: reading, copying and what the caller does with the tensors before overlap. (``safe_open`` maps a file and copies
 from pages that are not pinned, which the driver does in one thread and through a buffer of its own.)
 """
@@ -34,15 +34,15 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-PIECE = 8 << 20  # bytes that a thread reads at a time
+CHUNK_BYTES = 8 << 20  # bytes that a thread reads at a time
 # A thread copies some 6 GB/s out of the page cache, the bus of an H100 takes 55.
 THREADS = 16
-BUFFERS = 2 * THREADS  # each thread fills one while the one before is copied
-AHEAD = PIECE * BUFFERS  # bytes that are on their way behind the tensor that the caller gets next
+BUFFERS = 2 * THREADS  # each thread fills one while its last one is copied
+PREFETCH_BYTES = CHUNK_BYTES * BUFFERS  # bytes in flight behind the tensor that the caller gets next
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorInfo:
     """Where a tensor lies: ``size`` bytes of ``file`` from ``start`` on. ``dtype``: safetensors' name of it."""
 
     name: str
@@ -53,7 +53,7 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def stored(file: Path) -> list[Stored]:
+def read_header(file: Path) -> list[TensorInfo]:
     """The tensors of a safetensors file, from its header. UserError if it is missing or not whole."""
     try:
         safe_open(file, "pt")  # checks that header and length fit
@@ -68,19 +68,20 @@ def stored(file: Path) -> list[Stored]:
     found = []
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        found.append(Stored(name, file, 8 + length + start, end - start, entry["dtype"], tuple(entry["shape"])))
+        found.append(TensorInfo(name, file, 8 + length + start, end - start, entry["dtype"], tuple(entry["shape"])))
     return found
 
 
-def read(wanted: Sequence[Stored], device: torch.device | str) -> Iterator[tuple[Stored, Tensor]]:
+def read_tensors(wanted: Sequence[TensorInfo], device: torch.device | str) -> Iterator[tuple[TensorInfo, Tensor]]:
     """The tensors one after another in the order given, on ``device`` and in their stored dtypes.
 
-    A GPU holds, beside those given, less than AHEAD bytes of what comes behind them and one more tensor. On a CPU they
-    are pages of the file, to be copied before the next is asked for. UserError if a file ends before its header says.
+    A GPU holds, beside those yielded, less than PREFETCH_BYTES of what follows and one more tensor. On a CPU they
+    are pages of the mapped file, to be copied before the next is asked for. UserError if a file is shorter than its
+    header says.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        yield from staged(wanted, device, Staging(device))
+        yield from read_staged(wanted, device, StagingBuffers(device))
         return
     for item in wanted:
         # Opened anew for each tensor: closing drops the mapped pages of the one before.
@@ -88,89 +89,91 @@ def read(wanted: Sequence[Stored], device: torch.device | str) -> Iterator[tuple
             yield item, file.get_tensor(item.name).to(device)
 
 
-class Staging:
+class StagingBuffers:
     """Pinned buffers between files and a GPU, and the stream that empties them."""
 
     def __init__(self, device: torch.device):
         self.device, self.stream = device, torch.cuda.Stream(device)
-        # Each with the event of its last copy, which must have passed before the buffer is filled anew.
+        # Each with the event of its last copy, which must be done before the buffer is filled again.
         self.free: SimpleQueue[tuple[Tensor, Any]] = SimpleQueue()
-        for buffer in torch.empty(BUFFERS, PIECE, dtype=torch.uint8, pin_memory=True):
+        for buffer in torch.empty(BUFFERS, CHUNK_BYTES, dtype=torch.uint8, pin_memory=True):
             self.free.put((buffer, None))
 
-    def order(self) -> None:
-        """What is sent from now on is written after all that the caller has begun: it may still read that memory."""
+    def wait_for_compute(self) -> None:
+        """Later copies wait for the work that the caller has queued: it may still read that memory."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
-    def send(self, buffer: Tensor, target: Tensor) -> Any:
-        """Begins the copy of ``buffer`` to ``target``; its event."""
+    def copy_async(self, buffer: Tensor, target: Tensor) -> Any:
+        """Starts the copy of ``buffer`` to ``target`` and returns its event."""
         with torch.cuda.stream(self.stream):
             target.copy_(buffer, non_blocking=True)
-            return self.stream.record_event(torch.cuda.Event(blocking=True))  # who waits leaves its core to others
+            return self.stream.record_event(torch.cuda.Event(blocking=True))  # a waiting thread yields its core
 
-    def arrive(self, event: Any) -> None:
-        """What the caller begins from now on sees the copy."""
+    def wait_for_copy(self, event: Any) -> None:
+        """Makes the caller's stream wait for the copy."""
         torch.cuda.current_stream(self.device).wait_event(event)
 
-    def finish(self) -> None:
-        """Waits for all copies: where reading ends early, their targets are about to be freed."""
+    def synchronize(self) -> None:
+        """Waits for all copies: if reading ends early, their targets are about to be freed."""
         self.stream.synchronize()
 
 
-def staged(wanted: Sequence[Stored], device: torch.device, staging: Staging) -> Iterator[tuple[Stored, Tensor]]:
-    """``read`` by way of ``staging``."""
+def read_staged(
+    wanted: Sequence[TensorInfo], device: torch.device, staging: StagingBuffers
+) -> Iterator[tuple[TensorInfo, Tensor]]:
+    """``read_tensors`` by way of ``staging``."""
     with ExitStack() as stack:
         files: dict[Path, int] = {}
         for file in dict.fromkeys(item.file for item in wanted):
             files[file] = os.open(file, os.O_RDONLY)
             stack.callback(os.close, files[file])
-        stack.callback(staging.finish)
+        stack.callback(staging.synchronize)
         pool = ThreadPoolExecutor(THREADS)
         stack.callback(pool.shutdown, cancel_futures=True)
-        coming: deque[tuple[Stored, Tensor, list[Future[Any]]]] = deque()
+        in_flight: deque[tuple[TensorInfo, Tensor, list[Future[Any]]]] = deque()
 
-        def begin(item: Stored) -> None:
+        def enqueue(item: TensorInfo) -> None:
             with torch.inference_mode(False):  # which does not reach the threads that write
                 whole = torch.empty(item.size, dtype=torch.uint8, device=device)
-            staging.order()
-            starts = range(0, item.size, PIECE)
-            pieces = [(item.start + start, whole[start : start + PIECE]) for start in starts]
-            tasks = [pool.submit(_send_piece, item, files[item.file], *piece, staging) for piece in pieces]
-            coming.append((item, whole, tasks))
+            staging.wait_for_compute()
+            starts = range(0, item.size, CHUNK_BYTES)
+            chunks = [(item.start + start, whole[start : start + CHUNK_BYTES]) for start in starts]
+            tasks = [pool.submit(_copy_chunk, item, files[item.file], *chunk, staging) for chunk in chunks]
+            in_flight.append((item, whole, tasks))
 
-        def arrived() -> tuple[Stored, Tensor]:
-            item, whole, tasks = coming.popleft()
+        def dequeue() -> tuple[TensorInfo, Tensor]:
+            item, whole, tasks = in_flight.popleft()
             for task in tasks:
-                staging.arrive(task.result())
+                staging.wait_for_copy(task.result())
             return item, whole.view(DTYPES[item.dtype]).view(item.shape)
 
         for item in wanted:
-            while sum(i.size for i, *_ in islice(coming, 1, None)) >= AHEAD:
-                yield arrived()
-            begin(item)
-        while coming:
-            yield arrived()
+            while sum(i.size for i, *_ in islice(in_flight, 1, None)) >= PREFETCH_BYTES:
+                yield dequeue()
+            enqueue(item)
+        while in_flight:
+            yield dequeue()
 
 
-def _send_piece(item: Stored, handle: int, place: int, target: Tensor, staging: Staging) -> Any:
-    """Reads the bytes of ``target`` from the file's byte ``place`` on and begins their copy; its event."""
+def _copy_chunk(item: TensorInfo, fd: int, offset: int, target: Tensor, staging: StagingBuffers) -> Any:
+    """Reads the bytes of ``target`` from the file's byte ``offset`` on and starts their copy; returns its event."""
     buffer, event = staging.free.get()
     try:
         if event:
             event.synchronize()
-        _fill(item, handle, place, buffer[: len(target)])
-        event = staging.send(buffer[: len(target)], target)
+        _read_into(item, fd, offset, buffer[: len(target)])
+        event = staging.copy_async(buffer[: len(target)], target)
     finally:
         staging.free.put((buffer, event))  # also after an error, or the other threads would wait for it
     return event
 
 
-def _fill(item: Stored, handle: int, place: int, target: Tensor) -> None:
+def _read_into(item: TensorInfo, fd: int, offset: int, target: Tensor) -> None:
     view = target.numpy().data
     done = 0
     while done < len(view):
         try:
-            count = os.preadv(handle, [view[done:]], place + done)
+            count = os.preadv(fd, [view[done:]], offset + done)
         except OSError as error:
             raise UserError(f"{item.file}: cannot be read ({error.strerror})") from None
         if not count:

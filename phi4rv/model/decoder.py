@@ -7,31 +7,31 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from phi4rv.config import Config
-from phi4rv.model.activation_checkpointing import Run, directly
+from phi4rv.model.activation_checkpointing import CheckpointFn, no_checkpointing
 from phi4rv.ops.reference import rope_table
 from phi4rv.ops.registry import Operations
 
-# attend(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D). Training packs documents, the engine keeps a
-# cache: what a row sees is the caller's business, so the decoder knows of neither.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# attention_fn(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D). Training packs documents, the engine keeps a
+# KV cache: which keys a row attends to is up to the caller, so the decoder knows of neither.
+AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Decoder(nn.Module):
     def __init__(self, config: Config, ops: Operations):
         super().__init__()
         self.config, self.ops = config, ops
-        self.run: Run = directly
+        self.checkpoint_fn: CheckpointFn = no_checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, ops, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attention_fn: AttentionFn) -> Tensor:
         """Embeddings (T, C) at positions (T,) -> the final norm's output (T, C), the input of ``lm_head``."""
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         residual = None
         for layer in self.layers:
-            x, residual = self.run(layer, x, residual, cos, sin, attend)
+            x, residual = self.checkpoint_fn(layer, x, residual, cos, sin, attention_fn)
         return self.ops.rms_norm(x, self.norm.weight, self.config.rms_norm_eps, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -53,10 +53,10 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, ops)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attention_fn: AttentionFn
     ) -> tuple[Tensor, Tensor]:
         h, residual = self.ops.rms_norm(x, self.input_layernorm.weight, self.eps, residual)
-        h = self.self_attn(h, cos, sin, attend)
+        h = self.self_attn(h, cos, sin, attention_fn)
         h, residual = self.ops.rms_norm(h, self.post_attention_layernorm.weight, self.eps, residual)
         return self.mlp(h), residual
 
@@ -70,11 +70,11 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attention_fn: AttentionFn) -> Tensor:
         qkv = self.qkv_proj(h).view(len(h), self.heads + 2 * self.kv_heads, self.head_dim)
         qkv = self.ops.rope(qkv, cos, sin, self.heads + self.kv_heads)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        return self.o_proj(attend(self.index, q, k, v).flatten(1))
+        return self.o_proj(attention_fn(self.index, q, k, v).flatten(1))
 
 
 class MLP(nn.Module):
@@ -88,7 +88,7 @@ class MLP(nn.Module):
         return self.down_proj(self.ops.swiglu(self.gate_up_proj(h)))
 
 
-def packed(ops: Operations, cu_seqlens: Tensor, max_seqlen: int) -> Attend:
+def packed_attention_fn(ops: Operations, cu_seqlens: Tensor, max_seqlen: int) -> AttentionFn:
     """Causal attention inside each document of the row."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

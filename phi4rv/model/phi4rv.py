@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from phi4rv.batch import PackedBatch
 from phi4rv.config import Config
-from phi4rv.model.activation_checkpointing import RUNS, directly, recomputed
-from phi4rv.model.decoder import Attend, Decoder, packed
+from phi4rv.model.activation_checkpointing import CHECKPOINT_FNS, full_checkpointing, no_checkpointing
+from phi4rv.model.decoder import AttentionFn, Decoder, packed_attention_fn
 from phi4rv.model.projector import Projector
 from phi4rv.model.vision import VisionTower
 from phi4rv.ops.reference import NO_LABEL
 from phi4rv.ops.registry import Operations
 
-# Rows whose logits are held at one time where activations are recomputed.
-LOSS_ROWS = 1024
+# Rows whose logits are held at a time where activations are recomputed.
+LOSS_CHUNK_ROWS = 1024
 
 
 class Phi4RV(nn.Module):
@@ -35,12 +35,12 @@ class Phi4RV(nn.Module):
         return self.decoder.norm.weight.device
 
     def set_checkpointing(self, kind: str) -> None:
-        """What every layer of tower and decoder keeps for its backward pass, one of ``recompute.CHECKPOINTING``:
-        everything, what products and attention put out, only its input, or its input in the CPU's memory. But for
-        ``none`` the loss is computed again too. The numbers are the same, but for the order in which the loss of more
-        than LOSS_ROWS rows is then added up.
+        """What every layer of tower and decoder saves for its backward pass, one of
+        ``activation_checkpointing.CHECKPOINTING``: everything, the outputs of matrix products and attention, only its
+        input, or its input in CPU memory. But for ``none`` the loss is recomputed too. The numbers are the same, but
+        for the order in which the loss of more than LOSS_CHUNK_ROWS rows is then summed.
         """
-        self.vision.run = self.decoder.run = RUNS[kind]
+        self.vision.checkpoint_fn = self.decoder.checkpoint_fn = CHECKPOINT_FNS[kind]
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """The layers of tower and decoder by ``torch.compile``, for rows of any length. The same numbers, but for
@@ -56,14 +56,14 @@ class Phi4RV(nn.Module):
             return self.decoder.embed_tokens.weight.new_empty(0, self.config.hidden_size)
         return self.projector(self.vision(batch))
 
-    def hidden(self, batch: PackedBatch, attend: Attend | None = None) -> Tensor:
-        """(T, C): the input of the output layer. ``attend`` replaces packed causal attention (a cache does)."""
+    def hidden(self, batch: PackedBatch, attention_fn: AttentionFn | None = None) -> Tensor:
+        """(T, C): the input of the output layer. ``attention_fn`` replaces packed causal attention (KV cache)."""
         x = self.decoder.embed_tokens(batch.input_ids)
         if len(batch.patches):
             # Ids under images are placeholders: their embeddings get no gradient, which project_into sees to.
-            x = self.projector.into(x, batch.placed(self.vision(batch)), batch.image_positions)
-        attend = attend or packed(self.ops, batch.cu_seqlens, batch.max_seqlen)
-        return self.decoder(x, batch.positions, batch.spread(attend))
+            x = self.projector.project_into(x, batch.drop_dummy_patches(self.vision(batch)), batch.image_positions)
+        attention_fn = attention_fn or packed_attention_fn(self.ops, batch.cu_seqlens, batch.max_seqlen)
+        return self.decoder(x, batch.positions, batch.distribute_attention(attention_fn))
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """(T, V) float32 logits of every position."""
@@ -75,12 +75,14 @@ class Phi4RV(nn.Module):
         """
         hidden, weight, targets = self.hidden(batch), self.decoder.lm_head.weight, batch.targets()
         cross_entropy = self.ops.linear_cross_entropy
-        if self.decoder.run is directly or self.ops.chosen["linear_cross_entropy"] != "torch":  # kernels hold no logits
+        if (
+            self.decoder.checkpoint_fn is no_checkpointing or self.ops.backends["linear_cross_entropy"] != "torch"
+        ):  # kernels hold no logits
             return cross_entropy(hidden, weight, targets, marked=marked)
-        rows, labels = hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS)
-        marks = [None] * len(rows) if marked is None else marked.split(LOSS_ROWS)
+        rows, labels = hidden.split(LOSS_CHUNK_ROWS), targets.split(LOSS_CHUNK_ROWS)
+        marks = [None] * len(rows) if marked is None else marked.split(LOSS_CHUNK_ROWS)
         pieces = zip(rows, labels, marks, strict=True)
-        sums = zip(*(recomputed(cross_entropy, h, weight, t, 0.0, m) for h, t, m in pieces), strict=True)
+        sums = zip(*(full_checkpointing(cross_entropy, h, weight, t, 0.0, m) for h, t, m in pieces), strict=True)
         return tuple(torch.stack(parts).sum() for parts in sums)
 
     def loss_sum_by_mode(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ class Projector(nn.Sequential):
         """(P, Cv) -> (P, C)."""
         return self.ops.projector(features, *self._weights())
 
-    def into(self, row: Tensor, features: Tensor, positions: Tensor) -> Tensor:
+    def project_into(self, row: Tensor, features: Tensor, positions: Tensor) -> Tensor:
         """row (T, C) with the projected patches (P, C) at ``positions`` (P,)."""
         return self.ops.project_into(row, features, *self._weights(), positions)
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from phi4rv.batch import PackedBatch
 from phi4rv.config import VisionConfig
-from phi4rv.model.activation_checkpointing import Run, directly
+from phi4rv.model.activation_checkpointing import CheckpointFn, no_checkpointing
 from phi4rv.ops.registry import Operations
-from phi4rv.processing.images import PATCH_INPUTS
+from phi4rv.processing.images import PATCH_DIM
 
 
 class VisionTower(nn.Module):
@@ -20,7 +20,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig, ops: Operations):
         super().__init__()
         self.ops = ops
-        self.run: Run = directly
+        self.checkpoint_fn: CheckpointFn = no_checkpointing
         self.embeddings = PatchEmbeddings(config, ops)
         layers = nn.ModuleList(VisionLayer(config, ops) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layers": layers})
@@ -31,7 +31,7 @@ class VisionTower(nn.Module):
         """(P, 768) patches of the batch -> (P, C) features in the weights' dtype."""
         x = self.embeddings(batch.patches, batch.grids)
         for layer in self.layers()[:-1]:
-            x = self.run(layer, x, batch.cu_patches, batch.max_patches)
+            x = self.checkpoint_fn(layer, x, batch.cu_patches, batch.max_patches)
         return x
 
     def layers(self) -> list[nn.Module]:
@@ -47,7 +47,7 @@ class PatchEmbeddings(nn.Module):
     def __init__(self, config: VisionConfig, ops: Operations):
         super().__init__()
         self.ops = ops
-        self.patch_embedding = nn.Linear(PATCH_INPUTS, config.hidden_size)
+        self.patch_embedding = nn.Linear(PATCH_DIM, config.hidden_size)
         self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
 
     def forward(self, patches: Tensor, grids: Tensor) -> Tensor:

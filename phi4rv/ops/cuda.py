@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from phi4rv.ops import projector_gradient
-from phi4rv.ops.low_precision import GROUP, QuantizedWeight
+from phi4rv.ops.low_precision import GROUP_SIZE, QuantizedWeight
 
 # Set to 1, the kernels run on CPU tensors, emulated thread by thread (csrc/emulator/): for tests, very slowly.
 EMULATE = "PHI4RV_EMULATE"
@@ -24,14 +24,14 @@ def emulated() -> bool:
     return os.environ.get(EMULATE) == "1"
 
 
-def library() -> Path:
+def library_path() -> Path:
     """The library that ``load`` loads: of csrc/build.py, or of csrc/build.py --emulated."""
     return Path(__file__).parents[1] / "lib" / ("phi4rv_emulated.so" if emulated() else "phi4rv_cuda.so")
 
 
-def why_not(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """Why the kernels do not run on this device, or None."""
-    if not library().exists():
+    if not library_path().exists():
         return f"csrc/ is not built: `python csrc/build.py{' --emulated' * emulated()}` builds it where nvcc is found"
     if emulated():
         return None if device.type == "cpu" else f"{EMULATE}=1 runs the CUDA kernels on a CPU"
@@ -48,14 +48,14 @@ def load() -> None:
     """
     if torch.compiler.is_compiling():
         return
-    torch.ops.load_library(library())
+    torch.ops.load_library(library_path())
     torch.library.register_fake("phi4rv_cuda::packed_attention", _fake_attention)
     torch.library.register_fake("phi4rv_cuda::packed_attention_backward", _fake_attention_backward)
     torch.library.register_fake("phi4rv_cuda::decode_gemv", _fake_gemv)
     for decode in ("phi4rv_cuda::decode_attention", "phi4rv_cuda::paged_decode_attention"):
         torch.library.register_fake(decode, _fake_decode)
         torch.library.register_autograd(decode, _no_gradient)
-    torch.library.register_autograd("phi4rv_cuda::packed_attention", _differentiate, setup_context=_save)
+    torch.library.register_autograd("phi4rv_cuda::packed_attention", _autograd_backward, setup_context=_setup_context)
     for name, fake in (("projector", _fake_projector), ("quantized_projector", _fake_quantized_projector)):
         torch.library.register_fake(f"phi4rv_cuda::{name}", fake)
     torch.library.register_fake("phi4rv_cuda::project_into", lambda row, *_: row.new_empty(row.shape))
@@ -143,7 +143,7 @@ def repack(q: QuantizedWeight) -> RepackedWeight:
     words = q.data.unflatten(1, (-1, 4))
     nibbles = torch.cat([words & 15, words >> 4], -1)
     codes = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
-    pieces = [codes.flatten(1).unflatten(1, (-1, GROUP // 2)), q.scales[..., None].view(torch.uint8)]
+    pieces = [codes.flatten(1).unflatten(1, (-1, GROUP_SIZE // 2)), q.scales[..., None].view(torch.uint8)]
     if q.zeros is not None:
         pieces.append(q.zeros[..., None].short().view(torch.uint8))
     eights = [piece.unflatten(0, (-1, 8)).transpose(1, 2).flatten(2) for piece in pieces]
@@ -298,14 +298,14 @@ def _fake_attention_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_seqlens, ctx.max_seqlen, ctx.causal = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 6
     q, k, v, out, lse, cu_seqlens = ctx.saved_tensors

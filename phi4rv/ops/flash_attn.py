@@ -23,7 +23,7 @@ VERSIONS: dict[int, tuple[tuple[str, ...], dict[int, int]]] = {
 }
 
 
-def module(version: int) -> ModuleType:
+def load_module(version: int) -> ModuleType:
     """The version's module. ImportError, or what else comes of a build for another PyTorch, if there is none."""
     *others, last = VERSIONS[version][0]
     for name in others:
@@ -37,7 +37,7 @@ def module(version: int) -> ModuleType:
 @functools.cache
 def _import(version: int) -> Callable[..., Any] | None:
     try:
-        return module(version).flash_attn_varlen_func
+        return load_module(version).flash_attn_varlen_func
     except (ImportError, AttributeError, OSError, RuntimeError):  # not installed, or built for another PyTorch
         return None
 
@@ -51,7 +51,7 @@ def supported(device: torch.device, head_dim: int, versions: Sequence[int] = tup
     return [n for n in fits if _import(n)]
 
 
-def why_not(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """Why no version runs on this device, or None."""
     if device.type != "cuda":
         return "flash-attn needs CUDA"

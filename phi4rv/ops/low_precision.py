@@ -12,31 +12,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WORD = 0xFFFFFFFF
+UINT32_MASK = 0xFFFFFFFF
 # Elements of 8-bit moments that share a scale.
-BLOCK = 256
+MOMENT_BLOCK = 256
 # Elements along K that share a scale (and a zero point) in the int4 formats.
-GROUP = 128
+GROUP_SIZE = 128
 FORMATS = ("int8", "fp8", "int4", "int4_zero")
 FP8_MAX = 448.0
 # Scales below have no inverse: about the smallest normal float32.
-SMALLEST = 1.2e-38
+MIN_SCALE = 1.2e-38
 
-Word = TypeVar("Word", int, Tensor)
+IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
 
-def mix(x: Word) -> Word:
+def hash32(x: IntOrTensor) -> IntOrTensor:
     """The finaliser of MurmurHash3 (Appleby): 32 bits to 32 bits, one to one. int, or int64 tensor."""
     x = x ^ (x >> 16)
-    x = (x * 0x85EBCA6B) & WORD
+    x = (x * 0x85EBCA6B) & UINT32_MASK
     x = x ^ (x >> 13)
-    x = (x * 0xC2B2AE35) & WORD
+    x = (x * 0xC2B2AE35) & UINT32_MASK
     return x ^ (x >> 16)
 
 
 def random_key(seed: int, step: int) -> int:
     """What ``random_bits`` of one optimiser step start from: 32 bits."""
-    return mix(mix(seed & WORD) ^ (step & WORD))
+    return hash32(hash32(seed & UINT32_MASK) ^ (step & UINT32_MASK))
 
 
 def random_bits(seed: int, step: int, elements: int, device: torch.device) -> Tensor:
@@ -45,10 +45,10 @@ def random_bits(seed: int, step: int, elements: int, device: torch.device) -> Te
     Tensors that are updated in the same step need seeds of their own, or their roundings are correlated.
     """
     index = torch.arange(elements, device=device)
-    return mix(mix(random_key(seed, step) ^ (index >> 32)) ^ (index & WORD))
+    return hash32(hash32(random_key(seed, step) ^ (index >> 32)) ^ (index & UINT32_MASK))
 
 
-def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
     """float32 to bfloat16, up or down with odds that make the mean exact, by the low 16 of ``bits``.
 
     NaN stays NaN; a value beyond the largest bfloat16 may become infinite.
@@ -79,11 +79,11 @@ class Moment8(NamedTuple):
     def zeros(cls, elements: int, device: torch.device | str | None = None) -> Moment8:
         """The state before the first step."""
         codes = torch.zeros(elements, dtype=torch.uint8, device=device)
-        return cls(codes, torch.zeros(-(-elements // BLOCK), device=device))
+        return cls(codes, torch.zeros(-(-elements // MOMENT_BLOCK), device=device))
 
     def decode(self, signed: bool) -> Tensor:
         """(n,) float32; ``signed`` for the first moment."""
-        scales = self.scales.repeat_interleave(BLOCK)[: len(self.codes)]
+        scales = self.scales.repeat_interleave(MOMENT_BLOCK)[: len(self.codes)]
         if signed:
             c = self.codes.float() - 128
             return c * c.abs() * (1 / 127**2) * scales
@@ -91,10 +91,10 @@ class Moment8(NamedTuple):
 
     def encode_(self, x: Tensor, bits: Tensor, signed: bool) -> None:
         """Stores x (n,) float32, in place. Rounds by the low 23 of ``bits`` (signed), else by the high 23."""
-        padding = self.scales.numel() * BLOCK - x.numel()
-        scales = F.pad(x.abs(), (0, padding)).view(-1, BLOCK).amax(1)
+        padding = self.scales.numel() * MOMENT_BLOCK - x.numel()
+        scales = F.pad(x.abs(), (0, padding)).view(-1, MOMENT_BLOCK).amax(1)
         self.scales.copy_(scales)
-        share = x.abs() * _inverse(scales).repeat_interleave(BLOCK)[: x.numel()]
+        share = x.abs() * _inverse(scales).repeat_interleave(MOMENT_BLOCK)[: x.numel()]
         draw = ((bits & 0x7FFFFF) if signed else bits >> 9).float() * 2**-23
         if signed:
             value = share * 127**2
@@ -130,11 +130,11 @@ class QuantizedWeight:
     shape: tuple[int, int]
 
 
-def quantize(weight: Tensor, format: str, shrink: Tensor | None = None) -> QuantizedWeight:
+def quantize(weight: Tensor, format: str, clip_ratio: Tensor | None = None) -> QuantizedWeight:
     """A float weight (N, K) rounded to nearest in ``format``, one of FORMATS. ValueError for another.
 
-    shrink: factors of the scales, of each row (N,) in int8 and fp8, of each group (N, G) in int4; values that are then
-    out of range become the largest that there is. Of a weight on the meta device the shapes alone.
+    clip_ratio: factor of each scale, by row (N,) in int8 and fp8, by group (N, G) in int4; values then out of range are
+    clipped. For a weight on the meta device only the shapes.
 
     Largest errors, of the row's (int8, fp8) or group's (int4) largest magnitude a, or its extent e from the smallest
     to the largest value, 0 included: int8 a/254; fp8 a/28, and 1/16 of each value down to a/28672; int4 a/13.8;
@@ -146,16 +146,16 @@ def quantize(weight: Tensor, format: str, shrink: Tensor | None = None) -> Quant
         raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}, must be a float matrix (N, K)")
     shape = (weight.shape[0], weight.shape[1])
     if weight.is_meta:
-        return _outline(shape, format)
+        return _quantize_meta(shape, format)
     w = weight.detach().float()
-    factors = 1.0 if shrink is None else shrink
+    factors = 1.0 if clip_ratio is None else clip_ratio
     if format in ("int8", "fp8"):
         limit = 127 if format == "int8" else FP8_MAX
         scales = w.abs().amax(1) * factors / limit if w.numel() else w.new_zeros(len(w))
         units = (w * _inverse(scales)[:, None]).clamp(-limit, limit)
         data = units.round().to(torch.int8) if format == "int8" else units.to(torch.float8_e4m3fn)
         return QuantizedWeight(format, data, scales, None, shape)
-    groups = F.pad(w, (0, -shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    groups = F.pad(w, (0, -shape[1] % GROUP_SIZE)).unflatten(1, (-1, GROUP_SIZE))
     if format == "int4":
         scales = (groups.abs().amax(2) * factors / 7).bfloat16()
         zeros = torch.full_like(scales, 8)
@@ -169,19 +169,19 @@ def quantize(weight: Tensor, format: str, shrink: Tensor | None = None) -> Quant
     return QuantizedWeight(format, data, scales, zeros.to(torch.uint8) if format == "int4_zero" else None, shape)
 
 
-def _outline(shape: tuple[int, int], format: str) -> QuantizedWeight:
+def _quantize_meta(shape: tuple[int, int], format: str) -> QuantizedWeight:
     """On the meta device, where computing it takes 10 ms a weight."""
-    n, groups = shape[0], -(-shape[1] // GROUP)
+    n, groups = shape[0], -(-shape[1] // GROUP_SIZE)
     if format in ("int8", "fp8"):
         data = torch.empty(shape, dtype=torch.int8 if format == "int8" else torch.float8_e4m3fn, device="meta")
         return QuantizedWeight(format, data, torch.empty(n, device="meta"), None, shape)
-    data = torch.empty(n, groups * GROUP // 2, dtype=torch.uint8, device="meta")
+    data = torch.empty(n, groups * GROUP_SIZE // 2, dtype=torch.uint8, device="meta")
     scales = torch.empty(n, groups, dtype=torch.bfloat16, device="meta")
     zeros = torch.empty(n, groups, dtype=torch.uint8, device="meta") if format == "int4_zero" else None
     return QuantizedWeight(format, data, scales, zeros, shape)
 
 
-def part(q: QuantizedWeight, dim: int, start: int, end: int) -> QuantizedWeight:
+def slice_weight(q: QuantizedWeight, dim: int, start: int, end: int) -> QuantizedWeight:
     """Rows (dim 0) or columns (dim 1) start:end, as views. Columns begin at a multiple of GROUP."""
     if dim == 0:
         zeros = None if q.zeros is None else q.zeros[start:end]
@@ -190,8 +190,8 @@ def part(q: QuantizedWeight, dim: int, start: int, end: int) -> QuantizedWeight:
     shape = (q.shape[0], end - start)
     if q.format in ("int8", "fp8"):
         return replace(q, data=q.data[:, start:end], shape=shape)
-    groups = slice(start // GROUP, -(-end // GROUP))
-    data = q.data[:, groups.start * GROUP // 2 : groups.stop * GROUP // 2]
+    groups = slice(start // GROUP_SIZE, -(-end // GROUP_SIZE))
+    data = q.data[:, groups.start * GROUP_SIZE // 2 : groups.stop * GROUP_SIZE // 2]
     zeros = None if q.zeros is None else q.zeros[:, groups]
     return replace(q, data=data, scales=q.scales[:, groups], zeros=zeros, shape=shape)
 
@@ -202,17 +202,17 @@ def dequantize(q: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     data, scales = q.data, q.scales.to(wide)
     if q.format in ("int8", "fp8"):
         return (data.to(wide) * scales[:, None]).to(dtype)
-    codes = torch.stack([data & 15, data >> 4], -1).flatten(1).unflatten(1, (-1, GROUP)).to(wide)
+    codes = torch.stack([data & 15, data >> 4], -1).flatten(1).unflatten(1, (-1, GROUP_SIZE)).to(wide)
     zeros = 8.0 if q.zeros is None else q.zeros.to(wide)[..., None]
     return ((codes - zeros) * scales[..., None]).to(dtype).flatten(1)[:, : q.shape[1]]
 
 
-def float8_rounded(x: Tensor) -> Tensor:
-    """Each row to the nearest multiples of its scale, its largest magnitude / 448, that e4m3 has. No gradient."""
+def fake_quantize_float8(x: Tensor) -> Tensor:
+    """Each row quantised to e4m3, with its largest magnitude / 448 as scale, and back. No gradient."""
     return dequantize(quantize(x, "fp8"), x.dtype)
 
 
 def _inverse(scales: Tensor) -> Tensor:
     """1 / scales in float32; 0 where that would be infinite or nearly so."""
     wide = scales.float()
-    return torch.where(wide >= SMALLEST, 1 / wide, 0.0)
+    return torch.where(wide >= MIN_SCALE, 1 / wide, 0.0)

@@ -18,16 +18,16 @@ from phi4rv.ops.low_precision import (
     Moment8,
     QuantizedWeight,
     dequantize,
-    float8_rounded,
+    fake_quantize_float8,
     quantize,
     random_bits,
-    round_stochastically,
+    stochastic_round,
 )
 
 NO_LABEL = -100
 
 
-def _wide(x: Tensor) -> Tensor:
+def _upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -55,12 +55,12 @@ def packed_attention(
     start = 0
     for qd, kd, vd in zip(*(x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)), strict=True):
         ends = None if key_ends is None else key_ends[start : start + len(qd)] - start
-        outs.append(attend(qd, kd, vd, causal, ends))
+        outs.append(attention(qd, kd, vd, causal, ends))
         start += len(qd)
     return torch.cat(outs)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, ends: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, ends: Tensor | None = None) -> Tensor:
     """One document: q (M, H, D) are the last M of the N rows of k and v (N, G, D). Returns (M, H, D).
 
     ends (M,): causal, yet row m sees at least the first ends[m] keys.
@@ -102,7 +102,7 @@ def decode_attention(
     out = torch.zeros_like(q)
     for b, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         rows = slice(start, start + length)
-        out[b] = _attend_stored(q[b], k[rows], v[rows], k_scale, v_scale)
+        out[b] = _cached_attention(q[b], k[rows], v[rows], k_scale, v_scale)
     return out
 
 
@@ -125,7 +125,7 @@ def paged_decode_attention(
     for b, length in enumerate(lengths.tolist()):
         pages = page_table[b, : math.ceil(length / size)].long()
         k, v = (x[pages].flatten(0, 1)[:length] for x in (k_pages, v_pages))
-        out[b] = _attend_stored(q[b], k, v, k_scale, v_scale)
+        out[b] = _cached_attention(q[b], k, v, k_scale, v_scale)
     return out
 
 
@@ -151,26 +151,26 @@ def paged_prefill_attention(
     for b, (qd, length) in enumerate(zip(q.split(cu_seqlens.diff().tolist()), lengths.tolist(), strict=True)):
         pages = page_table[b, : math.ceil(length / size)].long()
         k, v = (x[pages].flatten(0, 1)[:length] for x in (k_pages, v_pages))
-        outs.append(_attend_stored(qd, k, v, k_scale, v_scale))
+        outs.append(_cached_attention(qd, k, v, k_scale, v_scale))
     return torch.cat(outs)
 
 
-def _attend_stored(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> Tensor:
+def _cached_attention(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> Tensor:
     """One document's new tokens against its rows as the cache holds them; zeros if it has none."""
     if not len(k):
         return torch.zeros_like(q)
-    return attend(q, _restored(k, k_scale, q.dtype), _restored(v, v_scale, q.dtype), causal=True)
+    return attention(q, _dequantize_cache(k, k_scale, q.dtype), _dequantize_cache(v, v_scale, q.dtype), causal=True)
 
 
-def _restored(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _dequantize_cache(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Rows (N, G, D) of a cache in ``dtype``, by one scale or one for each head."""
-    return stored.to(dtype) if scale is None else (_wide(stored) * scale.reshape(-1, 1)).to(dtype)
+    return stored.to(dtype) if scale is None else (_upcast(stored) * scale.reshape(-1, 1)).to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """s = x + residual; s / sqrt(mean(s²) + eps) · weight, over the last dimension. Returns (normed, s)."""
     summed = x if residual is None else x + residual
-    s = _wide(summed)
+    s = _upcast(summed)
     normed = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype), summed
 
@@ -192,7 +192,7 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
 
     Channel i is paired with i + D/2 (half-split, as in GPT-NeoX and Phi-3).
     """
-    a, b = _wide(qkv[:, :rotated]).chunk(2, dim=-1)
+    a, b = _upcast(qkv[:, :rotated]).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(qkv.dtype)
     return torch.cat([turned, qkv[:, rotated:]], dim=1)
@@ -221,22 +221,22 @@ def patch_embed(patches: Tensor, weight: Tensor, bias: Tensor, table: Tensor, gr
     (SigLIP2 NaFlex, Tschannen et al. 2025). grids (I, 2): rows and columns of the images, in order. Returns (P, C).
     """
     sizes = [tuple(grid) for grid in grids.tolist()]
-    resized = {size: _resize(_wide(table), *size) for size in dict.fromkeys(sizes)}
+    resized = {size: _resize_table(_upcast(table), *size) for size in dict.fromkeys(sizes)}
     embedded = F.linear(patches.to(weight.dtype), weight, bias)
     if not sizes:
         return embedded
     return embedded + torch.cat([resized[size] for size in sizes]).to(embedded.dtype)
 
 
-def _resize(table: Tensor, rows: int, cols: int) -> Tensor:
+def _resize_table(table: Tensor, rows: int, cols: int) -> Tensor:
     """The rows of a square grid, (N, C), as those of rows × cols, (rows · cols, C)."""
     # Not F.interpolate: on a CPU, PyTorch 2.13's is wrong where the result has one column.
     side = math.isqrt(len(table))
-    down, across = (_triangles(side, size, table.device).to(table.dtype) for size in (rows, cols))
+    down, across = (_triangle_filter(side, size, table.device).to(table.dtype) for size in (rows, cols))
     return (across @ (down @ table.view(side, -1)).view(rows, side, -1)).flatten(0, 1)
 
 
-def _triangles(old: int, new: int, device: torch.device) -> Tensor:
+def _triangle_filter(old: int, new: int, device: torch.device) -> Tensor:
     """(new, old) weights: a triangle around each new sample's centre, wider where samples would be skipped."""
     scale = old / new
     wanted, given = (torch.arange(n, dtype=torch.float64, device=device) + 0.5 for n in (new, old))
@@ -261,8 +261,8 @@ def project_into(row: Tensor, x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1:
 
 def quantized_projector(x: Tensor, w0: QuantizedWeight, b0: Tensor, w1: QuantizedWeight, b1: Tensor) -> Tensor:
     """``projector`` with weights in fp8, and the rows of x and of the activation rounded to fp8 as weights are."""
-    h = F.gelu(quantized_linear(float8_rounded(x), w0, b0))
-    return quantized_linear(float8_rounded(h), w1, b1)
+    h = F.gelu(quantized_linear(fake_quantize_float8(x), w0, b0))
+    return quantized_linear(fake_quantize_float8(h), w1, b1)
 
 
 def quantize_rows(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -293,7 +293,7 @@ class _Fp8Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         (a, a_scales), (b, b_scales) = quantize_rows(x), quantize_rows(weight)
-        wide = _wide(x).dtype
+        wide = _upcast(x).dtype
         return (F.linear(a.to(wide), b.to(wide)) * a_scales[:, None] * b_scales).to(x.dtype)
 
     @staticmethod
@@ -301,7 +301,7 @@ class _Fp8Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         b, b_scales = quantize_rows(weight)
         a, a_scales = quantize_rows(grad, b_scales)
-        wide = _wide(x).dtype
+        wide = _upcast(x).dtype
         return (a.to(wide) @ b.to(wide) * a_scales[:, None]).to(x.dtype), grad.t() @ x
 
 
@@ -317,7 +317,7 @@ def linear_cross_entropy(
     third, without gradient.
     """
     labelled = (targets != NO_LABEL).nonzero().squeeze(1)
-    logits = _wide(F.linear(hidden[labelled], weight))
+    logits = _upcast(F.linear(hidden[labelled], weight))
     if filter_below > 0 and logits.requires_grad:
         small = logits.detach().softmax(-1) < filter_below
         dropped = small.scatter(1, targets[labelled, None], False)
@@ -357,7 +357,7 @@ def adamw(
         if seed is None:
             raise ValueError("adamw: a bfloat16 param and 8-bit moments are rounded stochastically and need a seed")
         bits = random_bits(seed, step, param.numel(), param.device)
-    p, g = _wide(param).flatten(), _wide(grad).flatten() * clip
+    p, g = _upcast(param).flatten(), _upcast(grad).flatten() * clip
     first, second = _moment(exp_avg, signed=True), _moment(exp_avg_sq, signed=False)
     first = first.lerp(g, 1 - beta1)
     second = second.lerp(g * g, 1 - beta2)
@@ -371,7 +371,7 @@ def adamw(
 
 
 def _moment(moment: Tensor | Moment8, signed: bool) -> Tensor:
-    return moment.decode(signed) if isinstance(moment, Moment8) else _wide(moment).flatten()
+    return moment.decode(signed) if isinstance(moment, Moment8) else _upcast(moment).flatten()
 
 
 def _store(target: Tensor | Moment8, x: Tensor, bits: Tensor | None, signed: bool | None) -> None:
@@ -380,7 +380,7 @@ def _store(target: Tensor | Moment8, x: Tensor, bits: Tensor | None, signed: boo
         assert bits is not None and signed is not None
         target.encode_(x, bits, signed)
     elif signed is None and bits is not None and target.dtype == torch.bfloat16:
-        target.copy_(round_stochastically(x, bits).view(target.shape))
+        target.copy_(stochastic_round(x, bits).view(target.shape))
     else:
         target.copy_(x.view(target.shape))
 

@@ -19,32 +19,32 @@ from phi4rv.errors import UserError
 from phi4rv.ops import cuda, flash_attn
 
 # Fastest first: ``auto`` takes the first that runs on the device and has been verified there.
-KINDS = ("cuda", "flash_attn", "triton", "torch")
-KERNELS = ("auto", *KINDS)
-VARIABLE = "PHI4RV_KERNELS"
+BACKENDS = ("cuda", "flash_attn", "triton", "torch")
+KERNELS = ("auto", *BACKENDS)
+ENV_VAR = "PHI4RV_KERNELS"
 
-# Kind -> operation -> compute capabilities on which it has passed its parity tests and compute-sanitizer.
-# A kernel that is not listed runs when it is asked for by name, and ``auto`` leaves it alone.
+# Backend -> operation -> compute capabilities on which it has passed its parity tests and compute-sanitizer.
+# A kernel that is not listed runs when it is requested by name; ``auto`` never takes it.
 VERIFIED: dict[str, dict[str, tuple[str, ...]]] = {}
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an operation: ``function`` of ``module``, which is imported when it is chosen.
+    """One way to run an operation: ``function`` of ``module``, which is imported when it is selected.
 
-    ``why_not(device)`` is None where it runs, else the reason.
+    ``unavailable_reason(device)`` is None where it runs, else the reason.
     """
 
     module: str
     function: str
-    why_not: Callable[[torch.device], str | None] = lambda device: None
+    unavailable_reason: Callable[[torch.device], str | None] = lambda device: None
 
     def load(self) -> Callable[..., Any]:
         function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
         return function
 
 
-def _why_not_triton(device: torch.device) -> str | None:
+def _triton_unavailable(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -52,73 +52,76 @@ def _why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-def _why_not_fp8(device: torch.device) -> str | None:
+def _fp8_unavailable(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return "products in fp8 need compute capability 8.9 or more"
-    return _why_not_triton(device)
+    return _triton_unavailable(device)
 
 
-def _operation(name: str, file: str | None = None) -> dict[str, Implementation]:
+def _triton_and_torch(name: str, file: str | None = None) -> dict[str, Implementation]:
     """Its definition and its Triton kernel, a function of the same name in triton_kernels/``file``.py."""
     return {
-        "triton": Implementation(f"triton_kernels.{file or name}", name, _why_not_triton),
+        "triton": Implementation(f"triton_kernels.{file or name}", name, _triton_unavailable),
         "torch": Implementation("phi4rv.ops.reference", name),
     }
 
 
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "packed_attention": {
-        "cuda": Implementation("phi4rv.ops.cuda", "packed_attention", cuda.why_not),
-        "flash_attn": Implementation("phi4rv.ops.flash_attn", "packed_attention", flash_attn.why_not),
-        **_operation("packed_attention"),
+        "cuda": Implementation("phi4rv.ops.cuda", "packed_attention", cuda.unavailable_reason),
+        "flash_attn": Implementation("phi4rv.ops.flash_attn", "packed_attention", flash_attn.unavailable_reason),
+        **_triton_and_torch("packed_attention"),
     },
     "decode_attention": {
-        "cuda": Implementation("phi4rv.ops.cuda", "decode_attention", cuda.why_not),
-        **_operation("decode_attention"),
+        "cuda": Implementation("phi4rv.ops.cuda", "decode_attention", cuda.unavailable_reason),
+        **_triton_and_torch("decode_attention"),
     },
     "paged_decode_attention": {
-        "cuda": Implementation("phi4rv.ops.cuda", "paged_decode_attention", cuda.why_not),
-        **_operation("paged_decode_attention", "decode_attention"),
+        "cuda": Implementation("phi4rv.ops.cuda", "paged_decode_attention", cuda.unavailable_reason),
+        **_triton_and_torch("paged_decode_attention", "decode_attention"),
     },
-    "paged_prefill_attention": _operation("paged_prefill_attention"),
-    "rms_norm": _operation("rms_norm"),
-    "layer_norm": _operation("layer_norm"),
-    "rope": _operation("rope"),
-    "swiglu": _operation("swiglu"),
-    "gelu_tanh": _operation("gelu_tanh", "gelu"),
-    "gelu_erf": _operation("gelu_erf", "gelu"),
-    "patch_embed": _operation("patch_embed"),
-    "projector": {"cuda": Implementation("phi4rv.ops.cuda", "projector", cuda.why_not), **_operation("projector")},
+    "paged_prefill_attention": _triton_and_torch("paged_prefill_attention"),
+    "rms_norm": _triton_and_torch("rms_norm"),
+    "layer_norm": _triton_and_torch("layer_norm"),
+    "rope": _triton_and_torch("rope"),
+    "swiglu": _triton_and_torch("swiglu"),
+    "gelu_tanh": _triton_and_torch("gelu_tanh", "gelu"),
+    "gelu_erf": _triton_and_torch("gelu_erf", "gelu"),
+    "patch_embed": _triton_and_torch("patch_embed"),
+    "projector": {
+        "cuda": Implementation("phi4rv.ops.cuda", "projector", cuda.unavailable_reason),
+        **_triton_and_torch("projector"),
+    },
     "project_into": {
-        "cuda": Implementation("phi4rv.ops.cuda", "project_into", cuda.why_not),
-        **_operation("project_into", "projector"),
+        "cuda": Implementation("phi4rv.ops.cuda", "project_into", cuda.unavailable_reason),
+        **_triton_and_torch("project_into", "projector"),
     },
     "quantized_projector": {
-        "cuda": Implementation("phi4rv.ops.cuda", "quantized_projector", cuda.why_not),
-        **_operation("quantized_projector", "projector"),
+        "cuda": Implementation("phi4rv.ops.cuda", "quantized_projector", cuda.unavailable_reason),
+        **_triton_and_torch("quantized_projector", "projector"),
     },
-    "scatter_rows": _operation("scatter_rows", "projector"),
+    "scatter_rows": _triton_and_torch("scatter_rows", "projector"),
     "fp8_linear": {
-        "triton": Implementation("triton_kernels.fp8_linear", "fp8_linear", _why_not_fp8),
+        "triton": Implementation("triton_kernels.fp8_linear", "fp8_linear", _fp8_unavailable),
         "torch": Implementation("phi4rv.ops.reference", "fp8_linear"),
     },
-    "linear_cross_entropy": _operation("linear_cross_entropy"),
-    "quantized_linear": _operation("quantized_linear"),
+    "linear_cross_entropy": _triton_and_torch("linear_cross_entropy"),
+    "quantized_linear": _triton_and_torch("quantized_linear"),
     "decode_gemv": {
-        "cuda": Implementation("phi4rv.ops.cuda", "decode_gemv", cuda.why_not),
-        **_operation("decode_gemv", "quantized_linear"),
+        "cuda": Implementation("phi4rv.ops.cuda", "decode_gemv", cuda.unavailable_reason),
+        **_triton_and_torch("decode_gemv", "quantized_linear"),
     },
-    "adamw": _operation("adamw"),
+    "adamw": _triton_and_torch("adamw"),
 }
 
 
 class Operations:
-    """The chosen implementation of each operation, as attributes: ``ops.rms_norm(x, weight, eps)``.
+    """The selected implementation of each operation, as attributes: ``ops.rms_norm(x, weight, eps)``.
 
-    ``kernels``: ``auto`` (the fastest that is verified here) or one kind for every operation, and after it, separated
-    by commas, exceptions such as ``packed_attention=flash_attn``; None reads PHI4RV_KERNELS and then means ``auto``.
+    ``kernels``: ``auto`` (the fastest that is verified here) or one backend for every operation, followed, separated
+    by commas, by exceptions such as ``packed_attention=flash_attn``; None reads PHI4RV_KERNELS and then means ``auto``.
     ``cuda`` for every operation means csrc/'s kernels and, for operations that csrc/ has none of, Triton's.
-    UserError if a kind asked for cannot run an operation, naming the reason.
+    UserError if a requested backend cannot run an operation, naming the reason.
     """
 
     packed_attention: Callable[..., Any]
@@ -143,51 +146,59 @@ class Operations:
     adamw: Callable[..., Any]
 
     def __init__(self, kernels: str | None = None, device: torch.device | str = "cpu"):
-        origin = "--kernels" if kernels else VARIABLE
-        default, exceptions = _parse(kernels or os.environ.get(VARIABLE) or "auto", origin)
-        self.chosen: dict[str, str] = {}
-        for name, kinds in IMPLEMENTATIONS.items():
-            kind = exceptions.get(name, default)
-            if kind == "cuda" and name not in exceptions and "cuda" not in kinds:
-                kind = "triton"
-            if kind == "auto":
-                kind = _fastest_verified(name, torch.device(device))
-            if kind not in kinds:
-                raise UserError(f"{origin}: {name} has no {kind} implementation, only {', '.join(kinds)}")
-            reason = kinds[kind].why_not(torch.device(device))
+        origin = "--kernels" if kernels else ENV_VAR
+        default, exceptions = _parse(kernels or os.environ.get(ENV_VAR) or "auto", origin)
+        self.backends: dict[str, str] = {}
+        for name, implementations in IMPLEMENTATIONS.items():
+            backend = exceptions.get(name, default)
+            if backend == "cuda" and name not in exceptions and "cuda" not in implementations:
+                backend = "triton"
+            if backend == "auto":
+                backend = _fastest_verified(name, torch.device(device))
+            if backend not in implementations:
+                raise UserError(f"{origin}: {name} has no {backend} implementation, only {', '.join(implementations)}")
+            reason = implementations[backend].unavailable_reason(torch.device(device))
             if reason:
-                raise UserError(f"{origin}: {name} cannot run as {kind} on {device}: {reason}")
-            self.chosen[name] = kind
-            setattr(self, name, kinds[kind].load())
-        if "cuda" in self.chosen.values():
+                raise UserError(f"{origin}: {name} cannot run as {backend} on {device}: {reason}")
+            self.backends[name] = backend
+            setattr(self, name, implementations[backend].load())
+        if "cuda" in self.backends.values():
             cuda.load()
 
     def __str__(self) -> str:
-        """One line: which kind runs which operations."""
-        kinds = dict.fromkeys(self.chosen.values())
-        return "; ".join(f"{kind}: {', '.join(n for n, k in self.chosen.items() if k == kind)}" for kind in kinds)
+        """One line: which backend runs which operations."""
+        names = dict.fromkeys(self.backends.values())
+        return "; ".join(f"{name}: {', '.join(n for n, b in self.backends.items() if b == name)}" for name in names)
 
 
 def _parse(kernels: str, origin: str) -> tuple[str, dict[str, str]]:
     """``triton,adamw=torch`` -> ("triton", {"adamw": "torch"}). UserError for a name that is unknown."""
     default, exceptions = "auto", {}
     for part in kernels.split(","):
-        name, _, kind = part.strip().rpartition("=")
-        if kind not in KERNELS:
-            raise UserError(f"{origin}: {kind!r} is unknown, must be one of {', '.join(KERNELS)}")
+        name, _, backend = part.strip().rpartition("=")
+        if backend not in KERNELS:
+            raise UserError(f"{origin}: {backend!r} is unknown, must be one of {', '.join(KERNELS)}")
         if name and name not in IMPLEMENTATIONS:
             raise UserError(f"{origin}: {name!r} is no operation, must be one of {', '.join(IMPLEMENTATIONS)}")
         if name:
-            exceptions[name] = kind
+            exceptions[name] = backend
         else:
-            default = kind
+            default = backend
     return default, exceptions
 
 
 def _fastest_verified(name: str, device: torch.device) -> str:
-    kinds = IMPLEMENTATIONS[name]
-    runs = [kind for kind in KINDS if kind in kinds and kinds[kind].why_not(device) is None]
-    return next(kind for kind in runs if kind == "torch" or _capability(device) in VERIFIED.get(kind, {}).get(name, ()))
+    implementations = IMPLEMENTATIONS[name]
+    runs = [
+        backend
+        for backend in BACKENDS
+        if backend in implementations and implementations[backend].unavailable_reason(device) is None
+    ]
+    return next(
+        backend
+        for backend in runs
+        if backend == "torch" or _capability(device) in VERIFIED.get(backend, {}).get(name, ())
+    )
 
 
 def _capability(device: torch.device) -> str:

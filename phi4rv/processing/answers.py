@@ -5,15 +5,15 @@ import re
 from dataclasses import dataclass
 
 from phi4rv.errors import UserError
-from phi4rv.processing.chat_template import DIRECT, END_OF_TURN, THINK, check_mode
+from phi4rv.processing.chat_template import END_OF_TURN, NOTHINK, THINK, check_mode
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 
 THINK_END = "</think>"
 # The released tokenizer's spelling, the report's, and the misspelling in the report's own example.
-DIRECT_SPELLINGS = (DIRECT, "<nothink>", "<notthink>")
-ENDS = (END_OF_TURN, "<|endoftext|>")
+NOTHINK_SPELLINGS = (NOTHINK, "<nothink>", "<notthink>")
+END_TOKENS = (END_OF_TURN, "<|endoftext|>")
 
 _NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _NON_FINITE = r"[+-]?(?:nan|inf(?:inity)?)"
@@ -52,40 +52,40 @@ def parse_answer(text: str, mode: str = "auto") -> Answer:
     without its ``</think>`` (the token limit) leaves an empty final text.
     """
     check_mode(mode)
-    body = strip_ends(text).lstrip()
+    body = strip_end_tokens(text).lstrip()
     thinking = None
     if body.startswith(THINK) or mode == "think":
         thinking, _, body = body.removeprefix(THINK).partition(THINK_END)
         thinking = thinking.strip()
-    body = strip_direct(body).rstrip()
+    body = strip_nothink(body).rstrip()
     return Answer(thinking, body, find_boxes(body), find_points(body))
 
 
-def strip_ends(text: str) -> str:
+def strip_end_tokens(text: str) -> str:
     """``text`` without the end tokens and the white space behind it."""
     text = text.rstrip()
-    while text.endswith(ENDS):
-        for end in ENDS:
+    while text.endswith(END_TOKENS):
+        for end in END_TOKENS:
             text = text.removesuffix(end).rstrip()
     return text
 
 
-def strip_direct(text: str) -> str:
+def strip_nothink(text: str) -> str:
     """``text`` without the direct-answer tokens, however spelled, and the white space in front of it."""
     text = text.lstrip()
-    while spelling := _direct_spelling(text):
+    while spelling := _nothink_spelling(text):
         text = text.removeprefix(spelling).lstrip()
     return text
 
 
-def canonical_answer(value: str, direct_token: str) -> str:
-    """A training answer in which the direct-answer token at its start, however spelled, is ``direct_token``.
+def canonical_answer(value: str, nothink_token: str) -> str:
+    """A training answer in which the direct-answer token at its start, however spelled, is ``nothink_token``.
 
     White space in front of that token goes; everything else stays as it is, ``<think>…</think>`` included.
     """
     start = value.lstrip()
-    spelling = _direct_spelling(start)
-    return direct_token + start.removeprefix(spelling) if spelling else value
+    spelling = _nothink_spelling(start)
+    return nothink_token + start.removeprefix(spelling) if spelling else value
 
 
 def find_boxes(text: str) -> list[Box]:
@@ -135,8 +135,8 @@ def pixel_box(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
     return edge(x1, width), edge(y1, height), edge(x2, width), edge(y2, height)
 
 
-def _direct_spelling(text: str) -> str | None:
-    return next((spelling for spelling in DIRECT_SPELLINGS if text.startswith(spelling)), None)
+def _nothink_spelling(text: str) -> str | None:
+    return next((spelling for spelling in NOTHINK_SPELLINGS if text.startswith(spelling)), None)
 
 
 def _values(match: re.Match[str]) -> list[float]:

@@ -15,9 +15,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phi4rv.errors import UserError
 
-IMAGE_MARK = "<image>"
+IMAGE_TOKEN = "<image>"
 THINK = "<think>"
-DIRECT = "<|dummy_84|>"  # the released tokenizer's spelling of the report's <nothink>
+NOTHINK = "<|dummy_84|>"  # the released tokenizer's spelling of the report's <nothink>
 END_OF_TURN = "<|im_end|>"
 MODES = ("auto", "think", "nothink")
 ROLES = ("user", "assistant", "system")
@@ -35,7 +35,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedChat:
     """Rendered text, and the ``[start, end)`` character spans of it that the assistant wrote, in order.
 
     A span is what a ``{% generation %}`` block rendered, without the white space that follows a closing
@@ -99,7 +99,7 @@ class ChatTemplate:
     """A checkpoint's chat template.
 
     ``source`` is the Jinja text, ``name`` the file that errors name, ``variables`` what the template may read
-    beside the messages (``bos_token``, ``eos_token``), ``direct_token`` what the mode "nothink" appends.
+    beside the messages (``bos_token``, ``eos_token``), ``nothink_token`` what the mode "nothink" appends.
     Raises UserError, naming file and line, for a syntax error.
     """
 
@@ -108,11 +108,11 @@ class ChatTemplate:
         source: str,
         name: str = "chat_template.jinja",
         variables: Mapping[str, str] = MappingProxyType({}),
-        direct_token: str = DIRECT,
+        nothink_token: str = NOTHINK,
     ) -> None:
         self.name = name
         self._variables = dict(variables)
-        self._suffix = {"auto": "", "think": THINK, "nothink": direct_token}
+        self._suffix = {"auto": "", "think": THINK, "nothink": nothink_token}
         environment = _environment()
         try:
             code = environment.compile(source, name=name, filename=name)
@@ -120,7 +120,9 @@ class ChatTemplate:
             raise UserError(f"{name}:{error.lineno}: not a valid template: {_one_line(error)}") from error
         self._template = Template.from_code(environment, code, environment.make_globals(None))
 
-    def render(self, messages: Sequence[Message], mode: str = "auto", add_generation_prompt: bool = True) -> Rendered:
+    def render(
+        self, messages: Sequence[Message], mode: str = "auto", add_generation_prompt: bool = True
+    ) -> RenderedChat:
         """Render ``messages`` to the text that the model reads.
 
         With ``add_generation_prompt`` the text ends where the assistant's answer begins, followed by
@@ -141,7 +143,7 @@ class ChatTemplate:
                 f"{self.name}: training needs the template to put the assistant's text between "
                 "{% generation %} and {% endgeneration %}, and no such block was rendered"
             )
-        return Rendered(text + self._suffix[mode], spans)
+        return RenderedChat(text + self._suffix[mode], spans)
 
     def _run(self, messages: Sequence[Message], add_generation_prompt: bool, marks: tuple[str, str] = ("", "")) -> str:
         context = {
@@ -209,13 +211,13 @@ class ChatTemplate:
         return spans
 
 
-def match_images(rendered: Rendered | str, images: int) -> list[str]:
+def split_at_images(rendered: RenderedChat | str, images: int) -> list[str]:
     """Split a prompt at its ``<image>`` marks into ``images + 1`` pieces; UserError if the counts differ."""
-    text = rendered.text if isinstance(rendered, Rendered) else rendered
-    pieces = text.split(IMAGE_MARK)
+    text = rendered.text if isinstance(rendered, RenderedChat) else rendered
+    pieces = text.split(IMAGE_TOKEN)
     if len(pieces) - 1 != images:
         raise UserError(
-            f"the prompt has {_count(len(pieces) - 1, f'{IMAGE_MARK} mark')} for {_count(images, 'image')}: "
+            f"the prompt has {_count(len(pieces) - 1, f'{IMAGE_TOKEN} mark')} for {_count(images, 'image')}: "
             "write one mark where each image goes, in the images' order"
         )
     return pieces
@@ -227,8 +229,8 @@ def _check_messages(messages: Sequence[Message], add_generation_prompt: bool) ->
     for number, message in enumerate(messages, 1):
         if message.role not in ROLES:
             raise UserError(f"message {number} has the unknown role {message.role!r}: use {', '.join(ROLES)}")
-        if message.role != "user" and IMAGE_MARK in message.content:
-            raise UserError(f"message {number} ({message.role}) has an {IMAGE_MARK} mark: only the user shows images")
+        if message.role != "user" and IMAGE_TOKEN in message.content:
+            raise UserError(f"message {number} ({message.role}) has an {IMAGE_TOKEN} mark: only the user shows images")
     if add_generation_prompt and messages[-1].role != "user":
         raise UserError(f"the last message is from {messages[-1].role!r}: an answer follows a user's message")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from phi4rv.errors import UserError
-from phi4rv.processing.index_cache import cached
+from phi4rv.processing.index_cache import cached_index
 
-OPEN = 256  # archives whose index a process keeps mapped
+MAX_OPEN_INDEXES = 256  # archives whose index a process keeps mapped
 
 
 class ImageFiles:
@@ -29,7 +29,7 @@ class ImageFiles:
         """UserError if there is no such file, or no such member."""
         if os.path.isfile(path):
             return
-        archive, member = split(path)
+        archive, member = split_archive_path(path)
         if archive is None:
             raise UserError(f"no image file at {str(path)!r}; correct 'image' or the image root")
         if self._find(archive, member) is None:
@@ -37,7 +37,7 @@ class ImageFiles:
 
     def source(self, path: Path) -> Path | bytes:
         """What ``open_image`` and ``image_size`` take: the path, or the bytes of the archive's member."""
-        archive, member = split(path)
+        archive, member = split_archive_path(path)
         if archive is None:
             return path
         found = self._find(archive, member)
@@ -66,14 +66,18 @@ class ImageFiles:
         if archive in self._indexes:
             self._indexes.move_to_end(archive)
             return self._indexes[archive]
-        index = _build(archive) if self.cache is None else cached(archive, self.cache, lambda: _build(archive))
+        index = (
+            _build_index(archive)
+            if self.cache is None
+            else cached_index(archive, self.cache, lambda: _build_index(archive))
+        )
         self._indexes[archive] = index
-        if len(self._indexes) > OPEN:
+        if len(self._indexes) > MAX_OPEN_INDEXES:
             self._indexes.popitem(last=False)
         return index
 
 
-def split(path: Path) -> tuple[Path | None, str]:
+def split_archive_path(path: Path) -> tuple[Path | None, str]:
     """(archive, member) of ``….tar/member`` where that archive is a file; else (None, "")."""
     for parent in path.parents:
         if parent.suffix == ".tar" and os.path.isfile(parent):
@@ -85,7 +89,7 @@ def _key(name: str) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"))
 
 
-def _build(archive: Path) -> np.ndarray:
+def _build_index(archive: Path) -> np.ndarray:
     rows: dict[np.uint64, tuple[int, int]] = {}
     try:
         with tarfile.open(archive, "r:") as members:

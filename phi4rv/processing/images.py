@@ -21,8 +21,8 @@ from phi4rv.errors import UserError
 
 T = TypeVar("T")
 
-PATCH = 16
-PATCH_INPUTS = PATCH * PATCH * 3
+PATCH_SIZE = 16
+PATCH_DIM = PATCH_SIZE * PATCH_SIZE * 3
 # Twice the number at which Pillow starts to warn, 512 MiB of RGB. Larger is a decompression bomb or a slip.
 MAX_PIXELS = 178_956_970
 
@@ -153,7 +153,7 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
-        grey = _scaled(np.asarray(image), 0, 65535)
+        grey = _rescale_to_uint8(np.asarray(image), 0, 65535)
     elif image.mode in ("I", "F"):
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())
@@ -161,7 +161,7 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
             raise UserError(f"{label}: the float image holds values that are not finite")
         usual = (1, 255) if image.mode == "F" else (255, 65535)
         top = next((top for top in usual if low >= 0 and high <= top), None)
-        grey = _scaled(values, low, high) if top is None else _scaled(values, 0, top)
+        grey = _rescale_to_uint8(values, low, high) if top is None else _rescale_to_uint8(values, 0, top)
     else:
         # Pillow converts La only to LA, and warns where a palette with partial alpha skips RGBA.
         straight = {"La": "LA", "RGBa": "RGBA", "P": "RGBA"}.get(image.mode)
@@ -169,7 +169,7 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
+def _rescale_to_uint8(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """[low, high] onto uint8 [0, 255], rounded to nearest; float64 holds every integer and float exactly."""
     return np.rint((values.astype(np.float64) - low) * (255 / ((high - low) or 1))).astype(np.uint8)
 
@@ -189,10 +189,10 @@ def target_grid(width: int, height: int, min_patches: int, max_patches: int) -> 
         raise UserError(f"image size must be at least 1 x 1 pixels, got {width} x {height}")
     if not 1 <= min_patches <= max_patches:
         raise UserError(f"patch bounds must be 1 <= min <= max, got min {min_patches}, max {max_patches}")
-    n = min(max(1, (width // PATCH) * (height // PATCH), min_patches), max_patches)
+    n = min(max(1, (width // PATCH_SIZE) * (height // PATCH_SIZE), min_patches), max_patches)
 
     def grid(scale: float) -> tuple[int, int]:
-        return max(1, math.ceil(height * scale / PATCH)), max(1, math.ceil(width * scale / PATCH))
+        return max(1, math.ceil(height * scale / PATCH_SIZE)), max(1, math.ceil(width * scale / PATCH_SIZE))
 
     low, high = 1e-5 / 10, 100.0
     while high - low >= 1e-5:
@@ -216,29 +216,29 @@ def patchify(image: Image.Image, rows: int, cols: int) -> torch.Tensor:
         raise UserError(f"patches are cut from RGB images, got mode {image.mode}; use open_image")
     if rows < 1 or cols < 1:
         raise UserError(f"the grid must be at least 1 x 1 patches, got {rows} x {cols}")
-    pixels = _resized(image, cols * PATCH, rows * PATCH).reshape(rows, PATCH, cols, PATCH * 3)
-    patches = np.empty((rows, cols, PATCH, PATCH * 3), np.float32)
+    pixels = _resize(image, cols * PATCH_SIZE, rows * PATCH_SIZE).reshape(rows, PATCH_SIZE, cols, PATCH_SIZE * 3)
+    patches = np.empty((rows, cols, PATCH_SIZE, PATCH_SIZE * 3), np.float32)
     # One row of patches at a time stays in the cache.
     for source, target in zip(pixels, patches, strict=True):
         target[...] = source.transpose(1, 0, 2)
         # (x / 255 - 0.5) / 0.5 to the last bit: moving a factor of two past a rounding does not change it.
         target /= np.float32(127.5)
         target -= np.float32(1)
-    return torch.from_numpy(patches.reshape(rows * cols, PATCH_INPUTS))
+    return torch.from_numpy(patches.reshape(rows * cols, PATCH_DIM))
 
 
-def _resized(image: Image.Image, width: int, height: int) -> np.ndarray:
+def _resize(image: Image.Image, width: int, height: int) -> np.ndarray:
     """(height, width, 3) uint8, equal to Pillow's bilinear resize."""
     if image.size == (width, height):
         return np.asarray(image)
-    if _shrinks_alike(image.width, width) and _shrinks_alike(image.height, height):
+    if _torch_resize_is_exact(image.width, width) and _torch_resize_is_exact(image.height, height):
         pixels = torch.from_dlpack(np.asarray(image))[None].permute(0, 3, 1, 2)
         shrunk = F.interpolate(pixels, size=(height, width), mode="bilinear", antialias=True)
         return shrunk[0].permute(1, 2, 0).contiguous().numpy()
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _shrinks_alike(size: int, target: int) -> bool:
+def _torch_resize_is_exact(size: int, target: int) -> bool:
     """Whether PyTorch's antialiased resize, the faster one, provably rounds every byte as Pillow's does.
 
     Both filter along rows, then columns, in fixed point: Pillow with 22 bits for a weight, PyTorch with 15,

@@ -12,15 +12,15 @@ from uuid import uuid4
 import numpy as np
 
 
-def cached(file: Path, cache: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+def cached_index(file: Path, cache: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """``make()``, the index of ``file``, or what an earlier call left of it in ``cache``; read-only, mapped.
 
     Name, place, size and date of the file are in the index's name. A full disk is an OSError and ends the run: it is
     no fault of the record that asks.
     """
-    about = file.stat()
-    place = hashlib.blake2b(bytes(file.resolve()), digest_size=8).hexdigest()
-    path = cache / f"{file.name}-{place}-{about.st_size}-{about.st_mtime_ns}.npy"
+    stat = file.stat()
+    location = hashlib.blake2b(bytes(file.resolve()), digest_size=8).hexdigest()
+    path = cache / f"{file.name}-{location}-{stat.st_size}-{stat.st_mtime_ns}.npy"
     if not path.exists():
         _save(path, make())
     return np.load(path, mmap_mode="r")

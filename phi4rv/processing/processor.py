@@ -14,14 +14,14 @@ from tokenizers import Tokenizer
 
 from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
 from phi4rv.config import Config, read_json
-from phi4rv.errors import UserError, WindowError
-from phi4rv.processing.answers import DIRECT_SPELLINGS
-from phi4rv.processing.chat_template import IMAGE_MARK, THINK, ChatTemplate, Message, match_images
-from phi4rv.processing.images import PATCH_INPUTS, image_to_patches, open_image, target_grid
+from phi4rv.errors import ContextLengthError, UserError
+from phi4rv.processing.answers import NOTHINK_SPELLINGS
+from phi4rv.processing.chat_template import IMAGE_TOKEN, THINK, ChatTemplate, Message, split_at_images
+from phi4rv.processing.images import PATCH_DIM, image_to_patches, open_image, target_grid
 
 TEMPLATE = "chat_template.jinja"
 TOKENIZER = "tokenizer.json"
-# What a published folder holds beside weights and config; written back byte for byte.
+# What a Hugging Face folder holds beside weights and config; written back byte for byte.
 FILES = (
     TOKENIZER,
     "tokenizer_config.json",
@@ -54,7 +54,7 @@ class Processor:
     def __init__(self, files: dict[str, bytes], config: Config, name: str = "checkpoint"):
         for required in REQUIRED:
             if required not in files:
-                raise UserError(f"{name}/{required}: missing; a checkpoint in the published layout has one")
+                raise UserError(f"{name}/{required}: missing; a checkpoint in the Hugging Face layout has one")
         self.files, self.config = files, config
         try:
             self.tokenizer = Tokenizer.from_buffer(files[TOKENIZER])
@@ -64,8 +64,8 @@ class Processor:
         if largest >= config.vocab_size:
             raise UserError(f"{name}/{TOKENIZER}: token id {largest} is outside vocab_size {config.vocab_size}")
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
-        self.direct_token = next((s for s in DIRECT_SPELLINGS if s in vocabulary), DIRECT_SPELLINGS[0])
-        specials = {
+        self.nothink_token = next((s for s in NOTHINK_SPELLINGS if s in vocabulary), NOTHINK_SPELLINGS[0])
+        special_tokens = {
             "bos_token": self.tokenizer.id_to_token(config.bos_token_id) or "",
             "eos_token": self.tokenizer.id_to_token(config.eos_token_id) or "",
         }
@@ -73,7 +73,7 @@ class Processor:
             source = files[TEMPLATE].decode("utf-8")
         except UnicodeDecodeError:
             raise UserError(f"{name}/{TEMPLATE}: not UTF-8 text") from None
-        self.template = ChatTemplate(source, f"{name}/{TEMPLATE}", specials, self.direct_token)
+        self.template = ChatTemplate(source, f"{name}/{TEMPLATE}", special_tokens, self.nothink_token)
 
     @staticmethod
     def from_folder(folder: Path, config: Config) -> Processor:
@@ -102,7 +102,7 @@ class Processor:
     def check_window(self, sample: Sample, which: str) -> None:
         """WindowError, naming ``which`` prompt it is, for one over the context window."""
         if len(sample) > self.config.context:
-            raise WindowError(
+            raise ContextLengthError(
                 f"{which} has {len(sample)} tokens ({len(sample.image_positions)} of them from images), "
                 f"the model's window holds {self.config.context}; shorten the text or shrink the images"
             )
@@ -134,13 +134,13 @@ class Processor:
         """
         answers = [message.content for message in messages if message.role == "assistant"]
         rendered = self.template.render(messages, mode, add_generation_prompt=not labelled)
-        match_images(rendered.text, len(grids))
+        split_at_images(rendered.text, len(grids))
         ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
         remaining = iter(grids)
         for text, answer in _segments(rendered.text, rendered.spans if labelled else []):
-            for number, piece in enumerate(match_images(text, text.count(IMAGE_MARK))):
+            for number, piece in enumerate(split_at_images(text, text.count(IMAGE_TOKEN))):
                 if number:
                     rows, cols = next(remaining)
                     positions += range(len(ids), len(ids) + rows * cols)
@@ -152,7 +152,7 @@ class Processor:
         return Sample(
             input_ids=torch.tensor(ids),
             labels=torch.tensor(labels) if labelled else None,
-            patches=torch.empty(0, PATCH_INPUTS),
+            patches=torch.empty(0, PATCH_DIM),
             grids=torch.tensor(list(grids), dtype=torch.int32).view(-1, 2),
             image_positions=torch.tensor(positions, dtype=torch.int64),
             reasoning=labelled and answers[0].lstrip().startswith(THINK),

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from phi4rv.errors import UserError
 from phi4rv.processing.answers import find_non_finite
-from phi4rv.processing.chat_template import IMAGE_MARK, Message
+from phi4rv.processing.chat_template import IMAGE_TOKEN, Message
 from phi4rv.processing.image_files import ImageFiles
 
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -87,19 +87,19 @@ def parse_line(line: bytes, where: str, root: Path, files: ImageFiles) -> list[R
     """The conversations of one line. ``where``: what errors and the records call it. ``root``: of image paths."""
     data = _parse_json(line, where)
     if not isinstance(data, dict):
-        raise UserError(f"{where}: {_kind(data)} where a record belongs; write one JSON object on each line")
+        raise UserError(f"{where}: {_json_type(data)} where a record belongs; write one JSON object on each line")
     images = _parse_images(data.get("image"), where, root, files)
     if "conversations" not in data:
         raise UserError(f"{where}: 'conversations' is missing; give a list of lists of turns")
     conversations = data["conversations"]
     if not isinstance(conversations, list) or not conversations:
-        raise UserError(f"{where}: 'conversations' is {_kind(conversations)}; give a list of lists of turns")
+        raise UserError(f"{where}: 'conversations' is {_json_type(conversations)}; give a list of lists of turns")
     if all(isinstance(item, dict) for item in conversations):
         conversations = [conversations]
     records = []
     for number, conversation in enumerate(conversations, 1):
-        place = f"{where}: " if len(conversations) == 1 else f"{where}: conversation {number}: "
-        records.append(Record(images, _parse_turns(conversation, len(images), place), where))
+        prefix = f"{where}: " if len(conversations) == 1 else f"{where}: conversation {number}: "
+        records.append(Record(images, _parse_turns(conversation, len(images), prefix), where))
     return records
 
 
@@ -125,7 +125,7 @@ def _parse_images(value: Any, where: str, root: Path, files: ImageFiles) -> list
     images = []
     for name in names:
         if not isinstance(name, str) or not name:
-            raise UserError(f"{where}: 'image' has {_kind(name)} in it; give a path, or a list of paths")
+            raise UserError(f"{where}: 'image' has {_json_type(name)} in it; give a path, or a list of paths")
         image = root / name
         try:
             files.check(image)
@@ -135,44 +135,44 @@ def _parse_images(value: Any, where: str, root: Path, files: ImageFiles) -> list
     return images
 
 
-def _parse_turns(conversation: Any, images: int, place: str) -> list[Message]:
+def _parse_turns(conversation: Any, images: int, prefix: str) -> list[Message]:
     if not isinstance(conversation, list) or not conversation:
-        raise UserError(f"{place}the conversation is {_kind(conversation)}; give a list of turns")
-    turns = [_parse_turn(turn, f"{place}turn {number}") for number, turn in enumerate(conversation, 1)]
-    _check_order([turn["from"] for turn in turns], place)
+        raise UserError(f"{prefix}the conversation is {_json_type(conversation)}; give a list of turns")
+    turns = [_parse_turn(turn, f"{prefix}turn {number}") for number, turn in enumerate(conversation, 1)]
+    _check_order([turn["from"] for turn in turns], prefix)
     messages = [Message(_ROLES[turn["from"]], turn["value"]) for turn in turns]
-    marks = sum(message.content.count(IMAGE_MARK) for message in messages)
+    marks = sum(message.content.count(IMAGE_TOKEN) for message in messages)
     if marks == 0 and images == 1:
         first = next(index for index, message in enumerate(messages) if message.role == "user")
-        messages[first] = Message("user", f"{IMAGE_MARK}\n{messages[first].content}")
+        messages[first] = Message("user", f"{IMAGE_TOKEN}\n{messages[first].content}")
     elif marks != images:
-        raise UserError(f"{place}{IMAGE_MARK} marks: {marks}, images: {images}; write one mark where each image goes")
+        raise UserError(f"{prefix}{IMAGE_TOKEN} marks: {marks}, images: {images}; write one mark where each image goes")
     return messages
 
 
-def _parse_turn(turn: Any, place: str) -> dict[str, str]:
+def _parse_turn(turn: Any, prefix: str) -> dict[str, str]:
     if not isinstance(turn, dict):
-        raise UserError(f"{place} is {_kind(turn)}; a turn is an object with 'from' and 'value'")
+        raise UserError(f"{prefix} is {_json_type(turn)}; a turn is an object with 'from' and 'value'")
     for key in ("from", "value"):
         if key not in turn:
-            raise UserError(f"{place}: {key!r} is missing; a turn has 'from' and 'value'")
+            raise UserError(f"{prefix}: {key!r} is missing; a turn has 'from' and 'value'")
     role, value = turn["from"], turn["value"]
     if not isinstance(role, str) or role not in _ROLES:
-        raise UserError(f"{place} is from {role!r}; 'from' is one of {', '.join(_ROLES)}")
+        raise UserError(f"{prefix} is from {role!r}; 'from' is one of {', '.join(_ROLES)}")
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{place}: 'value' is {_kind(value)}; give the turn's text")
+        raise UserError(f"{prefix}: 'value' is {_json_type(value)}; give the turn's text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{place}: half a surrogate pair in the text; write whole characters") from error
-    if role != "human" and IMAGE_MARK in value:
-        raise UserError(f"{place}: an {IMAGE_MARK} mark in a {role} turn; only human turns show images")
+        raise UserError(f"{prefix}: half a surrogate pair in the text; write whole characters") from error
+    if role != "human" and IMAGE_TOKEN in value:
+        raise UserError(f"{prefix}: an {IMAGE_TOKEN} mark in a {role} turn; only human turns show images")
     if role == "gpt" and (found := find_non_finite(value)):
-        raise UserError(f"{place}: {found} is not a place in an image; coordinates are numbers in [0, 1]")
+        raise UserError(f"{prefix}: {found} is not a place in an image; coordinates are numbers in [0, 1]")
     return turn
 
 
-def _check_order(roles: list[str], place: str) -> None:
+def _check_order(roles: list[str], prefix: str) -> None:
     """An optional system turn, then human and gpt in turn, beginning with human and ending with gpt."""
     first = 1 if roles[0] == "system" else 0
     for index in range(first, len(roles)):
@@ -180,14 +180,14 @@ def _check_order(roles: list[str], place: str) -> None:
         if roles[index] != expected:
             again = " again" if index and roles[index] == roles[index - 1] else ""
             raise UserError(
-                f"{place}turn {index + 1} is from {roles[index]}{again}; human and gpt alternate, so here "
+                f"{prefix}turn {index + 1} is from {roles[index]}{again}; human and gpt alternate, so here "
                 f"comes {expected}"
             )
     if roles[-1] != "gpt":
-        raise UserError(f"{place}the last turn is from {roles[-1]}; end with a gpt turn, the answer to learn")
+        raise UserError(f"{prefix}the last turn is from {roles[-1]}; end with a gpt turn, the answer to learn")
 
 
-def _kind(value: Any) -> str:
+def _json_type(value: Any) -> str:
     """What a JSON value is, in the words of JSON."""
     if value is None:
         return "null"

@@ -22,7 +22,7 @@ class Float8Linear(nn.Linear):
         return self.ops.fp8_linear(x, self.weight)
 
 
-def use_float8(model: Phi4RV) -> None:
+def convert_to_float8_training(model: Phi4RV) -> None:
     """Replaces the linear layers of the decoder's layers, nine tenths of the model; tower, projector, embeddings and
     output layer stay. UserError naming a layer whose widths do not suit.
     """

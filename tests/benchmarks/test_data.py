@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks.data import loading_and_packing
-from benchmarks.data.mixture import Lengths
+from benchmarks.data.mixture import SampleLengths
 from phi4rv.config import Config
 from phi4rv.processing.processor import Processor
 
 
 def test_padding_is_what_a_collator_adds() -> None:
-    samples = [Lengths(100, (50,), 10, False), Lengths(300, (250,), 10, False), *[Lengths(400, (), 10, False)] * 2]
+    samples = [
+        SampleLengths(100, (50,), 10, False),
+        SampleLengths(300, (250,), 10, False),
+        *[SampleLengths(400, (), 10, False)] * 2,
+    ]
     found = loading_and_packing.padding(samples)
     assert found["tokens"] == pytest.approx(1 - 1200 / 1600)
     assert found["patches"] == pytest.approx(1 - 300 / 7200)
@@ -21,15 +25,15 @@ def test_padding_is_what_a_collator_adds() -> None:
 
 
 def test_both_sides_read_every_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading_and_packing, "PICTURES", 4)
+    monkeypatch.setattr(loading_and_packing, "IMAGES", 4)
     path = loading_and_packing.make_data(tmp_path)
     config = dataclasses.replace(
         Config.from_folder(loading_and_packing.CHECKPOINT), min_num_patches=256, max_num_patches=3600
     )
     processor = Processor.from_folder(loading_and_packing.CHECKPOINT, config)
-    assert sum(islice(loading_and_packing.ours(path, processor, 0), 4)) >= 4
-    assert next(loading_and_packing.plain(path, 0)) == 4
-    [sample] = [loading_and_packing.Plain(path)[3]]
+    assert sum(islice(loading_and_packing.phi4rv_loader(path, processor, 0), 4)) >= 4
+    assert next(loading_and_packing.plain_loader(path, 0)) == 4
+    [sample] = [loading_and_packing.PlainDataset(path)[3]]
     assert sample["pixels"].shape == (3600, 768)
     labelled = sample["labels"][sample["labels"] != loading_and_packing.NO_LABEL].tolist()
     # The published template's block begins with the answer; what the tokenizer writes is what ours labels.
@@ -50,5 +54,7 @@ def test_the_table_says_it_in_words() -> None:
         "peer_images_per_second": 10.0,
         "ratio": 3.0,
     }
-    text = loading_and_packing.table([loading_and_packing.padding([Lengths(10, (5,), 2, False)] * 4), packing, loading])
+    text = loading_and_packing.table(
+        [loading_and_packing.padding([SampleLengths(10, (5,), 2, False)] * 4), packing, loading]
+    )
     assert "99.50% full" in text and "3.0 times" in text and "ours 0" in text

@@ -14,22 +14,22 @@ import pytest
 import torch
 
 from benchmarks.inference import cases as timed_cases
-from benchmarks.inference import command, energy, sides
+from benchmarks.inference import command, contenders, energy
 from benchmarks.inference.cases import percentile
-from benchmarks.inference.place import Place, patches_of, question
-from benchmarks.inference.rows import (
+from benchmarks.inference.contenders import Phi4RVEngine, TransformersEngine
+from benchmarks.inference.roofline import (
     FULL,
     TINY,
     cache_bytes,
     matrix_bytes,
+    part_formats,
     prefill_operations,
-    spec,
     step_bytes,
     weight_bytes,
     with_rates,
 )
-from benchmarks.inference.sides import Ours, Theirs
-from benchmarks.inference.table import alike, goals, rows, table
+from benchmarks.inference.table import goals, same_first_token, table, table_rows
+from benchmarks.inference.workload import Workload, patches_per_image, random_prompt
 from phi4rv.config import Config
 from phi4rv.ops.low_precision import quantize
 from train.synthetic.tiny_model import tiny_config
@@ -63,8 +63,8 @@ def test_bytes_of_a_quantised_matrix(form: str, shape: tuple[int, int]) -> None:
 
 
 def test_formats_of_the_head() -> None:
-    assert spec("bf16") == {} and spec("int4") == {"decoder": "int4"}
-    assert spec("fp8") == {"decoder": "fp8", "head": "fp8"}
+    assert part_formats("bf16") == {} and part_formats("int4") == {"decoder": "int4"}
+    assert part_formats("fp8") == {"decoder": "fp8", "head": "fp8"}
 
 
 def test_rates() -> None:
@@ -144,25 +144,25 @@ def test_rows() -> None:
     given["sides"]["vLLM"]["decode"].update(tokens_per_second=80.0)
     given["sides"]["cuda"]["second question"].update(seconds=0.05, first_seconds=0.2)
     given["sides"]["load"]["load"].update(seconds=0.7)
-    found = {row.what: row for row in rows(given)}
+    found = {row.what: row for row in table_rows(given)}
     decode = found["decode, bf16"]
-    assert (decode.ours, decode.peer, decode.ratio, decode.noise) == (100, "vLLM", 1.25, 0.02)
+    assert (decode.value, decode.peer, decode.ratio, decode.noise) == (100, "vLLM", 1.25, 0.02)
     assert (decode.share, decode.ceiling, decode.goal, decode.verdict) == (0.91, "copy", "3x", "met")
     assert found["decode, fp8"].peer is None and found["decode, fp8"].verdict == "missed"
-    assert found["decode, int4"].ours is None and found["decode, int4"].reason == "cuda, int4: out of time"
-    assert found["decode, bf16: share of the copy rate"].ours == 91
-    assert found["first token"].ours == 200 and found["first token"].ratio == 2.5
-    assert found["second question"].ratio == 4 and found["tower and projector"].ours == 9
-    assert found["64 requests at once"].reason == "cuda: out of memory" and found["load"].ours == 0.7
+    assert found["decode, int4"].value is None and found["decode, int4"].reason == "cuda, int4: out of time"
+    assert found["decode, bf16: share of the copy rate"].value == 91
+    assert found["first token"].value == 200 and found["first token"].ratio == 2.5
+    assert found["second question"].ratio == 4 and found["tower and projector"].value == 9
+    assert found["64 requests at once"].reason == "cuda: out of memory" and found["load"].value == 0.7
     assert not any(row.tiny for row in found.values()) and all(row.verdict for row in found.values())
-    assert all(row.what.endswith(", 39 decoder layers") for row in rows({**given, "layers": 39}))
+    assert all(row.what.endswith(", 39 decoder layers") for row in table_rows({**given, "layers": 39}))
 
 
 def test_another_answer_is_not_faster() -> None:
     """Ours counts against transformers only where both make the first token alike."""
-    assert alike({"top": [(7, -1.0)]}, {"top": [(9, -0.9), (7, -1.05)]})
-    assert not alike({"top": [(7, -1.0)]}, {"top": [(7, -1.2)]})
-    assert not alike({"top": [(7, -1.0)]}, {"top": [(6, -1.0)]})
+    assert same_first_token({"top": [(7, -1.0)]}, {"top": [(9, -0.9), (7, -1.05)]})
+    assert not same_first_token({"top": [(7, -1.0)]}, {"top": [(7, -1.2)]})
+    assert not same_first_token({"top": [(7, -1.0)]}, {"top": [(6, -1.0)]})
     other = {"decode": {"share": 0.3, "seconds": 0.033, "top": [(9, -0.9)]}}
     judged = goals(result(transformers=other))
     assert verdicts(judged)["decode over transformers"] == "not measured"
@@ -175,18 +175,18 @@ def test_layers_are_chosen_by_memory() -> None:
 
 @pytest.mark.parametrize(("config", "shapes", "patches"), [(Config(), FULL, 3600), (tiny_config(), TINY, 91)])
 def test_questions_have_their_length(config: Config, shapes: Any, patches: int) -> None:
-    place = Place(config, CPU, shapes)
-    assert patches_of(place) == patches
-    asked = question(place, shapes.text, seed=1, image=True)
-    sample = place.processor.encode(asked)
+    workload = Workload(config, CPU, shapes)
+    assert patches_per_image(workload) == patches
+    asked = random_prompt(workload, shapes.text, seed=1, image=True)
+    sample = workload.processor.encode(asked)
     assert len(sample.image_positions) == patches and len(sample) - patches == shapes.text
-    other = question(place, shapes.text, seed=2, image=True)
+    other = random_prompt(workload, shapes.text, seed=2, image=True)
     assert other.text != asked.text and other.images[0].tobytes() != asked.images[0].tobytes()
-    assert len(place.processor.encode(question(place, shapes.prompt, seed=3))) == shapes.prompt
+    assert len(workload.processor.encode(random_prompt(workload, shapes.prompt, seed=3))) == shapes.prompt
 
 
 def test_energy(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert energy.joules() is None or torch.cuda.is_available()
+    assert energy.energy_counter() is None or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="ab-12"))
@@ -205,18 +205,18 @@ def test_energy(monkeypatch: pytest.MonkeyPatch) -> None:
             nvmlInit_v2=lambda: 0, nvmlDeviceGetHandleByUUID=handle, nvmlDeviceGetTotalEnergyConsumption=read
         )
 
-    read = energy.joules(counter(0))
+    read = energy.energy_counter(counter(0))
     assert read is not None and read() == 2.5 and names == [b"GPU-ab-12"]
-    assert energy.joules(counter(3)) is None  # not supported
+    assert energy.energy_counter(counter(3)) is None  # not supported
     missing = counter(0)
     missing.nvmlInit_v2 = lambda: 9
-    assert energy.joules(missing) is None
+    assert energy.energy_counter(missing) is None
 
     def no_library(name: str) -> Any:
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", no_library)
-    assert energy.joules() is None
+    assert energy.energy_counter() is None
 
 
 def test_percentile() -> None:
@@ -226,19 +226,19 @@ def test_percentile() -> None:
 
 
 def test_the_sides_give_the_same_answer_and_all_of_it() -> None:
-    place = Place(tiny_config(), CPU, TINY)
-    asked = question(place, TINY.text, seed=5, image=True)
+    workload = Workload(tiny_config(), CPU, TINY)
+    asked = random_prompt(workload, TINY.text, seed=5, image=True)
     with torch.no_grad():
-        ours = Ours(place, "torch", "bf16")
+        ours = Phi4RVEngine(workload, "torch", "bf16")
         answered = ours.answer(asked, 12)
         for static in (False, True):
-            theirs = Theirs(place, "static cache" if static else "")
+            theirs = TransformersEngine(workload, "static cache" if static else "")
             assert theirs.answer(asked, 12).ids == answered.ids
-            assert alike({"top": ours.top(asked)}, {"top": theirs.top(asked)})
+            assert same_first_token({"top": ours.top(asked)}, {"top": theirs.top(asked)})
         assert len(answered.times) == 12 and answered.times == sorted(answered.times) and answered.joules is None
-        batch = place.processor([asked])
+        batch = workload.processor([asked])
         torch.testing.assert_close(theirs.model.encode_images(batch), ours.encoder(asked)(), rtol=1e-4, atol=1e-5)
-    clock = sides.Clock()
+    clock = contenders.TokenRecorder()
     clock.take([1, 2])
     with pytest.raises(RuntimeError, match=r"^an answer has 2 tokens and should have 3$"):
         clock.answered(3)
@@ -250,7 +250,7 @@ def test_everything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     found = json.loads(file.read_text())["results"]["inference"]
     assert "reason" not in json.dumps(found) and table(found) == printed.rstrip("\n")
-    assert set(found["sides"]) == set(command.SIDES["cpu"])
+    assert set(found["sides"]) == set(command.CONTENDERS["cpu"])
     for side, cases in found["sides"].items():
         figures = [r[k] for r in cases.values() for k in ("seconds", "ms", "tokens_per_second", "share") if k in r]
         assert figures and all(math.isfinite(f) and f > 0 for f in figures), side
@@ -274,12 +274,12 @@ def test_bad_input_is_one_line(options: list[str], said: str, capsys: pytest.Cap
 
 
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert command.why_not("torch, fp8", CPU, tmp_path) is None
+    assert command.unavailable_reason("torch, fp8", CPU, tmp_path) is None
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    assert command.why_not("transformers, static cache", CPU, tmp_path) == "transformers is not installed"
-    assert command.why_not("vLLM", CPU, tmp_path) == "vLLM is not installed"
-    assert str(command.why_not("load", CPU, None)).endswith("has room for a checkpoint")
-    assert command.room(1) is not None and command.room(10**18) is None
+    assert command.unavailable_reason("transformers, static cache", CPU, tmp_path) == "transformers is not installed"
+    assert command.unavailable_reason("vLLM", CPU, tmp_path) == "vLLM is not installed"
+    assert str(command.unavailable_reason("load", CPU, None)).endswith("has room for a checkpoint")
+    assert command.folder_with_space(1) is not None and command.folder_with_space(10**18) is None
     monkeypatch.undo()
     late = command.run(seconds=0)
     assert all(side == {"reason": "out of time"} for side in late["sides"].values()) and "out of time" in table(late)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.kernels import timing
 from benchmarks.kernels.case import Case, Draw
-from benchmarks.kernels.measure import goal_time, measure, relative_error, unmeasured, verdict
+from benchmarks.kernels.measure import empty_record, goal_time, measure, relative_error, verdict
 from benchmarks.kernels.report import COLOURS, GOAL, LABEL, ROW, TOP, chart, table
 
 RATES = {"copy": 1e9, "product": 1e12}
@@ -242,9 +242,9 @@ def test_sets_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(L2_cache_size=50 << 20))
     for size in (1 << 20, 16 << 20, 40 << 20, 1 << 30):
-        sets = timing.sets_for(size, "cuda")
+        sets = timing.num_input_sets(size, "cuda")
         assert sets * size >= 2 * (50 << 20) and (sets - 1) * size < 3 * (50 << 20)
-    assert timing.sets_for(1, "cuda") == timing.MAX_SETS and timing.sets_for(1, "cpu") == 1
+    assert timing.num_input_sets(1, "cuda") == timing.MAX_SETS and timing.num_input_sets(1, "cpu") == 1
 
 
 def test_median_ms_makes_and_calls() -> None:
@@ -269,7 +269,7 @@ def result() -> dict[str, Any]:
     rows = [
         {**head, **row, "shape": "x" * 80, "goal_share": 0.5, "verdict": "met"},
         {**head, **row, "shape": "short", "goal_share": 0.75, "verdict": "missed"},
-        unmeasured({**head, "shape": "third"}, "failed", "RuntimeError: " + "y" * 200),
+        empty_record({**head, "shape": "third"}, "failed", "RuntimeError: " + "y" * 200),
     ]
     return {"device": "cuda", "ceilings": {"copy": 3e12, "product": 8e14}, "rows": rows}
 

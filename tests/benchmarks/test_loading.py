@@ -18,13 +18,13 @@ def test_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
         load()
         return 1.0 if load.__name__ == "copies" else 2.0
 
-    monkeypatch.setattr(loading, "fastest", timed)
+    monkeypatch.setattr(loading, "fastest_seconds", timed)
     monkeypatch.setattr(loading, "COPIES", 2)
     ours, int4, theirs = loading.run(small_config(), torch.device("cpu"))
     assert calls == ["copies", "<lambda>", "<lambda>", "<lambda>"]
     assert (ours["case"], int4["case"], theirs["case"]) == ("ours", "int4", "safetensors")
     assert ours["bytes"] == int4["bytes"] and ours["bytes"] == 2 * sum(p.numel() for p in small_model()[0].parameters())
-    assert ours["rate"] == ours["bytes"] / 2 and ours["copy_rate"] == 2 * loading.PIECE
+    assert ours["rate"] == ours["bytes"] / 2 and ours["copy_rate"] == 2 * loading.CHUNK_BYTES
     assert ours["verdict"] == "missed" and "verdict" not in theirs
     assert "missed" in loading.table([ours, int4, theirs]) and "safetensors" in loading.table([ours, int4, theirs])
 
@@ -32,4 +32,4 @@ def test_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_fastest_but_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0, 1, 10, 15, 20, 24, 30, 36])
     monkeypatch.setattr(loading.time, "perf_counter", lambda: next(ticks))
-    assert loading.fastest(lambda: None, torch.device("cpu")) == 4
+    assert loading.fastest_seconds(lambda: None, torch.device("cpu")) == 4

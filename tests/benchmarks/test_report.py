@@ -12,11 +12,11 @@ from PIL import Image
 
 from benchmarks import kernels, loading, run, server_load, train_step
 from benchmarks.inference.table import PEERS as INFERENCE_PEERS
-from benchmarks.kernels.report import rows as kernel_rows
+from benchmarks.kernels.report import table_rows as kernel_rows
 from benchmarks.report import results
-from benchmarks.report.peers import PEERS, described
+from benchmarks.report.peers import PEERS, peer_versions
 from benchmarks.report.result_files import FOLDER
-from benchmarks.report.results import MARKS, PAGE, Point, Result, latest, read_all, slower
+from benchmarks.report.results import MARKS, PAGE, Point, Result, latest, read_all, regression
 from benchmarks.report.rows import Row, table
 from phi4rv.errors import UserError
 
@@ -29,7 +29,7 @@ def test_the_report_is_up_to_date() -> None:
     assert not broken
     assert (ROOT / "benchmarks" / "RESULTS.md").read_text() == results.results_text(devices, broken)
     page = (ROOT / PAGE).read_text()
-    assert page == results.with_table(page, results.first_table(devices))
+    assert page == results.with_table(page, results.headline_table(devices))
     for line in (ROOT / "benchmarks" / "RESULTS.md").read_text().splitlines():
         if line.startswith("!["):
             assert (ROOT / "benchmarks" / line.partition("(")[2].removesuffix(")")).is_file(), line
@@ -96,8 +96,8 @@ def point(ours: float | None, **more: Any) -> Point:
         ([10, 20, 12], {}, 0.2),  # than the best, not the last
         ([10, 12, None], {}, 0.2),  # without a figure the one before counts
         ([10, 8], {}, None),
-        ([10, 9], {"least": False}, 1 / 9),
-        ([10, 12], {"least": False}, None),
+        ([10, 9], {"lower_is_better": False}, 1 / 9),
+        ([10, 12], {"lower_is_better": False}, None),
         ([10, 10.3], {"noise": 0.0}, None),  # no figure is exact
         ([10, 10.5], {"noise": 0.0}, 0.05),
         ([10, 11.9], {"noise": None}, None),  # what is not known is taken to be large
@@ -107,13 +107,13 @@ def point(ours: float | None, **more: Any) -> Point:
     ],
 )
 def test_noise(figures: list[float | None], more: dict[str, Any], worse: float | None) -> None:
-    found = slower([point(ours, **more) for ours in figures])
+    found = regression([point(ours, **more) for ours in figures])
     assert (found and found[1]) == (worse and pytest.approx(worse))
 
 
 def test_a_row_without_a_figure_says_why() -> None:
     points = [point(None, reason="failed: no such kernel")]
-    assert latest(points).row.ours is None
+    assert latest(points).row.value is None
     assert "| 8x4 | failed: no such kernel | - |" in results.newest_table(points)
 
 
@@ -145,7 +145,7 @@ def test_runs_that_only_show_that_they_run_are_left_out(tmp_path: Path) -> None:
     assert read_all(tmp_path) == ({}, [])
     write(tmp_path / "gpu", "2026-01-01", "a", {"kernels": {"device": "cuda", "ceilings": {}, "rows": rows}})
     (result,) = read_all(tmp_path)[0]["gpu"]
-    assert [(row.what, row.goal, row.first) for row in result.rows] == [("rope: 4", "90% of copy", True)]
+    assert [(row.what, row.goal, row.headline) for row in result.rows] == [("rope: 4", "90% of copy", True)]
 
 
 def test_a_goal_that_names_a_peer_shows_that_one() -> None:
@@ -158,7 +158,7 @@ def test_a_goal_that_names_a_peer_shows_that_one() -> None:
     assert [(r.peer, r.ratio, r.goal) for r in found] == [
         ("cublas products", 1.5, "1x cublas products"), ("torch", 1.25, "1.3x"), ("torch", 1.25, "1x gone"),
     ]  # fmt: skip
-    assert [r.first for r in found] == [True, False, False]
+    assert [r.headline for r in found] == [True, False, False]
     printed = table(found)
     assert "cublas products: 3 ms" in printed and "1.50x" in printed and printed.count("kernels") == 1
 
@@ -166,23 +166,23 @@ def test_a_goal_that_names_a_peer_shows_that_one() -> None:
 def test_the_page_holds_the_newest_rows_alone() -> None:
     measured = [
         Result(f"{n}", {"device": "GPU", "date": "2026-01-01", "commit": f"{n}", "torch": ""},
-               [Row("images", "a", float(n), "ms", first=True), Row("images", "b", 7.5, "ms")])
+               [Row("images", "a", float(n), "ms", headline=True), Row("images", "b", 7.5, "ms")])
         for n in (1, 2)
     ]  # fmt: skip
     before = f"intro\n\n{MARKS[0]}\n\nold 123\n\n{MARKS[1]}\nrest\n"
-    after = results.with_table(before, results.first_table({"gpu": measured}))
+    after = results.with_table(before, results.headline_table({"gpu": measured}))
     assert after.startswith(f"intro\n\n{MARKS[0]}\n\nGPU:") and after.endswith(f"{MARKS[1]}\nrest\n")
     assert "images: a | 2 ms" in after and "1 ms" not in after and "7.5" not in after and "old" not in after
-    assert results.with_table(after, results.first_table({"gpu": measured})) == after
+    assert results.with_table(after, results.headline_table({"gpu": measured})) == after
     with pytest.raises(UserError, match=f"{PAGE}: the marks"):
         results.with_table("no marks", "table")
 
 
 def test_ratio_is_how_many_times_better() -> None:
-    assert Row("images", "a", 2.0, "ms", theirs=3.0).ratio == 1.5
-    assert Row("images", "a", 2.0, "tokens/s", least=False, theirs=3.0).ratio == pytest.approx(2 / 3)
-    assert Row("images", "a", 0.0, "%", theirs=3.0).ratio is None
-    assert Row("images", "a", None, "ms", theirs=3.0).ratio is None
+    assert Row("images", "a", 2.0, "ms", peer_value=3.0).ratio == 1.5
+    assert Row("images", "a", 2.0, "tokens/s", lower_is_better=False, peer_value=3.0).ratio == pytest.approx(2 / 3)
+    assert Row("images", "a", 0.0, "%", peer_value=3.0).ratio is None
+    assert Row("images", "a", None, "ms", peer_value=3.0).ratio is None
 
 
 def test_every_peer_has_a_version_and_settings() -> None:
@@ -190,19 +190,19 @@ def test_every_peer_has_a_version_and_settings() -> None:
     for tiny in (True, False):
         cases = [
             case
-            for name in kernels.operations()
+            for name in kernels.operation_names()
             for case in importlib.import_module(f"benchmarks.kernels.cases.{name}").cases(tiny)
         ]
         assert {peer for case in cases for peer in case.peers} <= set(PEERS)
         assert len({(case.operation, case.shape) for case in cases}) == len(cases)
-    assert {*train_step.THEIRS, *INFERENCE_PEERS, "vLLM"} <= set(PEERS)
-    for peer in described().values():
+    assert {*train_step.PEERS, *INFERENCE_PEERS, "vLLM"} <= set(PEERS)
+    for peer in peer_versions().values():
         assert peer["version"] and peer["settings"]
 
 
 def test_every_benchmark_gives_rows() -> None:
     for name in run.MODULES:
-        assert callable(importlib.import_module(run.MODULES[name]).rows), name
+        assert callable(importlib.import_module(run.MODULES[name]).table_rows), name
 
 
 def test_rows_of_loading_and_of_the_server() -> None:
@@ -210,10 +210,10 @@ def test_rows_of_loading_and_of_the_server() -> None:
     records = [
         {"case": case, "rate": rate * 1e9, **share} for case, rate in (("ours", 40), ("int4", 30), ("safetensors", 8))
     ]
-    whole, int4 = loading.rows([{**records[0], "verdict": "missed"}, *records[1:]])
-    assert (whole.what, whole.ours, whole.ratio, whole.verdict) == ("8 decoder layers to cuda", 40, 5, "missed")
-    assert int4.what.endswith(", int4") and int4.ours == 30 and int4.verdict is None
+    whole, int4 = loading.table_rows([{**records[0], "verdict": "missed"}, *records[1:]])
+    assert (whole.what, whole.value, whole.ratio, whole.verdict) == ("8 decoder layers to cuda", 40, 5, "missed")
+    assert int4.what.endswith(", int4") and int4.value == 30 and int4.verdict is None
     made = {"clients": 5, "requests": 9, "requests_per_second": 3.5, "seconds_to_first_token": {"p50": 1.0, "p99": 2.0},
             "dropped": {"refused": 1}, "different": 2, "answers_lost_by_sigterm": 3}  # fmt: skip
-    rate, *first, wrong = server_load.rows(made)
-    assert (rate.ours, [row.ours for row in first], wrong.ours) == (3.5, [1, 2], 6)
+    rate, *first, wrong = server_load.table_rows(made)
+    assert (rate.value, [row.value for row in first], wrong.value) == (3.5, [1, 2], 6)

@@ -56,7 +56,7 @@ def test_a_stall_is_the_copies_and_the_slower_steps(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_real_loop(tmp_path: Path) -> None:
-    loop = saving.Loop(tmp_path)
+    loop = saving.TrainingLoop(tmp_path)
     found = saving.stall(loop, rounds=1)
     parameters = sum(p.numel() for p in loop.model.parameters())
     trained = sum(p.numel() for p in loop.optimizer.params.values())

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import models, train_step
-from benchmarks.parts import apart
-from benchmarks.training import sides
-from benchmarks.training.rows import CASES, TOKENS, counted, grid, make_rows
+from benchmarks.jobs import run_in_process
+from benchmarks.training import contenders
+from benchmarks.training.batches import CASES, TOKENS, count_work, grid, make_batches
 from phi4rv.batch import NO_LABEL
-from phi4rv.checkpoint.huggingface import PREFIXES, published_name
+from phi4rv.checkpoint.huggingface import HF_PREFIXES, hf_name
 from phi4rv.config import Config
 from phi4rv.quantization.float8_linear import Float8Linear
 from train.data.flops import flops
@@ -27,8 +27,8 @@ CPU = torch.device("cpu")
 
 def test_rows_are_full_and_alike_in_both_cases() -> None:
     config = dataclasses.replace(Config(), vocab_size=1000)
-    images = make_rows("images", config, TOKENS, 2)
-    for row, text in zip(images, make_rows("text", config, TOKENS, 2), strict=True):
+    images = make_batches("images", config, TOKENS, 2)
+    for row, text in zip(images, make_batches("text", config, TOKENS, 2), strict=True):
         assert 0.98 * TOKENS < len(row.input_ids) <= TOKENS
         assert torch.equal(row.cu_seqlens, text.cu_seqlens)
         assert torch.equal(row.targets() == NO_LABEL, text.targets() == NO_LABEL)
@@ -41,7 +41,7 @@ def test_rows_are_full_and_alike_in_both_cases() -> None:
     tokens = [n for row in images for n in row.cu_seqlens.diff().tolist()]
     patches = [n for row in images for n in row.grids.prod(1).tolist()]
     labelled = sum(int((row.targets() != NO_LABEL).sum()) for row in images)
-    assert counted(config, images)["operations"] == flops(config, tokens, patches, labelled).total
+    assert count_work(config, images)["operations"] == flops(config, tokens, patches, labelled).total
 
 
 def test_grid() -> None:
@@ -49,27 +49,27 @@ def test_grid() -> None:
     assert all(r * c <= n < r * (c + 1) for n in range(1, 500) for r, c in [grid(n)])
 
 
-def same_weights(ours: sides.Ours, theirs: sides.Theirs) -> None:
+def same_weights(ours: contenders.Phi4RVTrainer, theirs: contenders.TransformersTrainer) -> None:
     def state(prefix: str, strip: str) -> dict[str, Tensor]:
         named = ours.model.named_parameters()
-        return {published_name(n).removeprefix(strip): p.detach().clone() for n, p in named if n.startswith(prefix)}
+        return {hf_name(n).removeprefix(strip): p.detach().clone() for n, p in named if n.startswith(prefix)}
 
     theirs.decoder.load_state_dict(state("decoder.", ""))
-    theirs.tower.load_state_dict(state("vision.", PREFIXES[0][1]))
+    theirs.tower.load_state_dict(state("vision.", HF_PREFIXES[0][1]))
     theirs.projector.load_state_dict(state("projector.", "model.mm_projector."))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_sides_take_the_same_step(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same losses before, and after two updates of a rate that changes them."""
-    monkeypatch.setattr(sides, "STAGE", dataclasses.replace(sides.STAGE, lr=3e-3))
-    monkeypatch.setattr(models, "SPREAD", 0.3)
+    monkeypatch.setattr(contenders, "STAGE", dataclasses.replace(contenders.STAGE, lr=3e-3))
+    monkeypatch.setattr(models, "INIT_STD", 0.3)
     config = train_step.TINY
-    ours = sides.Ours(config, "torch", CPU, torch.float32)
-    theirs = sides.Theirs(config, CPU, torch.float32)
+    ours = contenders.Phi4RVTrainer(config, "torch", CPU, torch.float32)
+    theirs = contenders.TransformersTrainer(config, CPU, torch.float32)
     same_weights(ours, theirs)
     assert sum(p.numel() for p in theirs.params) == sum(p.numel() for p in ours.optimizer.params.values())
-    rows = make_rows(case, config, train_step.TINY_TOKENS, 3)
+    rows = make_batches(case, config, train_step.TINY_TOKENS, 3)
     losses = [(ours.step(rows), theirs.step(rows)) for _ in range(3)]
     assert losses[0][0] - losses[2][0] > 0.1
     for own, peer in losses:
@@ -78,11 +78,11 @@ def test_both_sides_take_the_same_step(case: str, monkeypatch: pytest.MonkeyPatc
 
 def test_masters_keep_what_bfloat16_weights_lose(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a rate under half a bit of most weights both sides still learn the same."""
-    monkeypatch.setattr(sides, "STAGE", dataclasses.replace(sides.STAGE, lr=1e-4))
-    monkeypatch.setattr(models, "SPREAD", 0.3)
+    monkeypatch.setattr(contenders, "STAGE", dataclasses.replace(contenders.STAGE, lr=1e-4))
+    monkeypatch.setattr(models, "INIT_STD", 0.3)
     config = train_step.TINY
-    ours = sides.Ours(config, "torch", CPU, torch.bfloat16)
-    theirs = sides.Theirs(config, CPU, torch.bfloat16)
+    ours = contenders.Phi4RVTrainer(config, "torch", CPU, torch.bfloat16)
+    theirs = contenders.TransformersTrainer(config, CPU, torch.bfloat16)
     same_weights(ours, theirs)
     for params, masters in (
         (theirs.params, theirs.masters),
@@ -91,7 +91,7 @@ def test_masters_keep_what_bfloat16_weights_lose(monkeypatch: pytest.MonkeyPatch
         with torch.no_grad():
             for p, m in zip(params, masters, strict=True):
                 m.copy_(p)
-    rows = make_rows("text", config, train_step.TINY_TOKENS, 2)
+    rows = make_batches("text", config, train_step.TINY_TOKENS, 2)
     losses = [(ours.step(rows), theirs.step(rows)) for _ in range(8)]
     assert losses[0][0] - losses[-1][0] > 0.05
     for own, peer in losses:
@@ -136,23 +136,25 @@ def test_goals() -> None:
 
 def test_rows() -> None:
     sides = {"torch": record(90, 0.3), "transformers": record(60, 0.2), "liger": record(120, 0.3)}
-    text, fp8, mfu, *_ = train_step.rows(result(triton={**record(200, 0.52), "spread": 0.01}, **sides))
-    assert (text.what, text.ours, text.peer, text.verdict) == ("text, 3 decoder layers", 200, train_step.LIGER, "met")
+    text, fp8, mfu, *_ = train_step.table_rows(result(triton={**record(200, 0.52), "spread": 0.01}, **sides))
+    assert (text.what, text.value, text.peer, text.verdict) == ("text, 3 decoder layers", 200, train_step.LIGER, "met")
     assert text.ratio == pytest.approx(200 / 120) and text.share == 0.52 and text.noise == 0.01 and not text.tiny
-    assert fp8.ours is None and fp8.peer == "triton" and fp8.reason == "cuda: no nvcc" and fp8.verdict == "not measured"
-    assert mfu.ours == 52 and mfu.goal == "55%" and mfu.verdict == "missed"
-    late = {side: {"reason": "out of time"} for side in train_step.SIDES}
-    for row in train_step.rows({**result(), "sides": late, "device": "cpu"}):
-        assert row.ours is None and row.ratio is None and row.tiny
+    assert (
+        fp8.value is None and fp8.peer == "triton" and fp8.reason == "cuda: no nvcc" and fp8.verdict == "not measured"
+    )
+    assert mfu.value == 52 and mfu.goal == "55%" and mfu.verdict == "missed"
+    late = {side: {"reason": "out of time"} for side in train_step.CONTENDERS}
+    for row in train_step.table_rows({**result(), "sides": late, "device": "cpu"}):
+        assert row.value is None and row.ratio is None and row.tiny
 
 
 def test_a_compiled_peer_learns_the_same() -> None:
     """Run eagerly here: what is compiled, and that nothing else changes."""
-    rows = make_rows("images", train_step.TINY, 64, 1)
+    rows = make_batches("images", train_step.TINY, 64, 1)
     losses = []
     for how in ("", "compiled"):
         torch.manual_seed(0)
-        side = sides.Theirs(train_step.TINY, CPU, torch.float32, how)
+        side = contenders.TransformersTrainer(train_step.TINY, CPU, torch.float32, how)
         layers = [*side.decoder.model.layers, *side.tower.encoder.layers]
         assert all((layer._compiled_call_impl is not None) == bool(how) for layer in layers)
         with torch.compiler.set_stance("force_eager"):
@@ -167,7 +169,7 @@ def test_what_does_not_learn_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> Non
     unsure = result(triton=record(200, 0.9), transformers=record(60, 0.2))  # nothing to hold its losses to
     for found in (wrong, unsure, {**result(triton=record(200, 0.9), **others), "device": "cpu"}):
         assert set(verdicts(train_step.goals(found)).values()) == {"not measured"}
-    monkeypatch.setattr(sides.Ours, "step", lambda self, rows: float("nan"))
+    monkeypatch.setattr(contenders.Phi4RVTrainer, "step", lambda self, rows: float("nan"))
     with pytest.raises(ValueError, match=r"^the losses of text are \[nan, nan\]"):
         train_step.measure("torch", train_step.TINY, "cpu", 64, 1, 1e12)
 
@@ -181,29 +183,29 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             train_step.importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else 1
         )
-        assert train_step.why_not(side, CPU) == reason
-    assert train_step.why_not("torch", CPU) is None
+        assert train_step.unavailable_reason(side, CPU) == reason
+    assert train_step.unavailable_reason("torch", CPU) is None
     monkeypatch.undo()
-    assert train_step.why_not("transformers", CPU) is None
-    assert train_step.why_not("transformers, compiled", CPU) == "not on a CPU"
+    assert train_step.unavailable_reason("transformers", CPU) is None
+    assert train_step.unavailable_reason("transformers, compiled", CPU) == "not on a CPU"
 
 
 def test_fp8_is_trained_in_fp8() -> None:
-    model = sides.Ours(train_step.TINY, "torch", CPU, torch.float32, float8=True).model
+    model = contenders.Phi4RVTrainer(train_step.TINY, "torch", CPU, torch.float32, float8=True).model
     assert sum(isinstance(m, Float8Linear) for m in model.modules()) == 4 * train_step.TINY.num_hidden_layers
 
 
 def test_a_process_of_its_own() -> None:
-    assert apart(divmod, (7, 2), 60) == ((3, 1), None)
-    assert apart(int, ("x",), 60)[1] == "ValueError: invalid literal for int() with base 10: 'x'"
-    assert apart(os._exit, (9,), 60)[1] == "the process ended with 9"
-    assert apart(time.sleep, (600,), 0.5)[1] == "no answer in 0.5 s"
+    assert run_in_process(divmod, (7, 2), 60) == ((3, 1), None)
+    assert run_in_process(int, ("x",), 60)[1] == "ValueError: invalid literal for int() with base 10: 'x'"
+    assert run_in_process(os._exit, (9,), 60)[1] == "the process ended with 9"
+    assert run_in_process(time.sleep, (600,), 0.5)[1] == "no answer in 0.5 s"
 
 
 def test_everything_runs() -> None:
     kept: list[dict[str, Any]] = []
-    found = train_step.run(keep=lambda so_far: kept.append(so_far))
-    assert len(kept) == len(train_step.SIDES)
+    found = train_step.run(on_result=lambda so_far: kept.append(so_far))
+    assert len(kept) == len(train_step.CONTENDERS)
     sides = found["sides"]
     assert sides["triton"] == sides["cuda"] == {"reason": "not on a CPU"}
     for side in ("transformers", "torch"):

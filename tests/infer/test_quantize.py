@@ -88,7 +88,7 @@ def test_errors_of_each_scale(format: str, k: int) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_calibration_lowers_the_weighted_error(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of no scale is it more than without, and none of the tried factors is better; in 4 bits much less in all."""
-    monkeypatch.setattr(calibration, "ROWS", 40)
+    monkeypatch.setattr(calibration, "CHUNK_ROWS", 40)
     weight, seen = heavy_tailed(96, 300, 2), gram(correlated(500, 300, 3))
     chosen = scale_errors(weight, quantize_calibrated(weight, format, seen), seen)
     for factor in calibration.SCALE_FACTORS:
@@ -161,7 +161,7 @@ def test_few_rows_are_kept_of_many() -> None:
 
 
 def test_errors_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "ROWS", 7)
+    monkeypatch.setattr(calibration, "CHUNK_ROWS", 7)
     weight, rows = heavy_tailed(20, 200, 0), torch.randn(9, 200, generator=torch.Generator().manual_seed(1))
     for format in FORMATS:
         q = quantize(weight, format)

@@ -30,21 +30,21 @@ from phi4rv import Phi4RV, Processor, Prompt, UserError
 from phi4rv.adapters.peft import merge_adapter
 from phi4rv.checkpoint import huggingface as checkpoint_module
 from phi4rv.checkpoint import tensor_reader
-from phi4rv.checkpoint.tensor_reader import staged
+from phi4rv.checkpoint.tensor_reader import read_staged
 from phi4rv.ops.low_precision import FORMATS, QuantizedWeight, quantize
 from phi4rv.quantization import quantized_linear
 from phi4rv.quantization.quantized_linear import (
-    linears,
+    format_spec,
+    linear_layers,
     parse_formats,
+    quantize_in_chunks,
     quantize_layers,
-    quantize_rows,
     quantized_layers,
-    spec_of,
 )
 from tests import parity
 from tests.phi4rv import test_tensor_reader
 from tests.phi4rv.test_bad_checkpoints import edit
-from tests.phi4rv.test_checkpoint import INDEX, tensors_of
+from tests.phi4rv.test_checkpoint import INDEX, load_tensors
 from tests.small import small_checkpoint
 
 BOUNDS = {"int8": 0.03, "fp8": 0.1, "int4": 0.4, "int4_zero": 0.35}
@@ -87,7 +87,7 @@ def test_formats_are_read() -> None:
     assert parse_formats("int4") == {"decoder": "int4"}
     assert parse_formats(" int4_zero , head=fp8,tower=int8") == {"decoder": "int4_zero", "head": "fp8", "tower": "int8"}
     assert parse_formats("head=int8") == {"head": "int8"}
-    assert all(parse_formats(spec_of(parse_formats(spec))) == parse_formats(spec) for spec in SPECS)
+    assert all(parse_formats(format_spec(parse_formats(spec))) == parse_formats(spec) for spec in SPECS)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_which_layers(checkpoint: Path) -> None:
     assert formats == expected
     plain, _ = load(checkpoint)
     known = dict(plain.named_parameters())
-    gone = {linears(plain)[path] + ".weight" for path in expected}
+    gone = {linear_layers(plain)[path] + ".weight" for path in expected}
     assert {n for n, _ in model.named_parameters()} == known.keys() - gone
     assert all(torch.equal(p, known[n]) for n, p in model.named_parameters())
 
@@ -132,7 +132,7 @@ def test_which_layers(checkpoint: Path) -> None:
 def test_each_weight_is_rounded_from_what_is_stored(checkpoint: Path, spec: str, dtype: torch.dtype) -> None:
     """Also where the rest of the model is in fewer bits than the files."""
     model, _ = load(checkpoint, spec, dtype)
-    stored = tensors_of(checkpoint)
+    stored = load_tensors(checkpoint)
     layers = quantized_layers(model)
     assert layers and model.decoder.norm.weight.dtype == dtype
     for path, layer in layers.items():
@@ -147,9 +147,9 @@ def test_rows_together_or_in_blocks(format: str, monkeypatch: pytest.MonkeyPatch
     shrink = torch.rand(groups, generator=torch.Generator().manual_seed(1)) / 2 + 0.5
     whole, shrunk = quantize(weight, format), quantize(weight, format, shrink)
     for rows in (1, 4, 11):
-        monkeypatch.setattr(quantized_linear, "ROWS", rows)
-        assert same_weight(quantize_rows(weight, format), whole)
-        assert same_weight(quantize_rows(weight, format, shrink), shrunk)
+        monkeypatch.setattr(quantized_linear, "CHUNK_ROWS", rows)
+        assert same_weight(quantize_in_chunks(weight, format), whole)
+        assert same_weight(quantize_in_chunks(weight, format, shrink), shrunk)
 
 
 @pytest.mark.parametrize("spec", [*FORMATS, "int8,head=int8,tower=int8"])
@@ -164,7 +164,7 @@ def test_logits_are_near_the_unquantised(tiny: Tiny, checkpoint: Path, batch: ph
 def test_what_is_held_while_reading(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of weights that become quantised: the one in hand, and the one before it until the next is there."""
     live: weakref.WeakSet[Tensor] = weakref.WeakSet()
-    given, read = [], quantized_linear.tensors_of
+    given, read = [], quantized_linear.iter_tensors
 
     def watched(*arguments: Any) -> Any:
         for name, tensor in read(*arguments):
@@ -172,7 +172,7 @@ def test_what_is_held_while_reading(checkpoint: Path, monkeypatch: pytest.Monkey
             given.append(len(live))
             yield name, tensor
 
-    monkeypatch.setattr(quantized_linear, "tensors_of", watched)
+    monkeypatch.setattr(quantized_linear, "iter_tensors", watched)
     load(checkpoint, MIXED)
     assert len(given) == 83 and max(given) <= 2
 
@@ -185,7 +185,7 @@ from phi4rv.quantization import quantized_linear
 def kilobytes(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
 
-quantized_linear.ROWS = 64
+quantized_linear.CHUNK_ROWS = 64
 weight_loader.load(sys.argv[1], "cpu", weights="int4")  # what the first call of anything costs
 for path, spec in ((sys.argv[2], "int4"), (sys.argv[3], None)):
     ctypes.CDLL(None).malloc_trim(0)
@@ -248,11 +248,11 @@ def test_what_was_read_stays_when_the_files_change(saved: Path, checkpoint: Path
 def test_by_way_of_staging_buffers(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As to a GPU: several tensors are on their way at a time, and copies come late."""
     right = load(checkpoint)[0], load(checkpoint, MIXED)[0]
-    monkeypatch.setattr(tensor_reader, "PIECE", test_tensor_reader.PIECE)
+    monkeypatch.setattr(tensor_reader, "CHUNK_BYTES", test_tensor_reader.CHUNK_BYTES)
     monkeypatch.setattr(
         checkpoint_module,
-        "read",
-        lambda items, device: staged(items, torch.device("cpu"), test_tensor_reader.LateStaging()),
+        "read_tensors",
+        lambda items, device: read_staged(items, torch.device("cpu"), test_tensor_reader.LateStaging()),
     )
     assert same_model(load(checkpoint)[0], right[0]) and same_model(load(checkpoint, MIXED)[0], right[1])
 

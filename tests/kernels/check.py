@@ -34,7 +34,7 @@ def draw(place: Place, *shape: int, scale: float = 1.0) -> Tensor:
     return (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
 
 
-def parity(
+def check_parity(
     kernel: Callable[..., Any],
     reference: Callable[..., Any],
     inputs: Sequence[Any],
@@ -60,10 +60,10 @@ def parity(
     for name, true in exact.items():
         assert ours[name].dtype == plain[name].dtype, name
         assert ours[name].shape == true.shape, name
-        close(ours[name], plain[name], true, name, slack, nudged[name])
+        check_close(ours[name], plain[name], true, name, slack, nudged[name])
 
 
-def replayed(function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+def check_cuda_graph(function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
     """Results and gradients, captured on a side stream and replayed twice on other values of the first input: the bits
     of an ordinary call. Only on a GPU.
     """
@@ -92,7 +92,7 @@ def replayed(function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
         assert torch.equal(ours, again)
 
 
-def close(
+def check_close(
     ours: Tensor,
     plain: Tensor,
     exact: Tensor,
@@ -100,7 +100,7 @@ def close(
     slack: float = 1.0,
     nudged: Tensor | None = None,
 ) -> None:
-    """The criterion of ``parity`` for one tensor."""
+    """The criterion of ``check_parity`` for one tensor."""
     if not exact.numel():
         return
     unit = torch.finfo(ours.dtype).eps * float(exact.abs().max())

@@ -24,7 +24,7 @@ def poisoned() -> Iterator[None]:
 def csrc() -> None:
     """The CUDA kernels, built where nvcc is and loaded: the emulated ones where there is no GPU."""
     reason = build.build(cuda.emulated())
-    if reason and not cuda.library().exists():
+    if reason and not cuda.library_path().exists():
         pytest.skip(reason)
     cuda.load()
 

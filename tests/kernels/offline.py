@@ -22,8 +22,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from benchmarks.kernels.case import Case, Draw, differentiable
-from triton_kernels.common.tuning import Config, Space
+from benchmarks.kernels.case import Case, Draw, differentiable_outputs
+from triton_kernels.common.tuning import Config, SearchSpace
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Registers and shared memory of one multiprocessor, sm_80 and later.
@@ -83,7 +83,7 @@ def compile_case(case: Case, draw: Draw) -> dict[str, Any]:
     """hash -> compiled kernel, of the forward pass and, for a backward case, of the gradient."""
     with Recorder() as recorder:
         inputs = case.inputs(draw)
-        outputs = differentiable(case.ours(*inputs))
+        outputs = differentiable_outputs(case.ours(*inputs))
         if case.backward:
             wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
             torch.autograd.grad(outputs, wanted, [torch.empty_like(out) for out in outputs], allow_unused=True)
@@ -123,15 +123,17 @@ def cuobjdump(option: str, compiled: Any) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def configurations(operation: str, cases: list[Case], defaults: bool) -> Iterator[tuple[Case, Space | None, Config]]:
+def configurations(
+    operation: str, cases: list[Case], defaults: bool
+) -> Iterator[tuple[Case, SearchSpace | None, Config]]:
     """What to compile: every case with its defaults, then each other candidate with the first case that may pick it."""
     first: dict[tuple[str, str], Case] = {}
     for case in cases:
-        Space.picked.clear()
+        SearchSpace.picked.clear()
         yield case, None, {}
-        for pick in Space.picked:
+        for pick in SearchSpace.picked:
             first.setdefault(pick, case)
-    for space in Space.all:
+    for space in SearchSpace.all:
         for key, configs in space.cases.items():
             if (space.name, key) in first and space.name.split(".")[0] == operation and not defaults:
                 for config in configs[1:]:
@@ -152,7 +154,7 @@ def main() -> None:
         report(case, space, config, seen)
 
 
-def report(case: Case, space: Space | None, config: Config, seen: set[str]) -> None:
+def report(case: Case, space: SearchSpace | None, config: Config, seen: set[str]) -> None:
     """Prints what ``case`` compiles to under ``config`` and was not printed before."""
     if space:
         with space.forced(config):

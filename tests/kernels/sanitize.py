@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import operations
-from benchmarks.kernels.case import Case, Draw, differentiable
-from benchmarks.parts import SKIPPED
+from benchmarks.jobs import SKIPPED
+from benchmarks.kernels import operation_names
+from benchmarks.kernels.case import Case, Draw, differentiable_outputs
 from phi4rv.ops import cuda
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     if shutil.which(SANITIZER[0]) is None:
         print(f"{SANITIZER[0]} is not on the PATH: nothing was checked")
         return SKIPPED
-    return max(check(tool, arguments or operations()) for tool in TOOLS)
+    return max(check(tool, arguments or operation_names()) for tool in TOOLS)
 
 
 def check(tool: str, names: list[str]) -> int:
@@ -86,7 +86,7 @@ def inside(names: list[str]) -> int:
 def exercise(case: Case, device: str) -> None:
     """Forward, and backward where an input wants its gradient."""
     inputs = case.inputs(Draw(device, case.dtype))
-    outputs = differentiable(case.ours(*inputs))
+    outputs = differentiable_outputs(case.ours(*inputs))
     wanted: list[Any] = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     if outputs and wanted:
         torch.autograd.grad(outputs, wanted, [torch.randn_like(out) for out in outputs], allow_unused=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from phi4rv.ops import reference
-from phi4rv.ops.low_precision import Moment8, mix, random_bits, round_stochastically
-from tests.kernels.check import PLACE, PLACES, Place, close
+from phi4rv.ops.low_precision import Moment8, hash32, random_bits, stochastic_round
+from tests.kernels.check import PLACE, PLACES, Place, check_close
 from triton_kernels import adamw as kernels
 from triton_kernels.adamw import adamw
 
@@ -62,7 +62,7 @@ def test_float32(place: Place, shape: tuple[int, ...]) -> None:
 
     outs = run(adamw, None), run(reference.adamw, None), run(reference.adamw, torch.float64)
     for name, ours, plain, exact in zip(("param", "exp_avg", "exp_avg_sq"), *outs, strict=True):
-        close(ours, plain, exact, name, slack=2)
+        check_close(ours, plain, exact, name, slack=2)
 
 
 @pytest.mark.parametrize("place", PLACE)
@@ -141,15 +141,15 @@ def test_eight_bits_are_unbiased(signed: bool, value: float) -> None:
 
 
 def test_random_bits() -> None:
-    assert mix(1) == 0x514E28B7  # a published value of MurmurHash3's finaliser
+    assert hash32(1) == 0x514E28B7  # a published value of MurmurHash3's finaliser
     bits = random_bits(1, 2, 1 << 14, torch.device("cpu"))
     share = torch.stack([(bits >> i) & 1 for i in range(32)]).double().mean(1)
     assert float((share - 0.5).abs().max()) < 4 * 0.5 / (1 << 14) ** 0.5
     x = torch.tensor([1.0, -2.5, float("inf"), float("nan"), 0.0])
     assert torch.equal(
-        round_stochastically(x, torch.tensor([0xFFFF0000] * 5)).isnan(), torch.tensor([False] * 3 + [True, False])
+        stochastic_round(x, torch.tensor([0xFFFF0000] * 5)).isnan(), torch.tensor([False] * 3 + [True, False])
     )
-    assert round_stochastically(x, torch.full((5,), 0xFFFF)).tolist()[:3] == [1.0, -2.5, float("inf")]
+    assert stochastic_round(x, torch.full((5,), 0xFFFF)).tolist()[:3] == [1.0, -2.5, float("inf")]
 
 
 @pytest.mark.parametrize("heavy", [False, True])

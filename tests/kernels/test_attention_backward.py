@@ -14,7 +14,7 @@ from torch import Tensor
 
 from csrc import build
 from phi4rv.ops import cuda, reference
-from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, Place, close, parity
+from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, Place, check_close, check_parity
 
 EDGES = [1, 15, 16, 17, 63, 64, 65]
 WIDE_EDGES = [127, 128, 129, 191, 192, 193]
@@ -40,7 +40,7 @@ def draw(place: Place, lengths: list[int], H: int, G: int, D: int) -> tuple[Tens
 def both(qkv: tuple[Tensor, ...], lengths: list[int], causal: bool) -> None:
     """Parity, its autograd's gradients included."""
     rest = offsets(lengths, (qkv[0].device.type, qkv[0].dtype)), max(lengths, default=0), causal
-    parity(
+    check_parity(
         lambda q, k, v: cuda.packed_attention(q, k, v, *rest),
         lambda q, k, v: reference.packed_attention(q, k, v, *rest),
         qkv,
@@ -187,7 +187,7 @@ def test_small_gradients_of_long_documents(place: Place, causal: bool) -> None:
         return torch.autograd.grad(result, leaves[0], dout.to(dtype))[0]
 
     for rows in (slice(100, 300), slice(600, 800)):
-        close(ours[rows], exact(place[1])[rows], exact(torch.float64)[rows])
+        check_close(ours[rows], exact(place[1])[rows], exact(torch.float64)[rows])
 
 
 @pytest.mark.parametrize("place", CUDA_PLACES)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from phi4rv.ops import cuda, reference
-from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACE, PLACES, Place, parity
+from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACE, PLACES, Place, check_parity
 from triton_kernels import decode_attention as triton
 from triton_kernels.common import cache
-from triton_kernels.common.launch import multiprocessors
+from triton_kernels.common.launch import num_sms
 
 SLACK = 4.0  # a score's own rounding is an error of its weight, however few numbers come out
 FP8 = torch.float8_e4m3fn
@@ -90,11 +90,11 @@ def paged(place: Place, lengths: list[int], H: int, G: int, D: int, size: int, M
 
 
 def held(kernels: Kernels, inputs: Inputs) -> None:
-    parity(kernels.decode_attention, reference.decode_attention, inputs, slack=SLACK)
+    check_parity(kernels.decode_attention, reference.decode_attention, inputs, slack=SLACK)
 
 
 def held_paged(kernels: Kernels, inputs: Inputs) -> None:
-    parity(kernels.paged_decode_attention, reference.paged_decode_attention, inputs, slack=SLACK)
+    check_parity(kernels.paged_decode_attention, reference.paged_decode_attention, inputs, slack=SLACK)
 
 
 @EVERYWHERE
@@ -232,7 +232,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements(kernels: Kernels, place: Plac
 def test_every_code_of_float8(place: Place) -> None:
     codes = torch.arange(256, dtype=torch.uint8, device=place[0])
     out = torch.empty(256, dtype=torch.float16, device=place[0])
-    cache._convert_codes[(1,)](codes, out, COUNT=256)
+    cache._convert_kernel[(1,)](codes, out, COUNT=256)
     torch.testing.assert_close(out, codes.view(FP8).half(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -258,28 +258,30 @@ def test_scales_of_a_cache_that_is_not_float8(kernels: Kernels, place: Place) ->
 
 @pytest.mark.parametrize("place", PLACE)
 def test_every_configuration(place: Place) -> None:
-    for case, configs in triton.PART.cases.items():
+    for case, configs in triton.SPLIT.cases.items():
         D, bits = (int(x) for x in case.split(" of "))
         dtype = torch.float32 if bits == 32 else torch.float16 if place[0] == "cpu" else torch.bfloat16
         for config in configs:
-            with triton.PART.forced(config):
+            with triton.SPLIT.forced(config):
                 held(triton, packed((place[0], dtype), [140], 1, 1, D, M=2, fp8=bits == 8))
-    for config in triton.MERGE.cases["row"]:
-        with triton.MERGE.forced(config):
+    for config in triton.COMBINE.cases["row"]:
+        with triton.COMBINE.forced(config):
             held(triton, packed(place, [140], 1, 1, 72))
 
 
 def test_parts_fill_the_chip() -> None:
-    assert triton.part_count(programs=10, keys=16384, block=64, slots=264) == 26
-    assert triton.part_count(programs=264, keys=16384, block=64, slots=264) == 1
-    assert triton.part_count(programs=1, keys=100, block=64, slots=264) == 2  # no more than there are blocks of keys
-    assert triton.part_count(programs=1, keys=0, block=64, slots=264) == 1
+    assert triton.num_splits_heuristic(programs=10, keys=16384, block=64, slots=264) == 26
+    assert triton.num_splits_heuristic(programs=264, keys=16384, block=64, slots=264) == 1
     assert (
-        triton.part_count(2, 300, 64, 2 * multiprocessors(torch.device("cpu"))) > 1
+        triton.num_splits_heuristic(programs=1, keys=100, block=64, slots=264) == 2
+    )  # no more than there are blocks of keys
+    assert triton.num_splits_heuristic(programs=1, keys=0, block=64, slots=264) == 1
+    assert (
+        triton.num_splits_heuristic(2, 300, 64, 2 * num_sms(torch.device("cpu"))) > 1
     )  # the tests above did split and merge
     for programs in range(1, 300):
-        parts = triton.part_count(programs, 10**6, 64, 264)
-        assert parts <= triton.MOST_PARTS
+        parts = triton.num_splits_heuristic(programs, 10**6, 64, 264)
+        assert parts <= triton.MAX_SPLITS
         assert programs * parts / (-(-programs * parts // 264) * 264) > 0.9 or programs <= 2
 
 
@@ -330,7 +332,7 @@ def test_a_graph_replayed_while_documents_grow(kernels: Kernels, place: Place) -
         grown.copy_(step)
         graph.replay()
         assert torch.equal(out, kernels.paged_decode_attention(q, k, v, filled, step))
-        parity(lambda *x: out, reference.paged_decode_attention, (q, k, v, filled, step))
+        check_parity(lambda *x: out, reference.paged_decode_attention, (q, k, v, filled, step))
 
 
 def test_wrong_arguments_of_triton_are_named() -> None:

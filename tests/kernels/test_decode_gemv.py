@@ -14,7 +14,7 @@ from torch import Tensor
 from csrc import build
 from phi4rv.ops import cuda, reference
 from phi4rv.ops.low_precision import FORMATS, QuantizedWeight, dequantize, quantize
-from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACES, Place, draw, parity
+from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACES, Place, check_parity, draw
 from triton_kernels import quantized_linear as triton_kernels
 
 WEIGHTS = ("full", *FORMATS)
@@ -49,7 +49,7 @@ def both(kernel: Any, x: Tensor, w: Any, norm: Tensor | None = None, residual: T
     """Parity; a weight in full is rounded with x, a quantised one is what it is."""
     given = packed(w) if kernel is cuda.decode_gemv else w
     full = isinstance(w, Tensor)
-    parity(
+    check_parity(
         lambda x, n, r, v: kernel(x, v if full else given, n, EPS, r, swiglu),
         lambda x, n, r, v: reference.decode_gemv(x, v if full else w, n, EPS, r, swiglu),
         (x, norm, residual, w if full else None),

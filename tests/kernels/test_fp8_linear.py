@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from phi4rv.ops import reference
-from tests.kernels.check import PLACE, PLACES, Place, draw, parity, replayed
+from tests.kernels.check import PLACE, PLACES, Place, check_cuda_graph, check_parity, draw
 from triton_kernels import fp8_linear as kernels
 from triton_kernels.fp8_linear import fp8_linear, quantize_rows
 
@@ -91,14 +91,14 @@ def test_linear(place: Place, T: int, K: int, N: int) -> None:
     """Weights whose rows differ by powers of ten, so that a scale in the wrong place is seen."""
     x, w = draw(place, T, K), draw(place, N, K).detach()
     w = (w * torch.logspace(-2, 1, N, device=place[0], dtype=place[1])[:, None]).requires_grad_()
-    parity(fp8_linear, reference.fp8_linear, (x, w), slack=4)  # the library sums in an order of its own
+    check_parity(fp8_linear, reference.fp8_linear, (x, w), slack=4)  # the library sums in an order of its own
 
 
 @pytest.mark.parametrize("place", LINEAR_PLACES)
 def test_only_what_is_wanted_gets_a_gradient(place: Place) -> None:
     x, w = draw(place, 5, 32), draw(place, 16, 32)
-    parity(fp8_linear, reference.fp8_linear, (x.detach(), w))
-    parity(fp8_linear, reference.fp8_linear, (x, w.detach()))
+    check_parity(fp8_linear, reference.fp8_linear, (x.detach(), w))
+    check_parity(fp8_linear, reference.fp8_linear, (x, w.detach()))
 
 
 def test_linear_errors() -> None:
@@ -126,11 +126,11 @@ def test_compiled(place: Place) -> None:
 @pytest.mark.parametrize(("T", "N", "K"), [(8192, 7680, 5120), (1000, 5120, 17920)])
 def test_real_shape(T: int, N: int, K: int) -> None:
     place = ("cuda", torch.bfloat16)
-    parity(fp8_linear, reference.fp8_linear, (draw(place, T, K), draw(place, N, K, scale=K**-0.5)), slack=4)
+    check_parity(fp8_linear, reference.fp8_linear, (draw(place, T, K), draw(place, N, K, scale=K**-0.5)), slack=4)
 
 
 @pytest.mark.gpu
 def test_graph_on_a_side_stream() -> None:
     """Captured once and replayed on new values; the same bits every time."""
     place = ("cuda", torch.bfloat16)
-    replayed(fp8_linear, [draw(place, 512, 5120), draw(place, 7680, 5120, scale=5120**-0.5)])
+    check_cuda_graph(fp8_linear, [draw(place, 512, 5120), draw(place, 7680, 5120, scale=5120**-0.5)])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from phi4rv.ops import reference
-from tests.kernels.check import PLACE, PLACES, Place, draw, parity, replayed
+from tests.kernels.check import PLACE, PLACES, Place, check_cuda_graph, check_parity, draw
 from triton_kernels import gelu as kernels
 
 Gelu = Callable[[Tensor], Tensor]
@@ -23,7 +23,7 @@ KINDS = [
 @pytest.mark.parametrize(("ours", "definition"), KINDS)
 @pytest.mark.parametrize("shape", [(), (1,), (0, 16), (7, 33), (2, 3, 40), (2047,), (2049,)])
 def test_parity(place: Place, ours: Gelu, definition: Gelu, shape: tuple[int, ...]) -> None:
-    parity(ours, definition, (draw(place, *shape),))
+    check_parity(ours, definition, (draw(place, *shape),))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")  # NumPy, for the interpreter
@@ -31,7 +31,7 @@ def test_parity(place: Place, ours: Gelu, definition: Gelu, shape: tuple[int, ..
 @pytest.mark.parametrize(("ours", "definition"), KINDS)
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 10.0, 1e4])
 def test_extreme_values(place: Place, ours: Gelu, definition: Gelu, scale: float) -> None:
-    parity(ours, definition, (draw(place, 600, scale=scale),))
+    check_parity(ours, definition, (draw(place, 600, scale=scale),))
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # NumPy, for the interpreter
@@ -64,8 +64,8 @@ def test_normal_keeps_the_digits_of_small_values(place: Place) -> None:
 def test_elements_that_are_not_adjacent(place: Place, ours: Gelu, definition: Gelu) -> None:
     wide = draw(place, 9, 96).detach()
     for x in (wide[:, 16:80], wide.T, wide[::2]):
-        parity(ours, definition, (x.requires_grad_(),))
-        parity(lambda x: ours(x).T, lambda x: definition(x).T, (x,))
+        check_parity(ours, definition, (x.requires_grad_(),))
+        check_parity(lambda x: ours(x).T, lambda x: definition(x).T, (x,))
 
 
 @pytest.mark.parametrize("place", PLACE)
@@ -85,10 +85,10 @@ def test_operator(place: Place, ours: Gelu, definition: Gelu) -> None:
 @pytest.mark.parametrize("place", PLACE)
 @pytest.mark.parametrize(("ours", "definition"), KINDS)
 @pytest.mark.parametrize("space", [kernels.FORWARD, kernels.BACKWARD], ids=lambda space: space.name)
-def test_every_configuration(place: Place, ours: Gelu, definition: Gelu, space: kernels.Space) -> None:
+def test_every_configuration(place: Place, ours: Gelu, definition: Gelu, space: kernels.SearchSpace) -> None:
     for config in space.cases["tanh"] + space.cases["erf"]:
         with space.forced(config):
-            parity(ours, definition, (draw(place, 5000),))
+            check_parity(ours, definition, (draw(place, 5000),))
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -100,7 +100,7 @@ def test_wrong_arguments_are_named() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("ours", "definition"), KINDS)
 def test_real_shape(dtype: torch.dtype, ours: Gelu, definition: Gelu) -> None:
-    parity(ours, definition, (draw(("cuda", dtype), 3600, 4304),))
+    check_parity(ours, definition, (draw(("cuda", dtype), 3600, 4304),))
 
 
 @pytest.mark.gpu
@@ -121,4 +121,4 @@ def test_more_than_2_31_elements(ours: Gelu, definition: Gelu) -> None:
 @pytest.mark.parametrize(("ours", "definition"), KINDS)
 def test_graph_on_a_side_stream(ours: Gelu, definition: Gelu) -> None:
     """Captured once and replayed on new values; the same bits every time."""
-    replayed(ours, [draw(("cuda", torch.bfloat16), 300, 4304)])
+    check_cuda_graph(ours, [draw(("cuda", torch.bfloat16), 300, 4304)])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from phi4rv.ops import reference
-from tests.kernels.check import PLACE, PLACES, Place, draw, parity, replayed
+from tests.kernels.check import PLACE, PLACES, Place, check_cuda_graph, check_parity, draw
 from triton_kernels import layer_norm as kernels
 from triton_kernels.layer_norm import layer_norm
 
@@ -15,7 +15,7 @@ EPS = 1e-6
 
 
 def both(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    parity(
+    check_parity(
         lambda x, w, b: layer_norm(x, w, b, EPS), lambda x, w, b: reference.layer_norm(x, w, b, EPS), (x, weight, bias)
     )
 
@@ -48,7 +48,7 @@ def test_elements_that_are_not_adjacent(place: Place) -> None:
     for x in (wide[:, 16:80], wide[:8].T, wide[::2], wide[:8].view(2, 4, 96).transpose(0, 1)):
         x, C = x.requires_grad_(), x.shape[-1]
         weight, bias = draw(place, 2 * C).detach()[::2].requires_grad_(), draw(place, C)
-        parity(
+        check_parity(
             lambda *x: layer_norm(*x, EPS).mT, lambda *x: reference.layer_norm(*x, EPS).mT, (x, weight, bias)
         )  # fmt: skip
 
@@ -75,8 +75,8 @@ def test_operator(place: Place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACE)
-@pytest.mark.parametrize("space", [kernels.FORWARD, kernels.BACKWARD, kernels.FINISH], ids=lambda space: space.name)
-def test_every_configuration(place: Place, space: kernels.Space) -> None:
+@pytest.mark.parametrize("space", [kernels.FORWARD, kernels.BACKWARD, kernels.REDUCE], ids=lambda space: space.name)
+def test_every_configuration(place: Place, space: kernels.SearchSpace) -> None:
     for case, configs in space.cases.items():
         shape = (2, 2100) if case == "wide" else (11, 48)
         for config in configs:
@@ -107,4 +107,4 @@ def test_graph_on_a_side_stream() -> None:
     """Captured once and replayed on new values; the same bits every time."""
     place = ("cuda", torch.bfloat16)
     inputs = [draw(place, 3600, 1152), draw(place, 1152), draw(place, 1152)]
-    replayed(lambda x, weight, bias: layer_norm(x, weight, bias, EPS), inputs)
+    check_cuda_graph(lambda x, weight, bias: layer_norm(x, weight, bias, EPS), inputs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from phi4rv.ops import reference
-from tests.kernels.check import PLACE, PLACES, Place, close, draw, parity
+from tests.kernels.check import PLACE, PLACES, Place, check_close, check_parity, draw
 from triton_kernels import linear_cross_entropy as module
 from triton_kernels import linear_cross_entropy_kernels as kernels
 from triton_kernels.linear_cross_entropy import linear_cross_entropy
@@ -28,7 +28,7 @@ def inputs(place: Place, T: int, C: int, V: int, share: float = 0.7) -> tuple[Te
 
 
 def both(*arguments: Any, gradients: bool = True) -> None:
-    parity(linear_cross_entropy, reference.linear_cross_entropy, arguments, gradients)
+    check_parity(linear_cross_entropy, reference.linear_cross_entropy, arguments, gradients)
 
 
 def gradients(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -39,7 +39,7 @@ def gradients(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tu
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted programs are slow to start, and with two each walks over several tiles."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(module, "multiprocessors", lambda device: 2)
+        monkeypatch.setattr(module, "num_sms", lambda device: 2)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_real_shape(place: Place, labelled: int) -> None:
     ours = (total.detach(), *torch.autograd.grad(total, (hidden, weight)))
     # The parts' own sums of the weight's gradient are in float64 and float32, so that only products are rounded.
     for name, own, other, true in zip(("sum", "hidden", "weight"), ours, plain, exact, strict=True):
-        close(own[: len(true)] if own.ndim else own, other, true, name)
+        check_close(own[: len(true)] if own.ndim else own, other, true, name)
 
 
 def in_parts(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,7 +222,7 @@ def test_weight_of_more_elements_than_32_bits() -> None:
         p.scatter_add_(1, labels[labels >= 0, None], p.new_full((len(h), 1), -1.0))
         tails.append(p[:, -last:].to(dtype).T @ h)
     ours = gradients(hidden, weight.requires_grad_(), labels)[1]
-    close(ours[-last:], tails[1], tails[0])
+    check_close(ours[-last:], tails[1], tails[0])
 
 
 @pytest.mark.parametrize("place", PLACE)

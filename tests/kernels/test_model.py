@@ -25,7 +25,7 @@ def twins(place: Place) -> tuple[phi4rv.Phi4RV, phi4rv.Phi4RV, phi4rv.Processor]
     model, processor = small_model()
     twin = empty_model(small_config(), place[0], torch.float32, "triton").to_empty(device=place[0])
     twin.load_state_dict(model.state_dict())
-    assert set(twin.ops.chosen.values()) == {"triton"}
+    assert set(twin.ops.backends.values()) == {"triton"}
     return model.to(place[0]), twin, processor
 
 
@@ -124,7 +124,7 @@ def test_a_step_repeats_and_compiles(kernels: str, request: pytest.FixtureReques
     if kernels == "cuda":
         request.getfixturevalue("csrc")
     model, processor = phi4rv.load(parity.CHECKPOINT, device="cuda", dtype=torch.bfloat16, kernels=kernels)
-    samples = [parity.answered(processor.encode(case.prompt), case.record["answer_ids"]) for case in CASES]
+    samples = [parity.with_answer(processor.encode(case.prompt), case.record["answer_ids"]) for case in CASES]
     batch = phi4rv.pack(samples).to("cuda")
 
     def step() -> dict[str, torch.Tensor]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kernels import operations
+from benchmarks.kernels import operation_names
 
 ROOT = Path(__file__).parents[2]
-OPERATIONS = [name for name in operations() if (ROOT / "triton_kernels" / f"{name}.py").exists()]
+OPERATIONS = [name for name in operation_names() if (ROOT / "triton_kernels" / f"{name}.py").exists()]
 SHARED = 227 * 1024  # what one block may have on sm_90
 # Products of fewer than 64 rows, which wgmma cannot do: they run as mma (HMMA).
 FEW_ROWS = {"decode_attention.part"}

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from phi4rv.ops import cuda, flash_attn, reference
-from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACE, PLACES, Place, close, parity
+from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACE, PLACES, Place, check_close, check_parity
 from triton_kernels import packed_attention as kernels
 from triton_kernels import packed_attention_backward as backward_kernels
-from triton_kernels.common.schedule import case, schedule
-from triton_kernels.common.tuning import Space
+from triton_kernels.common.schedule import head_dim_case, schedule_tiles
+from triton_kernels.common.tuning import SearchSpace
 from triton_kernels.packed_attention import packed_attention
 
 SPACES = (kernels.FORWARD, backward_kernels.DQ, backward_kernels.DKDV)
@@ -67,7 +67,7 @@ def both(
     def run(function: Attention) -> Callable[..., Tensor]:
         return lambda q, k, v: function(q, k, v, *rest)
 
-    parity(run(attention), run(reference.packed_attention), qkv, gradients, slack)
+    check_parity(run(attention), run(reference.packed_attention), qkv, gradients, slack)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, float32 takes the other dtypes' tiles: fewer programs, and the tiles that matter."""
     if not torch.cuda.is_available():
         for module in (kernels, backward_kernels):
-            monkeypatch.setattr(module, "case", lambda D, dtype: case(D, torch.float16))
+            monkeypatch.setattr(module, "case", lambda D, dtype: head_dim_case(D, torch.float16))
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def attention(kind: str, place: Place, request: pytest.FixtureRequest) -> Attent
     if kind == "cuda":
         request.getfixturevalue("csrc")
         return cuda.packed_attention
-    reason = flash_attn.why_not(torch.device(place[0]))
+    reason = flash_attn.unavailable_reason(torch.device(place[0]))
     if reason:
         pytest.skip(reason)
     return flash_attn.packed_attention
@@ -263,12 +263,12 @@ def test_log_sum_exp(kind: str, place: Place, causal: bool, attention: Attention
         return torch.cat(parts, 1)
 
     assert lse.dtype == torch.float32
-    close(lse, exact(torch.float32), exact(torch.float64), slack=4.0)
+    check_close(lse, exact(torch.float32), exact(torch.float64), slack=4.0)
 
 
 @pytest.mark.parametrize("place", PLACE)
 @pytest.mark.parametrize("space", SPACES, ids=lambda space: space.name)
-def test_every_configuration(place: Place, space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_configuration(place: Place, space: SearchSpace, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = set()
     for name, configs in space.cases.items():
         for module in (kernels, backward_kernels):
@@ -341,7 +341,7 @@ def test_neighbours_are_not_read(place: Place, H: int, G: int, D: int, causal: b
 @pytest.mark.parametrize("lengths", [[3, 0, 64, 17, 200], [16] * 70, [1] * 1000, [1], [0], []])
 def test_schedule(place: Place, lengths: list[int], causal: bool, reverse: bool) -> None:
     """Every tile once, dearest first."""
-    tiles = schedule(offsets(lengths, place), sum(lengths), max(lengths, default=0), 16, causal, reverse).tolist()
+    tiles = schedule_tiles(offsets(lengths, place), sum(lengths), max(lengths, default=0), 16, causal, reverse).tolist()
     counts = [-(-n // 16) for n in lengths]
     real = [(document, block) for document, block in tiles if document >= 0]
     assert tiles[: len(real)] == [list(tile) for tile in real]  # what is unused comes last
@@ -391,7 +391,7 @@ def test_wrong_arguments_of_csrc_are_named(csrc: None) -> None:
 def test_flash_attn_says_why_not() -> None:
     q = torch.ones(4, 1, 16)
     cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
-    assert flash_attn.why_not(torch.device("cpu")) == "flash-attn needs CUDA"
+    assert flash_attn.unavailable_reason(torch.device("cpu")) == "flash-attn needs CUDA"
     with pytest.raises(ValueError, match="no flash-attn for head dim 16 on cpu"):
         flash_attn.packed_attention(q, q, q, cu_seqlens, 4, True)
     with pytest.raises(ValueError, match="no key_ends"):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from phi4rv.ops import reference
-from tests.kernels.check import PLACE, PLACES, Place, parity
+from tests.kernels.check import PLACE, PLACES, Place, check_parity
 from tests.kernels.test_decode_attention import SLACK, draw, paged
 from triton_kernels import paged_prefill_attention as kernels
-from triton_kernels.common.schedule import case, schedule
+from triton_kernels.common.schedule import head_dim_case, schedule_tiles
 from triton_kernels.paged_prefill_attention import paged_prefill_attention
 
 Runs = list[tuple[int, int]]  # new tokens, rows of the cache with them
@@ -26,7 +26,7 @@ RAGGED = [(40, 170), (0, 5), (1, 9), (0, 0), (33, 33), (1, 1)]
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, float32 takes the other dtypes' tiles: fewer programs, and the tiles that matter."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(kernels, "case", lambda D, dtype: case(D, torch.float16))
+        monkeypatch.setattr(kernels, "head_dim_case", lambda D, dtype: head_dim_case(D, torch.float16))
 
 
 def offsets(runs: Runs, place: Place) -> Tensor:
@@ -41,7 +41,7 @@ def inputs(place: Place, runs: Runs, H: int, G: int, D: int, size: int, fp8: boo
 
 
 def held(given: tuple[Any, ...]) -> None:
-    parity(paged_prefill_attention, reference.paged_prefill_attention, given, slack=SLACK)
+    check_parity(paged_prefill_attention, reference.paged_prefill_attention, given, slack=SLACK)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -92,7 +92,7 @@ def test_chunks_of_a_prompt_are_packed_attention_of_the_whole(place: Place, fp8:
         cu_seqlens = torch.tensor([0, 110], dtype=torch.int32, device=place[0])
         return reference.packed_attention(q, k, v, cu_seqlens, 110, causal=True)
 
-    parity(chunks, whole, (q[:110], *rows), slack=SLACK)
+    check_parity(chunks, whole, (q[:110], *rows), slack=SLACK)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -188,7 +188,7 @@ def test_every_configuration(place: Place, fp8: bool, monkeypatch: pytest.Monkey
         kind, _, eight = name.partition(" of ")
         if bool(eight) != fp8:
             continue
-        monkeypatch.setattr(kernels, "case", lambda D, dtype, kind=kind: kind)
+        monkeypatch.setattr(kernels, "head_dim_case", lambda D, dtype, kind=kind: kind)
         for config in configs:
             sizes = (config["BLOCK_M"], config["BLOCK_N"])
             if place[0] == "cpu" and sizes in tried:  # the interpreter knows neither warps nor stages
@@ -206,7 +206,7 @@ def test_tiles_with_prefixes(place: Place, runs: Runs) -> None:
     """Every tile once, those of the most keys first."""
     lengths = torch.tensor([n for _, n in runs], dtype=torch.int64, device=place[0])
     T, longest, most = sum(m for m, _ in runs), *(max((run[i] for run in runs), default=0) for i in (0, 1))
-    tiles = schedule(offsets(runs, place), T, longest, 16, True, lengths=lengths, max_length=most).tolist()
+    tiles = schedule_tiles(offsets(runs, place), T, longest, 16, True, lengths=lengths, max_length=most).tolist()
     real = [(document, block) for document, block in tiles if document >= 0]
     assert tiles[: len(real)] == [list(tile) for tile in real]  # what is unused comes last
     assert sorted(real) == [(d, block) for d, (m, _) in enumerate(runs) for block in range(-(-m // 16))]
@@ -288,4 +288,4 @@ def test_a_graph_replayed_for_other_chunks(place: Place) -> None:
         table.copy_(table[[1, 2, 0]])
         graph.replay()
         assert torch.equal(out, paged_prefill_attention(q, k, v, table, lengths, cu_seqlens, longest))
-        parity(lambda *x: out, reference.paged_prefill_attention, (q, k, v, table, lengths, cu_seqlens, longest))
+        check_parity(lambda *x: out, reference.paged_prefill_attention, (q, k, v, table, lengths, cu_seqlens, longest))

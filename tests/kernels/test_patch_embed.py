@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from phi4rv.ops import reference
-from tests.kernels.check import PLACE, PLACES, Place, draw, parity
+from tests.kernels.check import PLACE, PLACES, Place, check_parity, draw
 from triton_kernels import patch_embed as kernels
 from triton_kernels.patch_embed import patch_embed
 
@@ -29,7 +29,7 @@ def arguments(
 
 
 def both(args: tuple[Tensor, ...], gradients: bool = True, slack: float = 1.0) -> None:
-    parity(patch_embed, reference.patch_embed, args, gradients, slack)
+    check_parity(patch_embed, reference.patch_embed, args, gradients, slack)
 
 
 @pytest.mark.parametrize("place", PLACES)

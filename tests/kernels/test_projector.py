@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phi4rv.ops import cuda, reference
 from phi4rv.ops.low_precision import QuantizedWeight, dequantize, quantize
-from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACE, PLACES, Place, draw, parity, replayed
+from tests.kernels.check import CUDA_PLACE, CUDA_PLACES, PLACE, PLACES, Place, check_cuda_graph, check_parity, draw
 from triton_kernels import projector as kernels
 from triton_kernels.projector import project_into, projector, scatter_rows
 
@@ -65,7 +65,7 @@ def places_of(place: Place, P: int, T: int) -> Tensor:
 
 def alone(run: On, P: int, sizes: tuple[int, int, int], scale: float = 1.0, slack: float = 1.0) -> None:
     args = arguments(run.place, P, sizes, scale)
-    parity(run.kernels.projector, reference.projector, args, run.gradients, slack)
+    check_parity(run.kernels.projector, reference.projector, args, run.gradients, slack)
 
 
 def into(run: On, P: int, sizes: tuple[int, int, int], extra: int = 9) -> None:
@@ -74,7 +74,7 @@ def into(run: On, P: int, sizes: tuple[int, int, int], extra: int = 9) -> None:
 
 
 def both_into(run: On, index: Tensor, args: tuple[Tensor, ...] | list[Tensor]) -> None:
-    parity(
+    check_parity(
         lambda *a: run.kernels.project_into(*a, index),
         lambda *a: reference.project_into(*a, index),
         args,
@@ -129,11 +129,11 @@ def test_rows_that_are_not_adjacent(place: Place) -> None:
     x = torch.cat([x, x], 1)[:, 32:96]
     row = draw(place, 64, 30).detach().T
     args = [a.requires_grad_() for a in (row, x, w0.T, torch.stack([b0, b0], 1)[:, 0], w1.T, b1)]
-    parity(lambda *a: project_into(*a, index), lambda *a: reference.project_into(*a, index), args)
-    parity(lambda *a: scatter_rows(*a, index), lambda *a: reference.scatter_rows(*a, index), (row, args[1]))
+    check_parity(lambda *a: project_into(*a, index), lambda *a: reference.project_into(*a, index), args)
+    check_parity(lambda *a: scatter_rows(*a, index), lambda *a: reference.scatter_rows(*a, index), (row, args[1]))
     every_second = places_of(place, 60, 60).reshape(30, 2)[:, 0][:17]
     wide = draw(place, 60, 64)
-    parity(
+    check_parity(
         lambda *a: project_into(*a, every_second),
         lambda *a: reference.project_into(*a, every_second),
         (wide, *args[1:]),
@@ -163,15 +163,17 @@ def test_scatter_rows(place: Place, shape: tuple[int, int, int]) -> None:
     T, P, C = shape
     index = places_of(place, P, T)
     row, values = draw(place, T, C), draw(place, P, C)
-    parity(lambda *a: scatter_rows(*a, index), lambda *a: reference.scatter_rows(*a, index), (row, values))
+    check_parity(lambda *a: scatter_rows(*a, index), lambda *a: reference.scatter_rows(*a, index), (row, values))
 
 
 @pytest.mark.parametrize("place", PLACE)
 def test_row_of_another_dtype(place: Place) -> None:
     x, *weights = arguments(place, 5, (48, 64, 64))
     row, index = draw((place[0], torch.float16), 9, 64), places_of(place, 5, 9)
-    parity(lambda *a: project_into(*a, index), lambda *a: reference.project_into(*a, index), (row, x, *weights))
-    parity(lambda *a: scatter_rows(*a, index), lambda *a: reference.scatter_rows(*a, index), (row, draw(place, 5, 64)))
+    check_parity(lambda *a: project_into(*a, index), lambda *a: reference.project_into(*a, index), (row, x, *weights))
+    check_parity(
+        lambda *a: scatter_rows(*a, index), lambda *a: reference.scatter_rows(*a, index), (row, draw(place, 5, 64))
+    )
 
 
 @ONCE_WITH_GRADIENTS
@@ -225,10 +227,10 @@ def test_every_configuration(place: Place) -> None:
 
 @pytest.mark.parametrize("place", PLACE)
 def test_every_configuration_of_the_copy(place: Place) -> None:
-    for config in kernels.PLACE.cases["row"]:
-        with kernels.PLACE.forced(config):
+    for config in kernels.SCATTER.cases["row"]:
+        with kernels.SCATTER.forced(config):
             index = places_of(place, 5, 9)
-            parity(
+            check_parity(
                 lambda *a, i=index: scatter_rows(*a, i),
                 lambda *a, i=index: reference.scatter_rows(*a, i),
                 (draw(place, 9, 64), draw(place, 5, 64)),
@@ -318,8 +320,8 @@ def cuda_places(places: list[Any]) -> pytest.MarkDecorator:
 def test_cuda_tiles(csrc: None, place: Place, P: int, sizes: tuple[int, int, int]) -> None:
     args = [a.detach() for a in arguments(place, P, sizes)]
     row, index = draw(place, P + 100, sizes[-1]).detach(), places_of(place, P, P + 100)
-    parity(cuda.projector, reference.projector, args)
-    parity(lambda *a: cuda.project_into(*a, index), lambda *a: reference.project_into(*a, index), (row, *args))
+    check_parity(cuda.projector, reference.projector, args)
+    check_parity(lambda *a: cuda.project_into(*a, index), lambda *a: reference.project_into(*a, index), (row, *args))
 
 
 @cuda_places(CUDA_PLACES)
@@ -390,7 +392,7 @@ def test_quantized(run: On, P: int, sizes: tuple[int, int, int]) -> None:
 def both_quantized(run: On, x: Tensor, weights: tuple[Any, ...]) -> None:
     """b0 and b1 are the inputs that the definition runs in float64 with x."""
     w0, b0, w1, b1 = weights
-    parity(
+    check_parity(
         lambda x, b0, b1: run.kernels.quantized_projector(x, w0, b0, w1, b1),
         lambda x, b0, b1: reference.quantized_projector(x, w0, b0, w1, b1),
         (x, b0, b1),
@@ -413,7 +415,7 @@ def test_quantized_graph(run: On) -> None:
     """Captured once and replayed on new values; the same bits every time."""
     x, *weights = arguments(run.place, 300, REAL)
     w0, b0, w1, b1 = fp8(*weights)
-    replayed(lambda x: run.kernels.quantized_projector(x, w0, b0, w1, b1), [x.detach()])
+    check_cuda_graph(lambda x: run.kernels.quantized_projector(x, w0, b0, w1, b1), [x.detach()])
 
 
 @cuda_places(CUDA_PLACES)

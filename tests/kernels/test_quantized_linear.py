@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from phi4rv.ops import reference
-from phi4rv.ops.low_precision import FORMATS, QuantizedWeight, dequantize, part, quantize
-from tests.kernels.check import PLACE, PLACES, Place, parity, replayed
+from phi4rv.ops.low_precision import FORMATS, QuantizedWeight, dequantize, quantize, slice_weight
+from tests.kernels.check import PLACE, PLACES, Place, check_cuda_graph, check_parity
 from triton_kernels import quantized_linear as kernels
 from triton_kernels.quantized_linear import quantized_linear
 
@@ -30,7 +30,7 @@ def weight(place: Place, format: str, N: int, K: int) -> QuantizedWeight:
 
 
 def both(x: Tensor, q: QuantizedWeight, bias: Tensor | None, gradients: bool = True) -> None:
-    parity(
+    check_parity(
         lambda x, b: quantized_linear(x, q, b),
         lambda x, b: reference.quantized_linear(x, q, b),
         (x, bias),
@@ -128,7 +128,7 @@ def test_split_and_whole(place: Place, M: int, monkeypatch: pytest.MonkeyPatch) 
         x, q, bias = draw(place, M, K).detach(), weight(place, format, 7, K), draw(place, 7).detach()
         outs = []
         for programs in (0, 1, 5):
-            monkeypatch.setattr(kernels, "multiprocessors", lambda device, n=programs: n)
+            monkeypatch.setattr(kernels, "num_sms", lambda device, n=programs: n)
             outs.append(quantized_linear(x, q, bias))
             assert torch.equal(outs[-1], quantized_linear(x, q, bias))
         for out in outs[1:]:
@@ -147,7 +147,7 @@ def test_operator(place: Place, format: str) -> None:
 
 @pytest.mark.parametrize("pieces", [1000, 1 << 20])
 def test_gradient_in_pieces(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "PIECE", pieces)
+    monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", pieces)
     for format in FORMATS:
         place = ("cpu", torch.float32)
         both(draw(place, 70, 300), weight(place, format, 13, 300), draw(place, 13))
@@ -183,8 +183,8 @@ def test_formats() -> None:
         assert q.data.shape == shapes[format] and q.shape == (4, 300)
         whole = dequantize(q, torch.bfloat16)
         assert whole.shape == (4, 300) and whole.dtype == torch.bfloat16
-        assert torch.equal(dequantize(part(q, 0, 1, 3), torch.bfloat16), whole[1:3])
-        assert torch.equal(dequantize(part(q, 1, 128, 290), torch.bfloat16), whole[:, 128:290])
+        assert torch.equal(dequantize(slice_weight(q, 0, 1, 3), torch.bfloat16), whole[1:3])
+        assert torch.equal(dequantize(slice_weight(q, 1, 128, 290), torch.bfloat16), whole[:, 128:290])
         again = quantize(dequantize(q, torch.float32), format)
         assert torch.equal(again.data.view(torch.uint8), q.data.view(torch.uint8)) or format == "int4_zero"
     q = quantize(torch.arange(128.0)[None] / 127 * 14 - 7, "int4")
@@ -221,7 +221,7 @@ def test_graph_and_stream(format: str, M: int) -> None:
     place = ("cuda", torch.bfloat16)
     x, q = draw(place, M, 5120).detach(), weight(place, format, 1000, 5120)
     assert torch.equal(quantized_linear(x, q), quantized_linear(x, q))
-    replayed(lambda x: quantized_linear(x, q), [x])
+    check_cuda_graph(lambda x: quantized_linear(x, q), [x])
 
 
 @pytest.mark.gpu

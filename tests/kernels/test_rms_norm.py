@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from phi4rv.ops import reference
-from tests.kernels.check import PLACE, PLACES, Place, draw, parity, replayed
+from tests.kernels.check import PLACE, PLACES, Place, check_cuda_graph, check_parity, draw
 from triton_kernels import rms_norm as kernels
 from triton_kernels.rms_norm import rms_norm
 
@@ -15,7 +15,7 @@ EPS = 1e-5
 
 
 def both(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
-    parity(
+    check_parity(
         lambda x, w, r: rms_norm(x, w, EPS, r), lambda x, w, r: reference.rms_norm(x, w, EPS, r), (x, weight, residual)
     )
 
@@ -44,7 +44,7 @@ def test_rows_that_are_not_adjacent(place: Place) -> None:
 def test_one_output_unused(place: Place) -> None:
     x, w, r = draw(place, 5, 64), draw(place, 64), draw(place, 5, 64)
     for output in (0, 1):
-        parity(
+        check_parity(
             lambda x, w, r, i=output: rms_norm(x, w, EPS, r)[i],
             lambda x, w, r, i=output: reference.rms_norm(x, w, EPS, r)[i],
             (x, w, r),
@@ -93,4 +93,4 @@ def test_graph_on_a_side_stream() -> None:
     """Captured once and replayed on new values; the same bits every time."""
     place = ("cuda", torch.bfloat16)
     inputs = [draw(place, 3600, 5120), draw(place, 5120), draw(place, 3600, 5120)]
-    replayed(lambda x, weight, residual: rms_norm(x, weight, EPS, residual), inputs)
+    check_cuda_graph(lambda x, weight, residual: rms_norm(x, weight, EPS, residual), inputs)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from phi4rv.ops import reference
-from tests.kernels.check import PLACE, PLACES, Place, draw, parity, replayed
+from tests.kernels.check import PLACE, PLACES, Place, check_cuda_graph, check_parity, draw
 from triton_kernels import rope as kernels
 from triton_kernels.rope import rope
 
@@ -19,7 +19,7 @@ def tables(place: Place, T: int, D: int) -> tuple[Tensor, Tensor]:
 
 
 def both(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> None:
-    parity(rope, reference.rope, (qkv, cos, sin, rotated))
+    check_parity(rope, reference.rope, (qkv, cos, sin, rotated))
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -74,7 +74,7 @@ def test_rows_that_are_not_adjacent(place: Place) -> None:
     cos, sin = cos[::2], torch.cat([sin, sin], 1)[::2, :8]
     for qkv in (wide[:, 1:7], wide[:, ::2], wide.transpose(1, 2).contiguous().transpose(1, 2)):
         both(qkv.requires_grad_(), cos, sin, 3)
-    parity(
+    check_parity(
         lambda *x: rope(*x).transpose(0, 1), lambda *x: reference.rope(*x).transpose(0, 1),
         (wide[:, :6].requires_grad_(), cos.T.contiguous().T, sin, 3),
     )  # fmt: skip
@@ -135,4 +135,4 @@ def test_graph_on_a_side_stream() -> None:
     """Captured once and replayed on new values; the same bits every time."""
     place = ("cuda", torch.bfloat16)
     cos, sin = tables(place, 300, 128)
-    replayed(lambda qkv: rope(qkv, cos, sin, 50), [draw(place, 300, 60, 128)])
+    check_cuda_graph(lambda qkv: rope(qkv, cos, sin, 50), [draw(place, 300, 60, 128)])

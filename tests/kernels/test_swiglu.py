@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phi4rv.ops import reference
-from tests.kernels.check import PLACE, PLACES, Place, draw, parity, replayed
+from tests.kernels.check import PLACE, PLACES, Place, check_cuda_graph, check_parity, draw
 from triton_kernels import swiglu as kernels
 from triton_kernels.swiglu import swiglu
 
@@ -14,7 +14,7 @@ from triton_kernels.swiglu import swiglu
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("shape", [(1, 2), (6,), (3, 16), (17, 102), (2, 4098), (2, 3, 40), (0, 16), (4, 0)])
 def test_parity(place: Place, shape: tuple[int, ...]) -> None:
-    parity(swiglu, reference.swiglu, (draw(place, *shape),))
+    check_parity(swiglu, reference.swiglu, (draw(place, *shape),))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")  # NumPy, for the interpreter
@@ -23,15 +23,15 @@ def test_parity(place: Place, shape: tuple[int, ...]) -> None:
 def test_extreme_values(place: Place, scale: float) -> None:
     """The gate is large, and of both signs; products still fit float16."""
     x = torch.cat([scale * torch.randn(9, 50).clamp(-1.5, 1.5), torch.randn(9, 50).clamp(-1, 1)], 1).to(*place)
-    parity(swiglu, reference.swiglu, (x.requires_grad_(),))
+    check_parity(swiglu, reference.swiglu, (x.requires_grad_(),))
 
 
 @pytest.mark.parametrize("place", PLACE)
 def test_elements_that_are_not_adjacent(place: Place) -> None:
     wide = draw(place, 9, 96).detach()
     for x in (wide[:, 16:80], wide[:8].T, wide[::2], wide[:8].view(2, 4, 96).transpose(0, 1)):
-        parity(swiglu, reference.swiglu, (x.requires_grad_(),))
-        parity(lambda x: swiglu(x).mT, lambda x: reference.swiglu(x).mT, (x,))
+        check_parity(swiglu, reference.swiglu, (x.requires_grad_(),))
+        check_parity(lambda x: swiglu(x).mT, lambda x: reference.swiglu(x).mT, (x,))
 
 
 @pytest.mark.parametrize("place", PLACE)
@@ -40,7 +40,7 @@ def test_rows_more_than_2_31_elements_apart(place: Place) -> None:
     stride = 2**30 + 16
     x = torch.empty(2 * stride + 64, device=place[0], dtype=torch.float16).as_strided((3, 64), (stride, 1))
     x.copy_(torch.randn(3, 64))
-    parity(swiglu, reference.swiglu, (x.requires_grad_(),))
+    check_parity(swiglu, reference.swiglu, (x.requires_grad_(),))
 
 
 @pytest.mark.parametrize("place", PLACE)
@@ -55,10 +55,10 @@ def test_operator(place: Place) -> None:
 
 @pytest.mark.parametrize("place", PLACE)
 @pytest.mark.parametrize("space", [kernels.FORWARD, kernels.BACKWARD], ids=lambda space: space.name)
-def test_every_configuration(place: Place, space: kernels.Space) -> None:
+def test_every_configuration(place: Place, space: kernels.SearchSpace) -> None:
     for config in space.cases["row"]:
         with space.forced(config):
-            parity(swiglu, reference.swiglu, (draw(place, 3, 2600),))
+            check_parity(swiglu, reference.swiglu, (draw(place, 3, 2600),))
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -71,10 +71,10 @@ def test_wrong_arguments_are_named() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_real_shape(dtype: torch.dtype) -> None:
-    parity(swiglu, reference.swiglu, (draw(("cuda", dtype), 2048, 2 * 17920),))
+    check_parity(swiglu, reference.swiglu, (draw(("cuda", dtype), 2048, 2 * 17920),))
 
 
 @pytest.mark.gpu
 def test_graph_on_a_side_stream() -> None:
     """Captured once and replayed on new values; the same bits every time."""
-    replayed(swiglu, [draw(("cuda", torch.bfloat16), 300, 2 * 17920)])
+    check_cuda_graph(swiglu, [draw(("cuda", torch.bfloat16), 300, 2 * 17920)])

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks import tune
 from benchmarks.kernels.case import Case, Draw
-from benchmarks.tune import Trial
-from triton_kernels.common.tuning import Config, Space
+from benchmarks.tune import Candidate
+from triton_kernels.common.tuning import Config, SearchSpace
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ class Kernel:
 
     def __init__(self, times: dict[int, float], effects: dict[int, Callable[[Tensor], Tensor]] | None = None):
         self.times, self.effects, self.runs = times, effects or {}, 0
-        self.space = Space("toy.kernel", {"row": [{"SIZE": size} for size in times], "other": [{"SIZE": 0}]})
+        self.space = SearchSpace("toy.kernel", {"row": [{"SIZE": size} for size in times], "other": [{"SIZE": 0}]})
 
     def __call__(self, x: Tensor) -> Tensor:
         size = self.space.pick("row", CPU)["SIZE"]
@@ -43,7 +43,7 @@ class Kernel:
             "toy", shape, lambda draw: (draw.normal(8, dtype=torch.float32, grad=True),), self, backward=backward
         )
 
-    def trials(self, *cases: Case) -> list[Trial]:
+    def candidates(self, *cases: Case) -> list[Candidate]:
         found = tune.tune(cases or [self.case()], "cpu", self.timer)
         assert found.keys() == {("toy.kernel", "row")}
         return found["toy.kernel", "row"]
@@ -52,22 +52,22 @@ class Kernel:
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     """Leaves the list of spaces as it was."""
-    spaces = list(Space.all)
+    spaces = list(SearchSpace.all)
     yield
-    Space.all[:] = spaces
+    SearchSpace.all[:] = spaces
 
 
-def chosen(trials: list[Trial]) -> Config | None:
-    best = tune.fastest(trials)
+def chosen(candidates: list[Candidate]) -> Config | None:
+    best = tune.fastest_candidate(candidates)
     return best.config if best else None
 
 
 def test_fastest_is_chosen() -> None:
-    assert chosen(Kernel({1: 3.0, 2: 1.0, 4: 2.0}).trials()) == {"SIZE": 2}
+    assert chosen(Kernel({1: 3.0, 2: 1.0, 4: 2.0}).candidates()) == {"SIZE": 2}
 
 
 def test_noise_does_not_replace_the_default() -> None:
-    assert chosen(Kernel({1: 1.0, 2: 0.995}).trials()) == {"SIZE": 1}
+    assert chosen(Kernel({1: 1.0, 2: 0.995}).candidates()) == {"SIZE": 1}
 
 
 def test_wrong_and_failing_candidates_are_not_chosen() -> None:
@@ -75,10 +75,10 @@ def test_wrong_and_failing_candidates_are_not_chosen() -> None:
         raise RuntimeError("out of shared memory\nand more")
 
     effects = {2: lambda x: x + 1e-3, 3: lambda x: x * torch.nan, 4: fail, 5: lambda x: x * (1 + 1e-7)}
-    trials = Kernel({1: 9.0, 2: 1.0, 3: 2.0, 4: 3.0, 5: 4.0}, effects).trials()
-    assert chosen(trials) == {"SIZE": 5}
-    assert [bool(trial.fault) for trial in trials] == [False, True, True, True, False]
-    assert trials[3].fault == "RuntimeError: out of shared memory"
+    candidates = Kernel({1: 9.0, 2: 1.0, 3: 2.0, 4: 3.0, 5: 4.0}, effects).candidates()
+    assert chosen(candidates) == {"SIZE": 5}
+    assert [bool(candidate.error) for candidate in candidates] == [False, True, True, True, False]
+    assert candidates[3].error == "RuntimeError: out of shared memory"
 
 
 def test_nothing_is_chosen_if_the_default_fails() -> None:
@@ -86,28 +86,28 @@ def test_nothing_is_chosen_if_the_default_fails() -> None:
         raise RuntimeError
 
     kernel = Kernel({1: 1.0, 2: 2.0})
-    trials = [Trial({"SIZE": size}) for size in (1, 2)]
+    candidates = [Candidate({"SIZE": size}) for size in (1, 2)]
     kernel.effects[1] = fail
-    tune._measure(kernel.case(), "cpu", kernel.space, trials, kernel.timer)
-    assert chosen(trials) is None
-    assert list(tune.report({("toy.kernel", "row"): trials}))[2] == "         -  SIZE=2"
+    tune._measure(kernel.case(), "cpu", kernel.space, candidates, kernel.timer)
+    assert chosen(candidates) is None
+    assert list(tune.report_lines({("toy.kernel", "row"): candidates}))[2] == "         -  SIZE=2"
 
 
 def test_shapes_count_alike() -> None:
     """Half the time of a short shape is worth more than a tenth less of a long one."""
-    trials = [
-        Trial({"SIZE": 1}, {"short": 1.0, "long": 100.0}),
-        Trial({"SIZE": 2}, {"short": 0.5, "long": 101.0}),
-        Trial({"SIZE": 3}, {"short": 1.0, "long": 90.0}),
-        Trial({"SIZE": 4}, {"short": 0.1}, fault="differs at the other"),
+    candidates = [
+        Candidate({"SIZE": 1}, {"short": 1.0, "long": 100.0}),
+        Candidate({"SIZE": 2}, {"short": 0.5, "long": 101.0}),
+        Candidate({"SIZE": 3}, {"short": 1.0, "long": 90.0}),
+        Candidate({"SIZE": 4}, {"short": 0.1}, error="differs at the other"),
     ]
-    assert chosen(trials) == {"SIZE": 2}
+    assert chosen(candidates) == {"SIZE": 2}
 
 
 def test_every_shape_is_timed() -> None:
     kernel = Kernel({1: 1.0, 2: 0.5})
-    trials = kernel.trials(kernel.case("8"), kernel.case("9"))
-    assert [trial.ms for trial in trials] == [{"toy 8": 1.0, "toy 9": 1.0}, {"toy 8": 0.5, "toy 9": 0.5}]
+    candidates = kernel.candidates(kernel.case("8"), kernel.case("9"))
+    assert [candidate.ms for candidate in candidates] == [{"toy 8": 1.0, "toy 9": 1.0}, {"toy 8": 0.5, "toy 9": 0.5}]
 
 
 def test_only_what_is_timed_counts_as_used() -> None:
@@ -133,11 +133,11 @@ def test_operators_in_place_are_compared_by_what_they_write() -> None:
 def test_table_keeps_what_was_not_measured(tmp_path: Path) -> None:
     file = tmp_path / "tuned.json"
     file.write_text('{"A": {"x.y": {"row": {"SIZE": 1}}}, "B": {"x.y": {"row": {"SIZE": 1}, "old": {"SIZE": 7}}}}')
-    trials = {
-        ("x.y", "row"): [Trial({"SIZE": 1}, {"8": 2.0}), Trial({"SIZE": 2, "num_warps": 8}, {"8": 1.0})],
-        ("x.z", "row"): [Trial({"SIZE": 1}, fault="failed")],
+    candidates = {
+        ("x.y", "row"): [Candidate({"SIZE": 1}, {"8": 2.0}), Candidate({"SIZE": 2, "num_warps": 8}, {"8": 1.0})],
+        ("x.z", "row"): [Candidate({"SIZE": 1}, error="failed")],
     }
-    tune.write(trials, "B", file)
+    tune.write(candidates, "B", file)
     assert json.loads(file.read_text()) == {
         "A": {"x.y": {"row": {"SIZE": 1}}},
         "B": {"x.y": {"row": {"SIZE": 2, "num_warps": 8}, "old": {"SIZE": 7}}},
@@ -146,7 +146,7 @@ def test_table_keeps_what_was_not_measured(tmp_path: Path) -> None:
 
 
 def test_report_marks_the_chosen() -> None:
-    lines = list(tune.report(tune.tune([(kernel := Kernel({1: 2.0, 2: 1.0})).case()], "cpu", kernel.timer)))
+    lines = list(tune.report_lines(tune.tune([(kernel := Kernel({1: 2.0, 2: 1.0})).case()], "cpu", kernel.timer)))
     assert lines == ["toy.kernel row: toy 8 2 ms", "     1.000  SIZE=1", "  *  0.500  SIZE=2"]
 
 
@@ -160,6 +160,6 @@ def test_real_kernels_are_found() -> None:
     """At the tiny shapes every operation picks from spaces of its own, and all its candidates agree."""
     from benchmarks.kernels.cases import gelu
 
-    trials = tune.tune(gelu.cases(tiny=True), "cpu", lambda make: 1.0)
-    assert trials.keys() == {(f"gelu.{way}", kind) for way in ("forward", "backward") for kind in ("tanh", "erf")}
-    assert not [trial.fault for candidates in trials.values() for trial in candidates if trial.fault]
+    candidates = tune.tune(gelu.cases(tiny=True), "cpu", lambda make: 1.0)
+    assert candidates.keys() == {(f"gelu.{way}", kind) for way in ("forward", "backward") for kind in ("tanh", "erf")}
+    assert not [candidate.error for candidates in candidates.values() for candidate in candidates if candidate.error]

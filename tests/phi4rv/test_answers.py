@@ -10,7 +10,7 @@ from PIL import Image
 
 from phi4rv.errors import UserError
 from phi4rv.processing.answers import (
-    DIRECT_SPELLINGS,
+    NOTHINK_SPELLINGS,
     Answer,
     canonical_answer,
     find_boxes,
@@ -25,7 +25,7 @@ CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-checkpoint"
 
 def test_the_first_spelling_is_a_token_of_the_released_tokenizer() -> None:
     config = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
-    assert DIRECT_SPELLINGS[0] in {token["content"] for token in config["added_tokens_decoder"].values()}
+    assert NOTHINK_SPELLINGS[0] in {token["content"] for token in config["added_tokens_decoder"].values()}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import phi4rv
 from phi4rv import Phi4RV, UserError
-from tests.phi4rv.test_checkpoint import INDEX, tensors_of
+from tests.phi4rv.test_checkpoint import INDEX, load_tensors
 
 
 def edit(path: Path, change: Callable[[dict], object]) -> None:
@@ -146,7 +146,7 @@ def test_one_error_lists_every_misfit_before_anything_is_allocated(
 ) -> None:
     monkeypatch.setattr(Phi4RV, "to_empty", lambda *a, **k: pytest.fail("allocated before the check"))
     other = "model-00002-of-00002.safetensors"
-    tensors, weight_map = tensors_of(folder), json.loads((folder / INDEX).read_text())["weight_map"]
+    tensors, weight_map = load_tensors(folder), json.loads((folder / INDEX).read_text())["weight_map"]
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:5]
     tensors["model.norm.weight"] = torch.ones(256, dtype=torch.int32)
     tensors["model.extra"], tensors["surplus"] = torch.ones(1), torch.ones(1)

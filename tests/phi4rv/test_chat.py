@@ -9,7 +9,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from phi4rv.errors import UserError
-from phi4rv.processing.chat_template import ChatTemplate, Message, Rendered, match_images
+from phi4rv.processing.chat_template import ChatTemplate, Message, RenderedChat, split_at_images
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-checkpoint"
 PUBLISHED = (CHECKPOINT / "chat_template.jinja").read_text(encoding="utf-8")
@@ -81,9 +81,9 @@ def test_golden_prompts(case: dict) -> None:
     rendered = template.render([Message("user", case["prompt"])], case["mode"])
     assert rendered.text == case["rendered"]
     assert rendered.spans == []
-    pieces = match_images(rendered, len(case["images"]))
+    pieces = split_at_images(rendered, len(case["images"]))
     assert "<image>".join(pieces) == case["rendered"]
-    assert pieces == match_images(rendered.text, len(case["images"]))
+    assert pieces == split_at_images(rendered.text, len(case["images"]))
 
 
 def test_golden_token_ids() -> None:
@@ -92,7 +92,7 @@ def test_golden_token_ids() -> None:
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     for case in CASES:
         rendered = ChatTemplate(PUBLISHED).render([Message("user", case["prompt"])], case["mode"])
-        pieces = match_images(rendered, len(case["images"]))
+        pieces = split_at_images(rendered, len(case["images"]))
         ids = [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False).ids]
         assert ids == [token for token in case["input_ids"] if token >= 0]
 
@@ -139,7 +139,7 @@ def test_span_inside_a_captured_block() -> None:
     )
     chat = [Message("user", "ab"), Message("assistant", "ab")]
     rendered = ChatTemplate(source).render(chat, add_generation_prompt=False)
-    assert rendered == Rendered("[(ab)(ab)]", [(2, 4), (6, 8)])
+    assert rendered == RenderedChat("[(ab)(ab)]", [(2, 4), (6, 8)])
 
 
 def test_span_inside_a_macro_and_an_empty_block() -> None:
@@ -148,7 +148,7 @@ def test_span_inside_a_macro_and_an_empty_block() -> None:
         "{% for m in messages %}{{ say(m) }}{% generation %}{% endgeneration %}{% endfor %}"
     )
     chat = [Message("user", "q"), Message("assistant", "aa")]
-    assert ChatTemplate(source).render(chat, add_generation_prompt=False) == Rendered("<q><aa>", [(1, 2), (4, 6)])
+    assert ChatTemplate(source).render(chat, add_generation_prompt=False) == RenderedChat("<q><aa>", [(1, 2), (4, 6)])
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_spans_that_cannot_be_told(source: str) -> None:
 
 
 def test_modes() -> None:
-    template = ChatTemplate(PUBLISHED, direct_token="<direct>")
+    template = ChatTemplate(PUBLISHED, nothink_token="<direct>")
     auto = template.render(QUESTION).text
     assert template.render(QUESTION, "think").text == auto + "<think>"
     assert template.render(QUESTION, "nothink").text == auto + "<direct>"
@@ -289,7 +289,7 @@ def test_a_template_is_reusable_and_keeps_no_state() -> None:
     ],
 )
 def test_match_images(text: str, images: int, pieces: list[str]) -> None:
-    assert match_images(text, images) == pieces
+    assert split_at_images(text, images) == pieces
 
 
 @pytest.mark.parametrize(
@@ -303,4 +303,4 @@ def test_match_images(text: str, images: int, pieces: list[str]) -> None:
 )
 def test_match_images_refuses(text: str, images: int, error: str) -> None:
     with pytest.raises(UserError, match=error):
-        match_images(text, images)
+        split_at_images(text, images)

@@ -39,7 +39,7 @@ def saved(tiny: Tiny, tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
+def load_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
@@ -51,7 +51,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_every_tensor_survives(checkpoint: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     model, processor = phi4rv.load(checkpoint, device="cpu", dtype=dtype)
     phi4rv.save(model, processor, tmp_path / "a")
-    original, found = tensors_of(checkpoint), tensors_of(tmp_path / "a")
+    original, found = load_tensors(checkpoint), load_tensors(tmp_path / "a")
     assert len(original) == 83 and original.keys() == found.keys()
     for name, tensor in original.items():
         assert found[name].dtype == dtype
@@ -101,7 +101,7 @@ def test_transformers_reads_what_is_saved(tiny: Tiny, saved: Path) -> None:
     pictured = processor.encode(Prompt("<image>", [Image.linear_gradient("L").resize((70, 90))]))
     batch = pack([pictured])
     tower = Siglip2VisionModel(Siglip2VisionConfig(**config["vision_config"])).eval()
-    state = {n.removeprefix(TOWER): t for n, t in tensors_of(saved).items() if n.startswith(TOWER)}
+    state = {n.removeprefix(TOWER): t for n, t in load_tensors(saved).items() if n.startswith(TOWER)}
     tower.load_state_dict(state, strict=True)
     with torch.no_grad():
         assert relative(model(pack([text])), theirs(input_ids=text.input_ids[None]).logits[0]) < 1e-4
@@ -118,7 +118,7 @@ def test_transformers_reads_what_is_saved(tiny: Tiny, saved: Path) -> None:
 
 
 def test_a_single_file(tiny: Tiny, folder: Path) -> None:
-    save_file(tensors_of(folder), folder / "model.safetensors")
+    save_file(load_tensors(folder), folder / "model.safetensors")
     for file in [*folder.glob("model-*.safetensors"), folder / INDEX]:
         file.unlink()
     model, _ = phi4rv.load(folder, device="cpu", dtype=torch.float32)
@@ -137,7 +137,7 @@ def test_the_published_sizes_on_meta(folder: Path) -> None:
     rounded = {name: round(number / 1e9, 2) for name, number in count.items()}
     assert rounded == {"decoder": 14.66, "vision": 0.43, "projector": 0.03}
     assert round(2 * sum(count.values()) / 1e9, 1) == 30.2  # GB in bfloat16
-    shapes = {checkpoint_module.published_name(n): tuple(p.shape) for n, p in model.named_parameters()}
+    shapes = {checkpoint_module.hf_name(n): tuple(p.shape) for n, p in model.named_parameters()}
     assert shapes["model.layers.39.self_attn.qkv_proj.weight"] == (7680, 5120)
     assert shapes["model.mm_projector.0.weight"] == (5120, 1152)
     assert shapes[TOWER + "encoder.layers.26.mlp.fc1.weight"] == (4304, 1152)
@@ -270,7 +270,7 @@ def test_an_older_folder_is_replaced_whole(tiny: Tiny, tmp_path: Path, monkeypat
     monkeypatch.undo()
     monkeypatch.chdir(target)
     phi4rv.save(*tiny, ".")
-    assert tensors_of(target).keys() == tensors_of(tmp_path / "link").keys()
+    assert load_tensors(target).keys() == load_tensors(tmp_path / "link").keys()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["link", "real"]
 
 

@@ -13,7 +13,7 @@ from phi4rv.checkpoint.huggingface import empty_model
 from phi4rv.errors import UserError
 from phi4rv.model.activation_checkpointing import CHECKPOINTING
 from phi4rv.ops import reference
-from phi4rv.quantization.float8_linear import Float8Linear, use_float8
+from phi4rv.quantization.float8_linear import Float8Linear, convert_to_float8_training
 from tests.processes import read_log
 from tests.processes import run as run_processes
 from tests.small import mixed_data, small_checkpoint, small_model, timeless, weights
@@ -70,7 +70,7 @@ def test_errors_are_those_of_three_bits() -> None:
 def test_only_the_decoders_layers_are_replaced_and_keep_their_names() -> None:
     model, _ = small_model()
     before = dict(model.named_parameters())
-    use_float8(model)
+    convert_to_float8_training(model)
     assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in before.items()}
     replaced = [n for n, m in model.named_modules() if isinstance(m, Float8Linear)]
     assert len(replaced) == 4 * model.config.num_hidden_layers and all(
@@ -82,7 +82,7 @@ def test_widths_that_do_not_suit() -> None:
     config = dataclasses.replace(small_model()[0].config, intermediate_size=100)
     model = empty_model(config, "cpu", torch.float32)
     with pytest.raises(UserError, match=r"^--linear: .* multiples of 16, layers.0.mlp.gate_up_proj is 200 x 64$"):
-        use_float8(model)
+        convert_to_float8_training(model)
     assert not any(isinstance(m, Float8Linear) for m in model.modules())
 
 
@@ -127,7 +127,7 @@ def test_the_embedded_model_learns_as_in_bfloat16(tmp_path: Path) -> None:
         model, processor = build_tiny_model(0, tokenizer_corpus(), "torch")
         model = model.to(torch.bfloat16)
         if float8:
-            use_float8(model)
+            convert_to_float8_training(model)
         optimizer = AdamW(set_trainable(model, chosen), chosen, model.ops)
         dataset = PackedDataset([tmp_path / "stage2-train.jsonl"], processor, chosen)
         ahead = islice(prefetch(global_batches(dataset, 0)(), dataset, 0, 1), 8)

@@ -7,7 +7,7 @@ import torch
 
 from phi4rv import Phi4RV, Processor, pack
 from tests import parity
-from tests.parity import BOUNDS, Case, answered, gradients, relative
+from tests.parity import BOUNDS, Case, gradients, relative, with_answer
 from tests.small import generate
 
 CASES = parity.cases()
@@ -62,7 +62,7 @@ def test_packed_together(tiny: Tiny) -> None:
 
 def test_packed_losses_and_gradients_are_the_sums(tiny: Tiny) -> None:
     model, processor = tiny
-    samples = [answered(processor.encode(case.prompt), case.record["answer_ids"]) for case in CASES]
+    samples = [with_answer(processor.encode(case.prompt), case.record["answer_ids"]) for case in CASES]
     total, count = model.loss_sum(pack(samples))
     assert count == sum(len(case.record["answer_ids"]) for case in CASES)
     golden = sum(case.record["loss"] * len(case.record["answer_ids"]) for case in CASES)
@@ -82,7 +82,7 @@ def test_packed_losses_and_gradients_are_the_sums(tiny: Tiny) -> None:
 def test_each_document_keeps_its_own_loss(tiny: Tiny) -> None:
     """Labels in one document of a packed row only: the loss of that document."""
     model, processor = tiny
-    samples = [answered(processor.encode(case.prompt), case.record["answer_ids"]) for case in CASES]
+    samples = [with_answer(processor.encode(case.prompt), case.record["answer_ids"]) for case in CASES]
     for kept, case in enumerate(CASES):
         masked = [
             s if i == kept else dataclasses.replace(s, labels=torch.full_like(s.labels, -100))

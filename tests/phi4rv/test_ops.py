@@ -23,7 +23,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_kind_for_all() -> None:
     assert Operations("torch").rms_norm is reference.rms_norm
-    assert set(Operations("torch").chosen) == set(IMPLEMENTATIONS)
+    assert set(Operations("torch").backends) == set(IMPLEMENTATIONS)
     assert str(Operations("torch")) == "torch: " + ", ".join(IMPLEMENTATIONS)
 
 
@@ -36,17 +36,17 @@ def test_argument_before_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHI4RV_KERNELS", "fast")
     with pytest.raises(UserError, match=r"^PHI4RV_KERNELS: 'fast' is unknown, must be one of auto, cuda"):
         Operations()
-    assert set(Operations("torch").chosen.values()) == {"torch"}
+    assert set(Operations("torch").backends.values()) == {"torch"}
     with pytest.raises(UserError, match=r"^--kernels: 'cudnn' is unknown"):
         Operations("cudnn")
 
 
 def test_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    chosen = Operations("triton,rms_norm=torch").chosen
+    chosen = Operations("triton,rms_norm=torch").backends
     assert chosen.pop("rms_norm") == "torch"
     assert set(chosen.values()) <= {"triton"}
-    assert set(Operations("rms_norm=torch").chosen.values()) == {"torch"}  # the rest: auto
+    assert set(Operations("rms_norm=torch").backends.values()) == {"torch"}  # the rest: auto
     with pytest.raises(UserError, match=r"^--kernels: 'rmsnorm' is no operation, must be one of "):
         Operations("torch,rmsnorm=triton")
 
@@ -54,9 +54,9 @@ def test_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cuda_for_all_is_triton_where_csrc_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv(cuda.EMULATE, "1")
-    monkeypatch.setattr(cuda, "library", lambda: tmp_path)  # whatever is there
+    monkeypatch.setattr(cuda, "library_path", lambda: tmp_path)  # whatever is there
     monkeypatch.setattr(cuda, "load", lambda: None)
-    chosen = Operations("cuda").chosen
+    chosen = Operations("cuda").backends
     assert chosen == {name: "cuda" if "cuda" in kinds else "triton" for name, kinds in IMPLEMENTATIONS.items()}
     with pytest.raises(UserError, match=r"^--kernels: rms_norm has no cuda implementation, only triton, torch"):
         Operations("cuda,rms_norm=cuda")
@@ -74,8 +74,8 @@ def test_kernels_that_cannot_run_on_a_cpu(kind: str, monkeypatch: pytest.MonkeyP
 def test_auto_takes_only_what_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(registry, "VERIFIED", {})
-    assert set(Operations("auto").chosen.values()) == {"torch"}
+    assert set(Operations("auto").backends.values()) == {"torch"}
     monkeypatch.setattr(registry, "VERIFIED", {"triton": {"rms_norm": ("cpu",)}})
-    assert Operations("auto").chosen["rms_norm"] == "triton"
+    assert Operations("auto").backends["rms_norm"] == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert Operations("auto").chosen["rms_norm"] == "torch"
+    assert Operations("auto").backends["rms_norm"] == "torch"

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from phi4rv.errors import UserError
-from phi4rv.processing.images import MAX_PIXELS, PATCH_INPUTS, image_to_patches, open_image, patchify, target_grid
+from phi4rv.processing.images import MAX_PIXELS, PATCH_DIM, image_to_patches, open_image, patchify, target_grid
 
 DATA = Path(__file__).parents[1] / "data"
 TINY = DATA / "tiny-checkpoint"
@@ -104,7 +104,7 @@ def test_patches_are_owned_writable_and_leave_the_image_alone() -> None:
         image = noise(*size)
         before = image.tobytes()
         patches, (rows, cols) = image_to_patches(image)
-        assert patches.shape == (rows * cols, PATCH_INPUTS) and patches.is_contiguous()
+        assert patches.shape == (rows * cols, PATCH_DIM) and patches.is_contiguous()
         patches.fill_(7)
         assert image.tobytes() == before and image.size == size
 

@@ -30,7 +30,7 @@ def batch(tmp_path: Path) -> PackedBatch:
 
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_checkpointing, "MOVED", 0)
+    monkeypatch.setattr(activation_checkpointing, "OFFLOAD_MIN_BYTES", 0)
 
 
 def gradients(model: Phi4RV, batch: PackedBatch, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,7 +134,7 @@ def test_with_kernels(tmp_path: Path, kind: str) -> None:
 
 def test_the_loss_in_pieces(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five pieces and a rest: the same sums in another order."""
-    monkeypatch.setattr(model_module, "LOSS_ROWS", (len(batch.input_ids) - 1) // 5)
+    monkeypatch.setattr(model_module, "LOSS_CHUNK_ROWS", (len(batch.input_ids) - 1) // 5)
     model, _ = small_model()
     whole, pieces = (gradients(model, batch, kind) for kind in ("none", "full"))
     assert model.loss_sum(batch)[1] == (batch.targets() != -100).sum()

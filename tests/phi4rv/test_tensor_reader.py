@@ -14,9 +14,9 @@ from torch import Tensor
 
 from phi4rv import UserError
 from phi4rv.checkpoint import tensor_reader
-from phi4rv.checkpoint.tensor_reader import Staging, Stored, read, staged, stored
+from phi4rv.checkpoint.tensor_reader import StagingBuffers, TensorInfo, read_header, read_staged, read_tensors
 
-PIECE, BUFFERS, AHEAD = 1000, 4, 2500
+CHUNK_BYTES, BUFFERS, PREFETCH_BYTES = 1000, 4, 2500
 CPU = torch.device("cpu")
 KINDS = [*tensor_reader.DTYPES.values()]
 
@@ -35,29 +35,34 @@ class LateCopy:
             self.target = None
 
 
-class LateStaging(Staging):
+class LateStaging(StagingBuffers):
     def __init__(self) -> None:
         self.free: SimpleQueue[Any] = SimpleQueue()
         for _ in range(BUFFERS):
-            self.free.put((torch.full((PIECE,), 0x5A, dtype=torch.uint8), None))
+            self.free.put((torch.full((CHUNK_BYTES,), 0x5A, dtype=torch.uint8), None))
         self.said: list[str] = []
 
-    def order(self) -> None:
-        self.said.append("order")
+    def wait_for_compute(self) -> None:
+        self.said.append("wait_for_compute")
 
-    def send(self, buffer: Tensor, target: Tensor) -> LateCopy:
+    def copy_async(self, buffer: Tensor, target: Tensor) -> LateCopy:
         return LateCopy(buffer, target)
 
-    def arrive(self, event: LateCopy) -> None:
+    def wait_for_copy(self, event: LateCopy) -> None:
         event.synchronize()
 
-    def finish(self) -> None:
-        self.said.append("finish")
+    def synchronize(self) -> None:
+        self.said.append("synchronize")
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in (("PIECE", PIECE), ("BUFFERS", BUFFERS), ("THREADS", 3), ("AHEAD", AHEAD)):
+    for name, value in (
+        ("CHUNK_BYTES", CHUNK_BYTES),
+        ("BUFFERS", BUFFERS),
+        ("THREADS", 3),
+        ("PREFETCH_BYTES", PREFETCH_BYTES),
+    ):
         monkeypatch.setattr(tensor_reader, name, value)
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     yield
@@ -76,8 +81,17 @@ def rubbish(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two files: every dtype, lengths around PIECE, nothing, and a scalar."""
-    shapes = [(3, 5), (40, 50), (), (0, 4), (PIECE - 1,), (PIECE,), (PIECE + 1,), (2 * PIECE + 500,)]
+    """Two files: every dtype, lengths around CHUNK_BYTES, nothing, and a scalar."""
+    shapes = [
+        (3, 5),
+        (40, 50),
+        (),
+        (0, 4),
+        (CHUNK_BYTES - 1,),
+        (CHUNK_BYTES,),
+        (CHUNK_BYTES + 1,),
+        (2 * CHUNK_BYTES + 500,),
+    ]
     made = {
         f"{dtype}-{number}".removeprefix("torch."): rubbish(*shape, dtype=dtype, seed=number)
         for dtype in KINDS
@@ -89,10 +103,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def in_folder(folder: Path) -> tuple[list[Stored], dict[str, Tensor]]:
+def in_folder(folder: Path) -> tuple[list[TensorInfo], dict[str, Tensor]]:
     """In an order that is not the files', and the tensors themselves."""
     files = sorted(folder.glob("*.safetensors"))
-    items = sorted((item for file in files for item in stored(file)), key=lambda item: item.name)
+    items = sorted((item for file in files for item in read_header(file)), key=lambda item: item.name)
     return items, {name: t for file in files for name, t in load_file(file).items()}
 
 
@@ -105,7 +119,10 @@ def same(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("late", [True, False])
 def test_every_byte_in_the_order_asked_for(folder: Path, late: bool) -> None:
     items, right = in_folder(folder)
-    given = [(item.name, t.clone()) for item, t in (staged(items, CPU, LateStaging()) if late else read(items, CPU))]
+    given = [
+        (item.name, t.clone())
+        for item, t in (read_staged(items, CPU, LateStaging()) if late else read_tensors(items, CPU))
+    ]
     assert [name for name, _ in given] == [item.name for item in items] and len(given) == 8 * len(KINDS)
     assert [name for name, t in given if not same(t, right[name])] == []
 
@@ -114,25 +131,25 @@ def test_reads_that_stop_short_go_on(folder: Path, monkeypatch: pytest.MonkeyPat
     whole = os.preadv
     monkeypatch.setattr(os, "preadv", lambda f, views, place: whole(f, [views[0][:77]], place))
     items, right = in_folder(folder)
-    assert [item.name for item, t in staged(items, CPU, LateStaging()) if not same(t, right[item.name])] == []
+    assert [item.name for item, t in read_staged(items, CPU, LateStaging()) if not same(t, right[item.name])] == []
 
 
 def test_what_is_on_its_way_is_bounded(folder: Path) -> None:
-    """Behind the tensor in hand: less than AHEAD bytes and one more tensor, but at least one."""
+    """Behind the tensor in hand: less than PREFETCH_BYTES bytes and one more tensor, but at least one."""
     items, _ = in_folder(folder)
     sizes, staging = [item.size for item in items], LateStaging()
     most = 0
-    for number, _ in enumerate(staged(items, CPU, staging)):
-        begun = staging.said.count("order")
+    for number, _ in enumerate(read_staged(items, CPU, staging)):
+        begun = staging.said.count("wait_for_compute")
         assert begun >= min(len(items), number + 2), "the next one is under way while this one is used"
         behind = sizes[number + 1 : begun]
-        assert sum(behind[:-1]) < AHEAD
+        assert sum(behind[:-1]) < PREFETCH_BYTES
         most = max(most, len(behind))
-    assert most > 3 and staging.said.count("finish") == 1
+    assert most > 3 and staging.said.count("synchronize") == 1
 
 
 def test_nothing_asked_for_gives_nothing() -> None:
-    assert list(staged([], CPU, LateStaging())) == list(read([], CPU)) == []
+    assert list(read_staged([], CPU, LateStaging())) == list(read_tensors([], CPU)) == []
 
 
 @pytest.mark.parametrize("size", [10, 3000, 20_000])
@@ -141,7 +158,7 @@ def test_a_file_that_is_cut_while_it_is_read(folder: Path, size: int) -> None:
     file = folder / "b.safetensors"
     os.truncate(file, size)
     with pytest.raises(UserError, match=rf"^{file}: ends inside \w+-\d: it was cut while it was read$"):
-        list(staged(items, CPU, LateStaging()))
+        list(read_staged(items, CPU, LateStaging()))
 
 
 def test_a_disk_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,22 +167,22 @@ def test_a_disk_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(UserError, match=r"a\.safetensors: cannot be read \(Input/output error\)$"):
-        list(staged(in_folder(folder)[0], CPU, LateStaging()))
+        list(read_staged(in_folder(folder)[0], CPU, LateStaging()))
 
 
 def test_who_stops_early_leaves_nothing_running(folder: Path) -> None:
     staging = LateStaging()
-    tensors = staged(in_folder(folder)[0], CPU, staging)
+    tensors = read_staged(in_folder(folder)[0], CPU, staging)
     next(tensors)
     tensors.close()
-    assert staging.said[-1] == "finish"
+    assert staging.said[-1] == "synchronize"
 
 
 def test_inside_inference_mode(folder: Path) -> None:
     """Which reaches the calling thread alone: others may not write to tensors made in it."""
     items, right = in_folder(folder)
     with torch.inference_mode():
-        assert all(same(t, right[item.name]) for item, t in staged(items, CPU, LateStaging()))
+        assert all(same(t, right[item.name]) for item, t in read_staged(items, CPU, LateStaging()))
 
 
 @pytest.mark.gpu
@@ -175,10 +192,10 @@ def test_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     right = {f"{i}": rubbish(size, dtype=torch.int8, seed=i) for i, size in enumerate([10**8, 5, 3 * 10**7] * 4)}
     save_file(right, tmp_path / "a.safetensors")
-    items = stored(tmp_path / "a.safetensors")
+    items = read_header(tmp_path / "a.safetensors")
     busy = torch.randn(4096, 4096, device="cuda")
     kept = {}
-    for item, tensor in read(items, "cuda"):
+    for item, tensor in read_tensors(items, "cuda"):
         for _ in range(5):
             busy = busy @ busy / busy.norm()
         kept[item.name] = tensor.clone()

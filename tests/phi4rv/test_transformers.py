@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM, Siglip2VisionConfig, Siglip2VisionModel
 
 from phi4rv import Config, PackedBatch, Phi4RV, Sample, VisionConfig, pack
-from phi4rv.checkpoint.huggingface import PREFIXES, empty_model, published_name
+from phi4rv.checkpoint.huggingface import HF_PREFIXES, empty_model, hf_name
 from tests.parity import gradients, relative
 
-TOWER = PREFIXES[0][1]
+TOWER = HF_PREFIXES[0][1]
 BOUND = 1e-4
 # Head dims 72, 64, 16, 8; tables of 16, 9, 4 and 1 rows a side.
 TOWERS = {
@@ -49,7 +49,7 @@ def small(vision: VisionConfig) -> Config:
 
 def published_state(model: Phi4RV, prefix: str) -> dict[str, Tensor]:
     """Parameters under ``prefix`` of this code's names, by their published names."""
-    return {published_name(n): p.detach().clone() for n, p in model.named_parameters() if n.startswith(prefix)}
+    return {hf_name(n): p.detach().clone() for n, p in model.named_parameters() if n.startswith(prefix)}
 
 
 def phi3(model: Phi4RV) -> Phi3ForCausalLM:

@@ -15,7 +15,7 @@ from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
 from phi4rv.checkpoint.huggingface import empty_model
 from phi4rv.errors import UserError
 from phi4rv.model.phi4rv import Phi4RV
-from phi4rv.processing.images import PATCH_INPUTS
+from phi4rv.processing.images import PATCH_DIM
 from tests.processes import finish, read_log, run, start, until_step_three
 from tests.small import mixed_records, picture, record, saved_bytes, small_checkpoint, small_config, write_jsonl
 from tests.train.test_fsdp import assert_close
@@ -52,7 +52,7 @@ def made(name: str) -> PackedBatch:
         labels = torch.where(torch.rand(length, generator=generator) < 0.7, ids, NO_LABEL)
         places = [torch.arange(begin, begin + rows * cols) for begin, rows, cols in images]
         grids = torch.tensor([image[1:] for image in images], dtype=torch.int32).view(-1, 2)
-        patches = torch.randn(sum(map(len, places)), PATCH_INPUTS, generator=generator)
+        patches = torch.randn(sum(map(len, places)), PATCH_DIM, generator=generator)
         positions = torch.cat([torch.zeros(0, dtype=torch.int64), *places])
         samples.append(Sample(ids, labels, patches, grids, positions, reasoning=length % 2 == 0))
     return pack(samples)
@@ -60,7 +60,7 @@ def made(name: str) -> PackedBatch:
 
 def text(length: int) -> Sample:
     ids, nothing = torch.arange(length), torch.zeros(0, dtype=torch.int64)
-    return Sample(ids, ids, torch.zeros(0, PATCH_INPUTS), torch.zeros(0, 2, dtype=torch.int32), nothing)
+    return Sample(ids, ids, torch.zeros(0, PATCH_DIM), torch.zeros(0, 2, dtype=torch.int32), nothing)
 
 
 @pytest.mark.parametrize(("name", "count"), [*product(ROWS, (2, 3, 4))])
@@ -76,7 +76,7 @@ def test_parts_make_the_row(name: str, count: int) -> None:
     assert torch.equal(
         torch.cat([p.image_positions + s for p, s in zip(parts, starts, strict=True)]), row.image_positions
     )
-    assert torch.equal(torch.cat([p.placed(p.patches) for p in parts]), row.patches)
+    assert torch.equal(torch.cat([p.drop_dummy_patches(p.patches) for p in parts]), row.patches)
     shown = {int(i) for i in torch.bucketize(row.image_positions, row.cu_seqlens[1:], right=True)}
     assert shown == {number for number, (_, images) in enumerate(ROWS[name]) if images}
     for part, (begin, end) in zip(parts, pairwise(parts[0].bounds), strict=True):

@@ -55,7 +55,7 @@ def split(by_operator: dict[str, int]) -> tuple[int, int]:
 @pytest.mark.parametrize("pictures", [True, False], ids=["pictures", "text"])
 def test_as_pytorch_counts_them(number: int, pictures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # The position table's interpolation, which the definition writes as a product.
-    monkeypatch.setattr("phi4rv.ops.reference._resize", lambda table, rows, cols: table[: rows * cols])
+    monkeypatch.setattr("phi4rv.ops.reference._resize_table", lambda table, rows, cols: table[: rows * cols])
     samples = [sample(30, GRIDS if pictures else [], 7), sample(17, GRIDS[:1] if pictures else [], 17)]
     trains, config = STAGES[number].trains, small_model()[0].config
     tokens, labelled = [len(s) for s in samples], sum(int((s.labels[1:] != NO_LABEL).sum()) for s in samples)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from phi4rv.errors import UserError
-from phi4rv.ops.low_precision import Moment8, mix
+from phi4rv.ops.low_precision import Moment8, hash32
 from phi4rv.ops.registry import Operations
 from tests.small import mixed_data, small_checkpoint, small_model, timeless, weights
 from tests.train.test_optimizer import example, loss_sum, network
@@ -65,7 +65,7 @@ def test_steps_are_those_with_all_gradients_kept(
         grads = [g for p in twin.parameters() if p.grad is not None for g in p.grad.view(-1).split(size)]
         decays = [0.1 if p.ndim >= 2 else 0.0 for p in twin.parameters() for _ in p.data.view(-1).split(size)]
         for i, (w, g, m, decay) in enumerate(zip(slices, grads, moments, decays, strict=True)):
-            OPS.adamw(w, g, *m, number, 1e-2, (0.9, 0.95), EPS, decay, 1 / 9, seed=mix(mix(7) ^ i))
+            OPS.adamw(w, g, *m, number, 1e-2, (0.9, 0.95), EPS, decay, 1 / 9, seed=hash32(hash32(7) ^ i))
         for p, q in zip(net.parameters(), twin.parameters(), strict=True):
             assert torch.equal(p, q)
     assert optimizer.steps == 4

@@ -359,7 +359,7 @@ def test_an_archives_index_is_built_once(tmp_path: Path, monkeypatch: pytest.Mon
     path, cache = tar_of(tmp_path / "a.tar", names), tmp_path / "cache"
     ImageFiles(cache).check(path / "pictures/7.png")
     with monkeypatch.context() as patch:
-        patch.setattr(image_files, "_build", lambda _: pytest.fail("built again"))
+        patch.setattr(image_files, "_build_index", lambda _: pytest.fail("built again"))
         files = ImageFiles(cache)
         for name in names:
             assert files.source(path / "pictures" / name) == (tmp_path / name).read_bytes()

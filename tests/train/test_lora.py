@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import phi4rv
 from infer.main import main as ask
-from phi4rv.adapters.peft import adapters, add_adapters, linears, merge_adapter, read_adapter, write_adapter
+from phi4rv.adapters.peft import add_adapters, linear_layers, lora_layers, merge_adapter, read_adapter, write_adapter
 from phi4rv.batch import PackedBatch
-from phi4rv.checkpoint.huggingface import published_name
+from phi4rv.checkpoint.huggingface import hf_name
 from phi4rv.errors import UserError
 from phi4rv.merge import main as merge
 from phi4rv.model.phi4rv import Phi4RV
@@ -49,7 +49,7 @@ def adapted(chosen: Stage, format: str | None = None) -> Phi4RV:
     add_lora(model, chosen, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for layer in adapters(model).values():
+        for layer in lora_layers(model).values():
             layer.lora_B.weight.normal_(0, 0.1, generator=generator)
     return model
 
@@ -67,8 +67,8 @@ def merged_by_hand(model: Phi4RV, frozen: Callable[[str, Tensor], Tensor] = lamb
     with torch.no_grad():
         for name, weight in plain.named_parameters():
             weight.copy_(frozen(name, weight))
-        for path, layer in adapters(model).items():
-            weight = dict((published_name(n), p) for n, p in plain.named_parameters())[path + ".weight"]
+        for path, layer in lora_layers(model).items():
+            weight = dict((hf_name(n), p) for n, p in plain.named_parameters())[path + ".weight"]
             weight += 6.0 / 4 * layer.lora_B.weight @ layer.lora_A.weight
     return plain
 
@@ -76,7 +76,7 @@ def merged_by_hand(model: Phi4RV, frozen: Callable[[str, Tensor], Tensor] = lamb
 def test_every_layer_that_is_used_can_be_adapted() -> None:
     """2 decoder layers of 4, 2 used tower layers of 6, patches, projector, output."""
     model = adapted(options())
-    assert len(adapters(model)) == 2 * 4 + 2 * 6 + 1 + 2 + 1
+    assert len(lora_layers(model)) == 2 * 4 + 2 * 6 + 1 + 2 + 1
     assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
 
 
@@ -87,8 +87,8 @@ def test_logits_and_gradients_are_those_of_the_merged_weights(batch: PackedBatch
     torch.testing.assert_close(model(batch), plain(batch), rtol=1e-4, atol=1e-5)
     model.loss(batch).backward()
     plain.loss(batch).backward()
-    whole = {published_name(n): p.grad for n, p in plain.named_parameters()}
-    for path, layer in adapters(model).items():
+    whole = {hf_name(n): p.grad for n, p in plain.named_parameters()}
+    for path, layer in lora_layers(model).items():
         dw = whole[path + ".weight"]
         a, b = layer.lora_A.weight, layer.lora_B.weight
         for ours, theirs in ((a.grad, 1.5 * b.detach().T @ dw), (b.grad, 1.5 * dw @ a.detach().T)):
@@ -193,7 +193,7 @@ def test_names_that_would_choose_too_much_are_written_in_full(tmp_path: Path, ta
     add_lora(model, options(lora_targets=target), seed=0)
     write_adapter(model, tmp_path, "base")
     written = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-    assert written == list(adapters(model))
+    assert written == list(lora_layers(model))
     assert all(name.startswith("model.") for name in written)
 
 
@@ -366,7 +366,7 @@ def test_frozen_weights_do_not_move() -> None:
     """The optimizer never sees the base: what it holds is the adapters alone."""
     model, _ = small_model()
     twin = copy.deepcopy(model)
-    add_adapters(model, list(linears(model).values()), 2, 4.0, seed=0)
+    add_adapters(model, list(linear_layers(model).values()), 2, 4.0, seed=0)
     assert all(not p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
     base = {n.replace(".base.", "."): p for n, p in model.named_parameters() if "lora_" not in n}
     assert all(torch.equal(base[n], p) for n, p in twin.named_parameters())

@@ -151,7 +151,12 @@ def test_resuming_what_is_finished_changes_nothing(inputs: list[str], whole: Pat
     assert timeless(whole / "metrics.jsonl") == before
 
 
-WHERE = ("dcp.save", "write_outline", "replace_folder", "_describe")  # of checkpointer.py, in the order of a save
+WHERE = (
+    "dcp.save",
+    "write_config_and_processor",
+    "replace_folder",
+    "_describe",
+)  # of checkpointer.py, in the order of a save
 
 
 def fail_in_second_save(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:

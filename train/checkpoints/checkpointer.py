@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from phi4rv.adapters.peft import write_adapter
-from phi4rv.checkpoint.atomic_folder import flush_folder, replace_folder, whole_folder
-from phi4rv.checkpoint.huggingface import write, write_outline
+from phi4rv.checkpoint.atomic_folder import atomic_folder, fsync_folder, replace_folder
+from phi4rv.checkpoint.huggingface import write_checkpoint, write_config_and_processor
 from phi4rv.config import read_json
 from phi4rv.errors import UserError
 from phi4rv.model.phi4rv import Phi4RV
@@ -118,9 +118,9 @@ class AsyncCheckpointer:
             # dcp.save returns on rank 0 only after every rank has written and flushed its files.
             if self.ranks.is_main_process:
                 write_metadata(partial)
-                flush_folder(partial)
+                fsync_folder(partial)
                 replace_folder(partial, path)
-                flush_folder(self.output, deep=False)
+                fsync_folder(self.output, deep=False)
                 self._remove_old()
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -175,7 +175,7 @@ def set_rng_state(state: Tensor) -> None:
 def _write_metadata(
     folder: Path, model: Phi4RV, processor: Processor, dtype: torch.dtype, state: dict[str, Any]
 ) -> None:
-    write_outline(model, processor, folder, dtype)
+    write_config_and_processor(model, processor, folder, dtype)
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
 
 
@@ -208,11 +208,11 @@ def save_final_model(
         return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).to("cpu", dtype)
 
     if ranks.is_main_process and stage.lora_rank:
-        with whole_folder(output / ADAPTER) as folder:
+        with atomic_folder(output / ADAPTER) as folder:
             write_adapter(model, folder, str(checkpoint))
     elif ranks.is_main_process:
-        with whole_folder(output / MODEL) as folder:
-            write(model, processor, folder, gather_tensor)
+        with atomic_folder(output / MODEL) as folder:
+            write_checkpoint(model, processor, folder, gather_tensor)
     else:
         for name, parameter in model.named_parameters():
             if isinstance(parameter, DTensor):

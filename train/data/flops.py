@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from phi4rv.config import Config
-from phi4rv.processing.images import PATCH_INPUTS
+from phi4rv.processing.images import PATCH_DIM
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def flops_by_part(
     into, out = wide * hidden * all_patches, hidden * hidden * all_patches
     layer = hidden * (heads + 2 * kv) + heads * hidden + 3 * hidden * config.intermediate_size
     return {
-        "patch_embed": product(all_patches * PATCH_INPUTS * wide, vision, False),
+        "patch_embed": product(all_patches * PATCH_DIM * wide, vision, False),
         "vision_linear": product(
             all_patches * layers * (4 * wide * wide + 2 * wide * v.intermediate_size), vision, vision
         ),

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from phi4rv.errors import UserError
-from phi4rv.processing.index_cache import cached
+from phi4rv.processing.index_cache import cached_index
 
 INDEX_CACHE_MIN_BYTES = 64 << 20  # indexes of smaller files are not cached
 
@@ -78,7 +78,7 @@ class _IndexedFile:
         try:
             self.size = path.stat().st_size
             large = self.size >= INDEX_CACHE_MIN_BYTES
-            index = cached(path, cache, lambda: _build_index(path)) if large else _build_index(path)
+            index = cached_index(path, cache, lambda: _build_index(path)) if large else _build_index(path)
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}; give a JSON Lines file") from None
         blank = int(index[0])

@@ -13,7 +13,7 @@ from types import FrameType
 from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
 from phi4rv.errors import UserError
 from phi4rv.processing.answers import canonical_answer
-from phi4rv.processing.chat_template import IMAGE_MARK, THINK, Message
+from phi4rv.processing.chat_template import IMAGE_TOKEN, THINK, Message
 from phi4rv.processing.image_files import ImageFiles
 from phi4rv.processing.images import image_size, open_image, patchify
 from phi4rv.processing.processor import Processor, with_patches
@@ -151,9 +151,9 @@ class Reader:
         return with_patches(sample, patches)
 
     def _tokenize(self, turns: Sequence[Message], grids: Sequence[tuple[int, int]]) -> Sample:
-        direct = self.processor.direct_token
+        direct = self.processor.nothink_token
         messages = [Message(t.role, canonical_answer(t.content, direct)) if t.role == "assistant" else t for t in turns]
-        used_grids = grids[: sum(turn.content.count(IMAGE_MARK) for turn in turns)]
+        used_grids = grids[: sum(turn.content.count(IMAGE_TOKEN) for turn in turns)]
         return self.processor.tokens(messages, used_grids, labelled=True)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from phi4rv.batch import PackedBatch
 from phi4rv.config import Config
 from phi4rv.errors import UserError
-from phi4rv.model.decoder import Attend
+from phi4rv.model.decoder import AttentionFn
 from train.distributed.ranks import TIMEOUT, Ranks
 
 
@@ -108,10 +108,10 @@ class SequenceShard(PackedBatch):
     def reasoning_rows(self) -> Tensor:
         return self.local_reasoning
 
-    def placed(self, features: Tensor) -> Tensor:
+    def drop_dummy_patches(self, features: Tensor) -> Tensor:
         return features[self.first_patch : self.first_patch + len(self.image_positions)]
 
-    def spread(self, attend: Attend) -> Attend:
+    def distribute_attention(self, attend: AttentionFn) -> AttentionFn:
         return ulysses_attention(attend, self.cp, [stop - start for start, stop in pairwise(self.bounds)])
 
 
@@ -153,7 +153,7 @@ def shard_sequence(row: PackedBatch, count: int) -> list[SequenceShard]:
     return shards
 
 
-def ulysses_attention(attend: Attend, cp: ContextParallel, lengths: Sequence[int]) -> Attend:
+def ulysses_attention(attend: AttentionFn, cp: ContextParallel, lengths: Sequence[int]) -> AttentionFn:
     """Wraps ``attend``, which takes a whole row, for this rank's ``lengths[rank]`` tokens of it: q (t, H, D), k and v
     (t, G, D) -> (t, H, D). Every rank of the group calls it, forward and backward, in the same order.
     """

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
 from phi4rv.errors import UserError
 from phi4rv.model.phi4rv import Phi4RV
-from phi4rv.processing.images import PATCH_INPUTS
+from phi4rv.processing.images import PATCH_DIM
 from train.distributed.context_parallel import NO_CONTEXT_PARALLEL, ContextParallel
 from train.distributed.ranks import Ranks
 
@@ -109,7 +109,7 @@ def dummy_batch(count: int = 1) -> PackedBatch:
     """``count`` tokens without labels."""
     nothing = torch.zeros(0, dtype=torch.int64)
     tokens, grids = torch.zeros(count, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int32)
-    return pack([Sample(tokens, torch.full_like(tokens, NO_LABEL), torch.zeros(0, PATCH_INPUTS), grids, nothing)])
+    return pack([Sample(tokens, torch.full_like(tokens, NO_LABEL), torch.zeros(0, PATCH_DIM), grids, nothing)])
 
 
 def with_dummy_image(batch: PackedBatch) -> PackedBatch:
@@ -121,7 +121,7 @@ def with_dummy_image(batch: PackedBatch) -> PackedBatch:
         return batch
     return replace(
         batch,
-        patches=batch.patches.new_zeros(1, PATCH_INPUTS),
+        patches=batch.patches.new_zeros(1, PATCH_DIM),
         grids=batch.grids.new_ones(1, 2),
         cu_patches=torch.tensor([0, 1], dtype=batch.cu_patches.dtype, device=batch.cu_patches.device),
         max_patches=1,

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from infer.draw_boxes import draw_answer
 from infer.heldout import Question, centre_in
 from phi4rv.processing.answers import Answer
-from phi4rv.processing.chat_template import IMAGE_MARK
+from phi4rv.processing.chat_template import IMAGE_TOKEN
 from phi4rv.processing.images import open_image
 
 RIGHT, GIVEN, WRONG = "#2ca02c", "#1f77b4", "#d62728"
@@ -42,7 +42,7 @@ def _tile(question: Question, answer: Answer) -> Image.Image:
         picture = draw_answer(picture, answer.boxes[:1], colour=GIVEN if good else WRONG)
     tile.paste(picture, (5, 5))
     pen, font = ImageDraw.Draw(tile), ImageFont.load_default(12)
-    asked = question.prompt.messages()[-1].content.replace(IMAGE_MARK, "").strip()
+    asked = question.prompt.messages()[-1].content.replace(IMAGE_TOKEN, "").strip()
     lines = textwrap.wrap(asked, 40)[:3]
     pen.text((6, TILE + 2), "\n".join(lines), "black", font)
     below = TILE + 4 + 15 * len(lines)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from phi4rv.errors import UserError
-from phi4rv.ops.low_precision import BLOCK, Moment8, mix
+from phi4rv.ops.low_precision import MOMENT_BLOCK, Moment8, hash32
 from phi4rv.ops.registry import Operations
 from train.optimizers.adamw import EPS
 from train.recipe import Stage
@@ -42,7 +42,7 @@ class LayerwiseAdamW:
         number = 0
         for name, parameter in params.items():
             slices = math.ceil(parameter.numel() / SLICE_ELEMENTS)
-            self.seeds[name] = [mix(mix(seed) ^ i) for i in range(number, number + slices)]
+            self.seeds[name] = [hash32(hash32(seed) ^ i) for i in range(number, number + slices)]
             number += slices
             parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
         self._pending: set[str] = set()
@@ -129,5 +129,5 @@ class LayerwiseAdamW:
 
 def _slices(moment: Moment8) -> list[Moment8]:
     """Views of SLICE_ELEMENTS elements each."""
-    parts = zip(moment.codes.split(SLICE_ELEMENTS), moment.scales.split(SLICE_ELEMENTS // BLOCK), strict=True)
+    parts = zip(moment.codes.split(SLICE_ELEMENTS), moment.scales.split(SLICE_ELEMENTS // MOMENT_BLOCK), strict=True)
     return [Moment8(codes, scales) for codes, scales in parts]

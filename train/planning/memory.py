@@ -14,16 +14,19 @@ from torch import nn
 
 from phi4rv.checkpoint.huggingface import empty_model
 from phi4rv.config import DTYPES, Config
-from phi4rv.ops.low_precision import BLOCK, GROUP
+from phi4rv.ops.low_precision import GROUP_SIZE, MOMENT_BLOCK
 from train.distributed.fsdp import SHARDS
 from train.recipe import Stage
 from train.trainable import set_trainable
 
 # Bytes of a frozen decoder weight, by ``recipe.FROZEN``: int8 and fp8 with a float32 scale a row, which is neglected,
 # int4 with a bfloat16 scale a group, and a byte for the zero point.
-FROZEN_BYTES = {"dtype": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5 + 2 / GROUP, "int4_zero": 0.5 + 3 / GROUP}
+FROZEN_BYTES = {"dtype": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5 + 2 / GROUP_SIZE, "int4_zero": 0.5 + 3 / GROUP_SIZE}
 WEIGHT_BYTES, GRADIENT_BYTES, MASTER_BYTES = 2, 4, 4  # bfloat16 weight, float32 gradient sum, float32 master
-MOMENT_BYTES, MOMENT8_BYTES = 8, 2 * (1 + 4 / BLOCK)  # two moments: float32, or 8 bits with a float32 scale a block
+MOMENT_BYTES, MOMENT8_BYTES = (
+    8,
+    2 * (1 + 4 / MOMENT_BLOCK),
+)  # two moments: float32, or 8 bits with a float32 scale a block
 LOSS_COLUMNS = 4096  # of the vocabulary, whose logits' gradients linear_cross_entropy holds at a time
 
 

@@ -1,4 +1,4 @@
-"""A matrix product whose result is finished before it is written: bias, GELU and its slope, rows sent elsewhere.
+"""A matrix product with an epilogue: bias, GELU and its derivative, rows scattered elsewhere.
 
 Tiles are visited in groups of rows, so that the tiles in flight share their operands in the L2 cache. Operands come
 by the tensor memory accelerator where the device has one and the layout allows it, by 16-byte loads elsewhere.
@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_kernels.common.launch import multiprocessors
+from triton_kernels.common.launch import num_sms
 from triton_kernels.common.tuning import Config
 
 
 @triton.jit
-def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column of the ``tile``-th tile: GROUP_M rows of tiles are done, column by column, before the next."""
+def grouped_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of the ``tile``-th tile in grouped order: GROUP_M rows of tiles, column by column, at a time."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     group = GROUP_M * tl.cdiv(N, BLOCK_N)
     first = tile // group * GROUP_M
@@ -63,7 +63,7 @@ def _accumulate_tma(acc, a, b, row, col, K, TRANSPOSED: tl.constexpr, BLOCK_K: t
 
 
 @triton.jit
-def _finish(
+def _epilogue(
     acc, bias, slope, index, out, m, n, out_stride, M, N,
     BIAS: tl.constexpr, EPILOGUE: tl.constexpr, SCATTER: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def _finish(
 
 
 @triton.jit
-def _gemm(
+def _gemm_kernel(
     a, b, bias, slope, index, out, a_stride, b_n, b_k, out_stride, M, N, K,
     BIAS: tl.constexpr, EPILOGUE: tl.constexpr, SCATTER: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -96,7 +96,7 @@ def _gemm(
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     # One loop over tiles and their steps: the next tile's loads are under way while this one is written.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=PERSISTENT):
-        tile_m, tile_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        tile_m, tile_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -107,9 +107,9 @@ def _gemm(
         # Half a tile at a time: finishing a whole one would spill the registers that hold the sums.
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        _finish(left, bias, slope, index, out, m, n, out_stride, M, N, BIAS, EPILOGUE, SCATTER, EVEN_N)
+        _epilogue(left, bias, slope, index, out, m, n, out_stride, M, N, BIAS, EPILOGUE, SCATTER, EVEN_N)
         n += BLOCK_N // 2
-        _finish(right, bias, slope, index, out, m, n, out_stride, M, N, BIAS, EPILOGUE, SCATTER, EVEN_N)
+        _epilogue(right, bias, slope, index, out, m, n, out_stride, M, N, BIAS, EPILOGUE, SCATTER, EVEN_N)
 
 
 def gemm(
@@ -134,13 +134,13 @@ def gemm(
     if b.stride(0) != 1 and b.stride(1) != 1:
         b = b.contiguous()
     transposed = b.stride(0) == 1 and b.stride(1) != 1
-    tma = bool(config.get("TMA")) and has_tma(a.device) and _describable(a) and _describable(b.T if transposed else b)
+    tma = bool(config.get("TMA")) and has_tma(a.device) and _supports_tma(a) and _supports_tma(b.T if transposed else b)
     BM, BN, BK = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     tiles = triton.cdiv(M, BM) * triton.cdiv(N, BN)
-    programs = min(tiles, multiprocessors(a.device)) if config["PERSISTENT"] else tiles
-    left, right = _operands(a, b, transposed, (BM, BN, BK)) if tma else (a, b)
+    programs = min(tiles, num_sms(a.device)) if config["PERSISTENT"] else tiles
+    left, right = _descriptors(a, b, transposed, (BM, BN, BK)) if tma else (a, b)
     with torch.cuda.device_of(a):
-        _gemm[(programs,)](
+        _gemm_kernel[(programs,)](
             left, right, bias, slope, index, out, a.stride(0), b.stride(0), b.stride(1), out.stride(0), M, N, K,
             BIAS=bias is not None, EPILOGUE=epilogue, SCATTER=index is not None, TRANSPOSED=transposed,
             EVEN_N=N % BN == 0, EVEN_K=K % BK == 0, **{**config, "TMA": tma},
@@ -148,7 +148,7 @@ def gemm(
     return out
 
 
-def _operands(a: Tensor, b: Tensor, transposed: bool, block: tuple[int, int, int]) -> tuple[Any, Any]:
+def _descriptors(a: Tensor, b: Tensor, transposed: bool, block: tuple[int, int, int]) -> tuple[Any, Any]:
     BM, BN, BK = block
     right = (b.T, [BK, BN]) if transposed else (b, [BN, BK])
     return TensorDescriptor.from_tensor(a, [BM, BK]), TensorDescriptor.from_tensor(*right)
@@ -160,7 +160,7 @@ def has_tma(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _describable(x: Tensor) -> bool:
+def _supports_tma(x: Tensor) -> bool:
     """What the tensor memory accelerator asks of a matrix: adjacent columns, 16-byte aligned rows, no empty side."""
     aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
     return aligned and x.stride(1) == 1 and x.stride(0) >= x.shape[1] > 0

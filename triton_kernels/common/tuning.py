@@ -1,6 +1,6 @@
 """Which tile sizes, warps and pipeline stages a kernel runs with.
 
-Each kernel names the configurations that it may be given, by case (a head dim, say), in a ``Space``. What
+Each kernel names the configurations that it may be given, by case (a head dim, say), in a ``SearchSpace``. What
 ``python -m benchmarks.tune`` measured to be fastest stands in ``tuned.json`` by device; on a device that is not in it
 the first candidate runs. So a first call never tunes, and tests can go through every candidate.
 """
@@ -21,29 +21,29 @@ Config = dict[str, int]
 TABLE = Path(__file__).parents[1] / "tuned.json"
 
 
-def candidates(names: Sequence[str], *rows: Sequence[int]) -> list[Config]:
+def make_configs(names: Sequence[str], *rows: Sequence[int]) -> list[Config]:
     """Configurations with the same keyword arguments, a row of numbers each."""
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-class Space:
-    """The candidates of one kernel. ``name``: ``file.kernel``; ``cases``: case -> candidates, the default first."""
+class SearchSpace:
+    """One kernel's candidates. ``name``: ``file.kernel``; ``cases``: case -> candidates, the default first."""
 
-    all: ClassVar[list[Space]] = []
+    all: ClassVar[list[SearchSpace]] = []
     # (name, case) of every pick so far: tells tuning what a function runs.
     picked: ClassVar[set[tuple[str, str]]] = set()
 
     def __init__(self, name: str, cases: dict[str, Sequence[Config]]):
         self.name, self.cases = name, cases
         self._forced: Config | None = None
-        Space.all.append(self)
+        SearchSpace.all.append(self)
 
     def pick(self, case: str, device: torch.device) -> Config:
         """The configuration for ``case`` on ``device``."""
-        Space.picked.add((self.name, case))
+        SearchSpace.picked.add((self.name, case))
         if self._forced is not None and self._forced in self.cases[case]:
             return self._forced
-        measured = _table().get(_device_name(device), {}).get(self.name, {}).get(case)
+        measured = _tuned_configs().get(_device_name(device), {}).get(self.name, {}).get(case)
         return measured or self.cases[case][0]
 
     @contextmanager
@@ -57,7 +57,7 @@ class Space:
 
 
 @functools.lru_cache
-def _table() -> dict[str, dict[str, dict[str, Config]]]:
+def _tuned_configs() -> dict[str, dict[str, dict[str, Config]]]:
     return json.loads(TABLE.read_text())
 
 

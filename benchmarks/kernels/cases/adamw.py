@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.kernels.case import Case, Draw
 from phi4rv.ops import reference
-from phi4rv.ops.low_precision import BLOCK, Moment8
+from phi4rv.ops.low_precision import MOMENT_BLOCK, Moment8
 from triton_kernels.adamw import adamw
 
 LR, BETAS, EPS, DECAY = 1e-4, (0.9, 0.95), 1e-8, 0.1
@@ -21,7 +21,7 @@ def cases(tiny: bool) -> list[Case]:
     """tiny: shapes for a CPU."""
     n = 4096 if tiny else 1 << 28
     size = f"{n >> 20}Mi" if n >> 20 else str(n)
-    scales = 4 / BLOCK
+    scales = 4 / MOMENT_BLOCK
 
     def float32(draw: Draw) -> tuple[Any, ...]:
         moments = draw.normal(n, dtype=torch.float32), draw.normal(n, dtype=torch.float32).abs()
@@ -35,7 +35,7 @@ def cases(tiny: bool) -> list[Case]:
 
     def eight(draw: Draw) -> tuple[Any, ...]:
         codes = [draw.normal(n).mul(40).clamp(-127, 127).abs().to(torch.uint8) for _ in range(2)]
-        shared = [draw.normal(n // BLOCK, dtype=torch.float32).abs() for _ in range(2)]
+        shared = [draw.normal(n // MOMENT_BLOCK, dtype=torch.float32).abs() for _ in range(2)]
         return *short(draw), Moment8(codes[0], shared[0]), Moment8(codes[1], shared[1])
 
     compiled = {"torch.compile": torch.compile(_definition)}

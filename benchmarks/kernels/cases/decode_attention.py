@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks.kernels.case import Case, Draw, on_cuda
+from benchmarks.kernels.case import Case, Draw, with_cuda_kernel
 from phi4rv.ops import cuda, flash_attn
 from triton_kernels.decode_attention import decode_attention, paged_decode_attention
 
@@ -37,7 +37,7 @@ def cases(tiny: bool) -> list[Case]:
                 for B, N in batches[1::2]
             ),
         ]
-    return [*rows, *(on_cuda(row, *_csrc(row)) for row in rows)]
+    return [*rows, *(with_cuda_kernel(row, *_csrc(row)) for row in rows)]
 
 
 def _csrc(row: Case) -> tuple[Callable[..., Tensor], tuple[str, float] | None]:
@@ -162,7 +162,7 @@ def _paged_plain(
 
 def _flash_attn(version: int, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
     """Version 4 has no function for caches: the usual one, causal from the lower right."""
-    package = flash_attn.module(version)
+    package = flash_attn.load_module(version)
     k, v = (x.view(len(q), -1, *x.shape[1:]) for x in (k, v))
     if version == 4:
         return package.flash_attn_func(q, k, v, causal=True)[0]
@@ -170,7 +170,7 @@ def _flash_attn(version: int, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, l
 
 
 def _paged_flash_attn(version: int, q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
-    package = flash_attn.module(version)
+    package = flash_attn.load_module(version)
     if version == 4:
         ends = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.shape[1]
         out = package.flash_attn_varlen_func(

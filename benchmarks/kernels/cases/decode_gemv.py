@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Draw, on_cuda
+from benchmarks.kernels.case import Case, Draw, with_cuda_kernel
 from phi4rv.ops import cuda, reference
 from phi4rv.ops.low_precision import QuantizedWeight, dequantize, quantize
 from triton_kernels.quantized_linear import decode_gemv
@@ -76,4 +76,4 @@ def _case(name: str, form: str, rows: int, tiny: bool) -> Case:
         flops=2 * rows * N * K,
     )
     goal = ("copy", GOALS[form]) if rows == 1 else None
-    return on_cuda(case, lambda x, w, n, r, _: cuda.decode_gemv(x, w, n, EPS, r, swiglu), goal)
+    return with_cuda_kernel(case, lambda x, w, n, r, _: cuda.decode_gemv(x, w, n, EPS, r, swiglu), goal)

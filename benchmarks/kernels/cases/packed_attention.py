@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Draw, on_cuda
+from benchmarks.kernels.case import Case, Draw, with_cuda_kernel
 from phi4rv.ops import cuda, flash_attn, reference
 from triton_kernels.packed_attention import packed_attention
 
@@ -88,7 +88,7 @@ def _both(
     second_goal = ("peer", 1.0) if causal else ("product", 0.45 if mixed else 0.5)
     if not goals:
         return [first, second]
-    return [first, on_cuda(first, csrc, goal), second, on_cuda(second, csrc, second_goal)]
+    return [first, with_cuda_kernel(first, csrc, goal), second, with_cuda_kernel(second, csrc, second_goal)]
 
 
 def _each(
@@ -96,7 +96,7 @@ def _each(
 ) -> Tensor:
     """The definition, but that it is told the lengths: scaled_dot_product_attention of each document."""
     documents = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    return torch.cat([reference.attend(*document, causal) for document in documents])
+    return torch.cat([reference.attention(*document, causal) for document in documents])
 
 
 def _torch_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
@@ -159,7 +159,7 @@ def _flex(lengths: list[int], causal: bool) -> Attention:
 def _flash_attn(
     version: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
 ) -> Tensor:
-    flash_attn.module(version)  # says why it cannot be imported
+    flash_attn.load_module(version)  # says why it cannot be imported
     return flash_attn.packed_attention(
         q, k, v, cu_seqlens, max_seqlen, causal, version=version, deterministic=False
     )  # fmt: skip

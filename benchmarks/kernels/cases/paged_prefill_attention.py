@@ -112,14 +112,14 @@ def _flash_attn_2(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, held: Tensor, offsets: Tensor, longest: int
 ) -> Tensor:
     keys, most = F.pad(held.cumsum(0, dtype=torch.int32), (1, 0)), table.shape[1] * k.shape[1]
-    function = flash_attn.module(2).flash_attn_varlen_func
+    function = flash_attn.load_module(2).flash_attn_varlen_func
     return function(q, k, v, offsets, keys, longest, most, causal=True, block_table=table)
 
 
 def _flash_attn_3(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, held: Tensor, offsets: Tensor, longest: int
 ) -> Tensor:
-    return flash_attn.module(3).flash_attn_with_kvcache(
+    return flash_attn.load_module(3).flash_attn_with_kvcache(
         q, k, v, cache_seqlens=held, page_table=table, cu_seqlens_q=offsets, max_seqlen_q=longest, causal=True
     )
 
@@ -127,7 +127,7 @@ def _flash_attn_3(
 def _flash_attn_4(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, held: Tensor, offsets: Tensor, longest: int
 ) -> Tensor:
-    out = flash_attn.module(4).flash_attn_varlen_func(
+    out = flash_attn.load_module(4).flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=offsets, max_seqlen_q=longest, seqused_k=held, page_table=table, causal=True
     )
     return out[0]

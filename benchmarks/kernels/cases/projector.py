@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Draw, on_cuda
+from benchmarks.kernels.case import Case, Draw, with_cuda_kernel
 from phi4rv.ops import cuda, reference
 from phi4rv.ops.low_precision import QuantizedWeight, quantize
 from triton_kernels.projector import project_into, projector, quantized_projector, scatter_rows
@@ -74,11 +74,11 @@ def _cases(P: int, tiny: bool) -> list[Case]:
     )
     return [
         alone,
-        on_cuda(alone, cuda.projector, ("cublas products", 1.0)),
+        with_cuda_kernel(alone, cuda.projector, ("cublas products", 1.0)),
         Case("projector", f"{P} backward", inputs, projector, peers, backward, 2 * products, True, **bare),
         placing,
-        on_cuda(placing, cuda.project_into, ("cublas products", 1.0)),
-        on_cuda(rounded, _without_weights(cuda.quantized_projector), ("cublas fp8 products", 0.9)),
+        with_cuda_kernel(placing, cuda.project_into, ("cublas products", 1.0)),
+        with_cuda_kernel(rounded, _without_weights(cuda.quantized_projector), ("cublas fp8 products", 0.9)),
         Case(
             "project_into",
             f"{placed} backward",

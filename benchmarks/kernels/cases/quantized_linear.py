@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.kernels.case import Case, Draw
 from phi4rv.ops import reference
-from phi4rv.ops.low_precision import FORMATS, GROUP, QuantizedWeight
+from phi4rv.ops.low_precision import FORMATS, GROUP_SIZE, QuantizedWeight
 from triton_kernels.quantized_linear import quantized_linear
 
 # (N, K): fused qkv, attention's output, fused gate and up, down, head.
@@ -30,9 +30,9 @@ def cases(tiny: bool) -> list[Case]:
 
 
 def _case(format: str, rows: int, N: int, K: int) -> Case:
-    groups = -(-K // GROUP)
+    groups = -(-K // GROUP_SIZE)
     int4 = format.startswith("int4")
-    weight = N * groups * (GROUP // 2 + 2 + (format == "int4_zero")) if int4 else N * K + 4 * N
+    weight = N * groups * (GROUP_SIZE // 2 + 2 + (format == "int4_zero")) if int4 else N * K + 4 * N
 
     def inputs(draw: Draw) -> tuple[Any, ...]:
         return draw.normal(rows, K), _random(draw, format, N, K), _Lazy(draw, N, K)
@@ -51,14 +51,14 @@ def _case(format: str, rows: int, N: int, K: int) -> Case:
 
 def _random(draw: Draw, format: str, N: int, K: int) -> QuantizedWeight:
     """Any bytes and scales: what they mean does not change the time."""
-    groups = -(-K // GROUP)
+    groups = -(-K // GROUP_SIZE)
     if not format.startswith("int4"):
         typed = torch.int8 if format == "int8" else torch.float8_e4m3fn
         return QuantizedWeight(
             format, draw.normal(N, K // 2, dtype=torch.bfloat16).view(typed), draw.normal(N, dtype=torch.float32),
             None, (N, K),
         )  # fmt: skip
-    data = draw.normal(N, groups * GROUP // 4, dtype=torch.bfloat16).view(torch.uint8)
+    data = draw.normal(N, groups * GROUP_SIZE // 4, dtype=torch.bfloat16).view(torch.uint8)
     zeros = draw.normal(N, groups, dtype=torch.bfloat16).to(torch.uint8) if format == "int4_zero" else None
     return QuantizedWeight(format, data, draw.normal(N, groups, dtype=torch.bfloat16), zeros, (N, K))
 
@@ -107,7 +107,7 @@ def _int4pack(x: Tensor, q: QuantizedWeight, weights: _Lazy) -> Tensor:
         return packed, scales_and_zeros
 
     packed, scales_and_zeros = weights.get("int4", pack)
-    return torch._weight_int4pack_mm(x, packed, GROUP, scales_and_zeros)
+    return torch._weight_int4pack_mm(x, packed, GROUP_SIZE, scales_and_zeros)
 
 
 def _scaled(x: Tensor, q: QuantizedWeight, weights: _Lazy) -> Tensor:

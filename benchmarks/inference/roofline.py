@@ -1,4 +1,4 @@
-"""What inference has to read and to compute, counted from the configuration, and what times are held to."""
+"""Roofline of inference: the bytes it has to read and the FLOPs it has to do, counted from the configuration."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi4rv.config import Config
-from phi4rv.ops.low_precision import GROUP
+from phi4rv.ops.low_precision import GROUP_SIZE
 from train.data.flops import flops
 
 Record = dict[str, Any]
 
 WEIGHTS = ("bf16", "fp8", "int8", "int4")
 # Of the output layer beside decoder layers in each format: int4 would cost it too much.
-HEAD = {"bf16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "bf16"}
+HEAD_FORMAT = {"bf16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def matrix_bytes(rows: int, columns: int, form: str) -> int:
     if form == "bf16":
         return 2 * rows * columns
     if form == "int4":
-        return rows * -(-columns // GROUP) * (GROUP // 2 + 2)
+        return rows * -(-columns // GROUP_SIZE) * (GROUP_SIZE // 2 + 2)
     return rows * columns + 4 * rows
 
 
@@ -52,7 +52,7 @@ def weight_bytes(config: Config, form: str) -> int:
     heads, groups = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     matrices = ((heads + 2 * groups, hidden), (hidden, heads), (2 * wide, hidden), (hidden, wide))
     layer = sum(matrix_bytes(*shape, form) for shape in matrices) + 2 * 2 * hidden
-    head = matrix_bytes(config.vocab_size, hidden, HEAD[form])
+    head = matrix_bytes(config.vocab_size, hidden, HEAD_FORMAT[form])
     return config.num_hidden_layers * layer + head + 2 * 2 * hidden
 
 
@@ -71,29 +71,29 @@ def prefill_operations(config: Config, tokens: int, patches: int = 0) -> int:
     return flops(config, [tokens], [patches] if patches else [], 1, ()).forward
 
 
-def spec(form: str) -> dict[str, str]:
+def part_formats(form: str) -> dict[str, str]:
     """The parts of the model that are in another format than 16 bits (``phi4rv.quantization.quantized_linear``)."""
-    return {part: f for part, f in (("decoder", form), ("head", HEAD[form])) if f != "bf16"}
+    return {part: f for part, f in (("decoder", form), ("head", HEAD_FORMAT[form])) if f != "bf16"}
 
 
-def format_of(side: str) -> str:
+def weight_format(contender: str) -> str:
     """``cuda, fp8`` -> fp8."""
-    _, _, form = side.partition(", ")
+    _, _, form = contender.partition(", ")
     return form if form in WEIGHTS else "bf16"
 
 
 def with_rates(
-    side: str, cases: dict[str, Record], config: Config, shapes: Shapes, ceilings: Record
+    contender: str, cases: dict[str, Record], config: Config, shapes: Shapes, ceilings: Record
 ) -> dict[str, Record]:  # fmt: skip
-    """The times of a side's cases with what they are as rates, and as shares of the measured ``ceilings``."""
-    return {case: {**r, **_rates(case, r, side, config, shapes, ceilings)} for case, r in cases.items()}
+    """The times of a contender's cases with what they are as rates, and as shares of the measured ``ceilings``."""
+    return {case: {**r, **_rates(case, r, contender, config, shapes, ceilings)} for case, r in cases.items()}
 
 
-def _rates(case: str, r: Record, side: str, config: Config, shapes: Shapes, ceilings: Record) -> Record:
+def _rates(case: str, r: Record, contender: str, config: Config, shapes: Shapes, ceilings: Record) -> Record:
     if "reason" in r:
         return {}
     if case == "decode":
-        rate = step_bytes(config, format_of(side), shapes.context) / r["seconds"]
+        rate = step_bytes(config, weight_format(contender), shapes.context) / r["seconds"]
         return {"tokens_per_second": 1 / r["seconds"], "bytes_per_second": rate, "share": rate / ceilings["copy"]}
     if case == "first token":
         rate = prefill_operations(config, r["patches"] + shapes.text, r["patches"]) / r["seconds"]

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import gpu, parts, run
-from benchmarks.kernels import operations, suite
-from benchmarks.parts import Part, python, run_parts
+from benchmarks import gpu, jobs, run
+from benchmarks.jobs import Job, python_module, run_jobs
+from benchmarks.kernels import operation_names, suite
 from benchmarks.report.result_files import environment, file_for
 from tests.kernels import sanitize
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_command_line(tmp_path: Path) -> None:
     file, picture = tmp_path / "out" / "records.json", tmp_path / "chart.png"
-    command = python("benchmarks.kernels", "--only", "rms_norm", "--json", str(file), "--chart", str(picture))
+    command = python_module("benchmarks.kernels", "--only", "rms_norm", "--json", str(file), "--chart", str(picture))
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -70,7 +70,7 @@ def test_nothing_stops_the_suite(
     (package / "fakes.py").write_text(FAKES)
     (package / "unreadable.py").write_text("def cases(tiny):\n    raise KeyError('no shapes')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    rows = suite.run(["unreadable", "fakes"], package="fakekernels", patience=3)["rows"]
+    rows = suite.run(["unreadable", "fakes"], package="fakekernels", hang_seconds=3)["rows"]
     assert [(row["operation"], row["shape"], row["status"]) for row in rows] == [
         ("unreadable", "", "failed"),
         ("fakes", "dies", "failed"),
@@ -87,8 +87,8 @@ def test_nothing_stops_the_suite(
 
 
 def test_every_operation_is_found() -> None:
-    assert "rms_norm" in operations()
-    assert not {"case", "timing", "measure", "__init__", "__main__"} & set(operations())
+    assert "rms_norm" in operation_names()
+    assert not {"case", "timing", "measure", "__init__", "__main__"} & set(operation_names())
 
 
 def shell(script: str) -> Callable[[Path, float], list[str]]:
@@ -98,18 +98,18 @@ def shell(script: str) -> Callable[[Path, float], list[str]]:
 RECORDS = """echo '{"results": {"images": []}}' > $FILE"""
 
 
-def test_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pid = tmp_path / "pid"
     fakes = [
-        Part("good", 60, shell(f"echo fine; {RECORDS}")),
-        Part("bad", 60, shell("echo oh dear; exit 3")),
-        Part("slow", 0.5, shell(f"echo begun; {RECORDS}; sleep 600 & echo $! > {pid}; wait")),
-        Part("absent", 60, shell(f"echo no tool; exit {parts.SKIPPED}")),
-        Part("needs a GPU", 60, shell("exit 4"), gpu=True),
-        Part("no such", 60, lambda file, seconds: ["/no/such/command"]),
-        Part("last", 60, shell("echo still here, $SECONDS_LEFT")),
+        Job("good", 60, shell(f"echo fine; {RECORDS}")),
+        Job("bad", 60, shell("echo oh dear; exit 3")),
+        Job("slow", 0.5, shell(f"echo begun; {RECORDS}; sleep 600 & echo $! > {pid}; wait")),
+        Job("absent", 60, shell(f"echo no tool; exit {jobs.SKIPPED}")),
+        Job("needs a GPU", 60, shell("exit 4"), gpu=True),
+        Job("no such", 60, lambda file, seconds: ["/no/such/command"]),
+        Job("last", 60, shell("echo still here, $SECONDS_LEFT")),
     ]
-    outcomes, results = run_parts(fakes, tmp_path / "logs", have_gpu=False)
+    outcomes, results = run_jobs(fakes, tmp_path / "logs", have_gpu=False)
     states = {name: outcome["state"] for name, outcome in outcomes.items()}
     assert states == {
         "good": "passed", "bad": "failed", "slow": "out of time", "absent": "skipped", "needs a GPU": "skipped",
@@ -127,8 +127,8 @@ def test_gpu_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     record = {"size": [8, 4], "ours_n_ms": 5, "peer_n_ms": 8, "peer_3600_ms": 9}
     writes = f"""echo '{json.dumps({"results": {"images": [record]}})}' > $FILE"""
     monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
-    monkeypatch.setattr(gpu, "PARTS", [Part("tests", 60, shell("exit 1")), Part("images", 60, shell(writes))])
-    monkeypatch.setattr(gpu, "APART", [])
+    monkeypatch.setattr(gpu, "JOBS", [Job("tests", 60, shell("exit 1")), Job("images", 60, shell(writes))])
+    monkeypatch.setattr(gpu, "EXTRA_JOBS", [])
     folder = ["--json", str(tmp_path / "results")]
     capsys.readouterr()
     assert gpu.main(["images", *folder]) == 0
@@ -148,11 +148,13 @@ def test_gpu_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_the_limits_fit_eight_minutes() -> None:
-    assert sum(part.seconds for part in gpu.PARTS) <= 475
-    every = [*gpu.PARTS, *gpu.APART]
-    assert {part.name for part in gpu.PARTS} == {"build", "tests", "kernels", "train_step", "inference"}
-    assert {part.name for part in every} >= set(gpu.ALONE) | {"golden", "sanitizer", "images"}
-    assert max(gpu.ALONE.values()) <= 480 and all(part.seconds <= gpu.ALONE.get(part.name, 300) for part in every)
+    assert sum(part.seconds for part in gpu.JOBS) <= 475
+    every = [*gpu.JOBS, *gpu.EXTRA_JOBS]
+    assert {part.name for part in gpu.JOBS} == {"build", "tests", "kernels", "train_step", "inference"}
+    assert {part.name for part in every} >= set(gpu.NAMED_SECONDS) | {"golden", "sanitizer", "images"}
+    assert max(gpu.NAMED_SECONDS.values()) <= 480 and all(
+        part.seconds <= gpu.NAMED_SECONDS.get(part.name, 300) for part in every
+    )
     for part in every:
         assert part.command(Path("file.json"), 10.0)[0] == sys.executable
 
@@ -174,7 +176,7 @@ def tool(folder: Path, script: str) -> str:
 
 def test_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert sanitize.main([]) == parts.SKIPPED and "not on the PATH" in capsys.readouterr().out
+    assert sanitize.main([]) == jobs.SKIPPED and "not on the PATH" in capsys.readouterr().out
     monkeypatch.undo()
     only_run = 'while [ "$1" != "-m" ]; do last="$1"; shift; done; exec "$last" "$@"'
     monkeypatch.setenv("PATH", tool(tmp_path / "runs", only_run))

@@ -1,4 +1,4 @@
-"""What ``benchmarks/train_step.py`` times: our training step, and the same one as transformers makes it.
+"""The contenders of ``benchmarks/train_step.py``: our training step, and the same one by transformers.
 
 Both have bfloat16 weights (float32 on a CPU) with float32 masters and moments, train all that the language model
 reads, divide the summed loss by the labelled tokens of the step, and clip by the gradient's global norm.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.models import Transformers, random_model
 from phi4rv.batch import NO_LABEL, PackedBatch
 from phi4rv.config import Config
-from phi4rv.quantization.float8_linear import use_float8
+from phi4rv.quantization.float8_linear import convert_to_float8_training
 from train import recipe
 from train.distributed.ranks import Ranks
 from train.optimizers.adamw import EPS, AdamW
@@ -24,7 +24,7 @@ from train.trainer import train_step
 STAGE = recipe.stage(2, False, {})
 
 
-class Ours:
+class Phi4RVTrainer:
     """The trainer's step, with the kernels of one kind (``ops.KERNELS``); ``float8``: as with ``--linear fp8``."""
 
     def __init__(
@@ -32,7 +32,7 @@ class Ours:
     ):  # fmt: skip
         self.model = random_model(config, kernels, device, dtype)
         if float8:
-            use_float8(self.model)
+            convert_to_float8_training(self.model)
         self.optimizer = AdamW(set_trainable(self.model, STAGE), STAGE, self.model.ops)
 
     def step(self, rows: Sequence[PackedBatch]) -> float:
@@ -40,7 +40,7 @@ class Ours:
         return float(train_step(self.model, self.optimizer, rows, STAGE.lr, Ranks())["loss"])
 
 
-class Theirs(Transformers):
+class TransformersTrainer(Transformers):
     """``Transformers``, trained.
 
     Documents are kept apart by their position ids: by flash-attn's offsets, or by a mask for PyTorch's SDPA. ``how``:

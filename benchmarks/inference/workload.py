@@ -1,4 +1,4 @@
-"""Where and at what size inference is timed: the model of random weights, and prompts of a given length."""
+"""The workload on which inference is timed: a model with random weights, and prompts of a given length."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.inference.rows import Shapes
+from benchmarks.inference.roofline import Shapes
 from benchmarks.models import random_model
-from benchmarks.training.rows import grid
+from benchmarks.training.batches import grid
 from phi4rv.config import Config
 from phi4rv.model.phi4rv import Phi4RV
-from phi4rv.processing.chat_template import IMAGE_MARK
-from phi4rv.processing.images import PATCH
+from phi4rv.processing.chat_template import IMAGE_TOKEN
+from phi4rv.processing.images import PATCH_SIZE
 from phi4rv.processing.processor import Processor, Prompt
 from train.synthetic import tokenizer_corpus
 from train.synthetic.tiny_model import build_tiny_model
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where and at what size a side runs."""
+class Workload:
+    """Model size, device and shapes that a contender runs with."""
 
     config: Config
     device: torch.device
@@ -43,11 +43,11 @@ class Place:
     def rounds(self) -> int:
         return 3 if self.on_gpu else 1
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
 
-    def warm(self, run: Callable[[], Any]) -> None:
+    def warm_up(self, run: Callable[[], Any]) -> None:
         """Compiles, captures and fills caches; on a CPU there is nothing to warm."""
         if self.on_gpu:
             run()
@@ -73,18 +73,18 @@ def _processor(config: Config) -> Processor:
     return Processor(files, config)
 
 
-def question(place: Place, tokens: int, seed: int, image: bool = False) -> Prompt:
+def random_prompt(workload: Workload, tokens: int, seed: int, image: bool = False) -> Prompt:
     """A prompt of ``tokens`` tokens and, with ``image``, as many patches as the configuration allows, in front."""
-    processor = place.processor
+    processor = workload.processor
     vocabulary = processor.tokenizer.get_vocab(with_added_tokens=False)
     words = sorted(w.removeprefix("Ġ") for w in vocabulary if w.startswith("Ġ") and w[1:].isalpha() and w[1:].isascii())
     generator = torch.Generator().manual_seed(seed)
     chosen = [words[i] for i in torch.randint(len(words), (tokens,), generator=generator).tolist()]
-    pictures = [picture(place.config, generator)] if image else []
+    pictures = [noise_image(workload.config, generator)] if image else []
     grids = [processor.grid(*p.size) for p in pictures]
 
     def made(count: int) -> Prompt:
-        return Prompt(IMAGE_MARK * len(pictures) + "".join(f" {word}" for word in chosen[:count]), pictures)
+        return Prompt(IMAGE_TOKEN * len(pictures) + "".join(f" {word}" for word in chosen[:count]), pictures)
 
     def length(prompt: Prompt) -> int:
         return len(processor.tokens(prompt.messages(), grids)) - sum(map(math.prod, grids))
@@ -95,13 +95,13 @@ def question(place: Place, tokens: int, seed: int, image: bool = False) -> Promp
     return prompt
 
 
-def picture(config: Config, generator: torch.Generator) -> Image.Image:
+def noise_image(config: Config, generator: torch.Generator) -> Image.Image:
     """Noise of the size that gives most patches."""
     rows, columns = grid(config.max_num_patches)
-    pixels = torch.randint(256, (rows * PATCH, columns * PATCH, 3), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(256, (rows * PATCH_SIZE, columns * PATCH_SIZE, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 
-def patches_of(place: Place) -> int:
-    size = picture(place.config, torch.Generator()).size
-    return math.prod(place.processor.grid(*size))
+def patches_per_image(workload: Workload) -> int:
+    size = noise_image(workload.config, torch.Generator()).size
+    return math.prod(workload.processor.grid(*size))

@@ -17,16 +17,16 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "out" / "benchmarks"
-# What a command exits with that had nothing to run with (as in automake).
+# Exit status of a command that was skipped (as in automake).
 SKIPPED = 77
-# Ends a command that is told its limit before the limit does.
+# Share of its limit that a command is told to use.
 MARGIN = 0.9
 
 Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class Job:
     """``command(file, seconds)``: what to run; it may write its records to ``file``, as ``records.write`` does, and
     should end within ``seconds``. ``gpu``: there is nothing to run without one."""
 
@@ -36,33 +36,33 @@ class Part:
     gpu: bool = False
 
 
-def python(*arguments: str) -> list[str]:
+def python_module(*arguments: str) -> list[str]:
     """This Python, running a module."""
     return [sys.executable, "-m", *arguments]
 
 
-def run_parts(parts: Sequence[Part], logs: Path, have_gpu: bool) -> tuple[dict[str, Outcome], dict[str, Any]]:
-    """Outcomes by part, and results by benchmark. What the commands print goes to ``logs/<part>.log``."""
+def run_jobs(jobs: Sequence[Job], logs: Path, have_gpu: bool) -> tuple[dict[str, Outcome], dict[str, Any]]:
+    """Outcomes by job, and results by benchmark. What the commands print goes to ``logs/<job>.log``."""
     outcomes: dict[str, Outcome] = {}
     results: dict[str, Any] = {}
     logs.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        print(f"{part.name} (at most {part.seconds:.0f} s) ...", flush=True)
-        if part.gpu and not have_gpu:
+    for job in jobs:
+        print(f"{job.name} (at most {job.seconds:.0f} s) ...", flush=True)
+        if job.gpu and not have_gpu:
             outcome = {"state": "skipped", "exit": None, "seconds": 0.0, "last": "no CUDA device is here"}
         else:
-            outcome, found = run_part(part, logs)
+            outcome, found = run_job(job, logs)
             results |= found
-        outcomes[part.name] = outcome
-        print(f"{part.name}: {outcome['state']} after {outcome['seconds']:.1f} s. {outcome['last']}", flush=True)
+        outcomes[job.name] = outcome
+        print(f"{job.name}: {outcome['state']} after {outcome['seconds']:.1f} s. {outcome['last']}", flush=True)
         if outcome["state"] in ("failed", "out of time"):
-            print(_tail(logs / f"{part.name}.log", 40), flush=True)
+            print(_tail(logs / f"{job.name}.log", 40), flush=True)
     return outcomes, results
 
 
-def run_part(part: Part, logs: Path) -> tuple[Outcome, dict[str, Any]]:
-    """Runs one part; ends it and all that it started when its time is up."""
-    log, file = logs / f"{part.name}.log", logs / f"{part.name}.json"
+def run_job(job: Job, logs: Path) -> tuple[Outcome, dict[str, Any]]:
+    """Runs one job; ends it and all that it started when its time is up."""
+    log, file = logs / f"{job.name}.log", logs / f"{job.name}.json"
     for stale in (file, file.with_suffix(".png")):
         stale.unlink(missing_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -72,7 +72,7 @@ def run_part(part: Part, logs: Path) -> tuple[Outcome, dict[str, Any]]:
     with log.open("w") as out:
         try:
             process = subprocess.Popen(
-                part.command(file, part.seconds * MARGIN),
+                job.command(file, job.seconds * MARGIN),
                 cwd=ROOT,
                 env=env,
                 stdin=subprocess.DEVNULL,
@@ -83,18 +83,18 @@ def run_part(part: Part, logs: Path) -> tuple[Outcome, dict[str, Any]]:
         except OSError as error:
             return {"state": "failed", "exit": None, "seconds": 0.0, "last": str(error)}, {}
         try:
-            code: int | None = process.wait(part.seconds)
+            code: int | None = process.wait(job.seconds)
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            _end(process)
+            _kill_session(process)
     state = {0: "passed", SKIPPED: "skipped", None: "out of time"}.get(code, "failed")
     found = _results(file)
     last = "" if found else _tail(log, 1)  # a table's last line is only its legend
     return {"state": state, "exit": code, "seconds": round(time.monotonic() - begun, 1), "last": last}, found
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _kill_session(process: subprocess.Popen[bytes]) -> None:
     """Kills what is left of the command's session."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -116,7 +116,7 @@ def _tail(file: Path, lines: int) -> str:
 
 
 def summary(outcomes: dict[str, Outcome]) -> str:
-    """One line a part."""
+    """One line a job."""
     width = max(map(len, outcomes), default=0)
     return "\n".join(
         f"{name:{width}} {outcome['state']:11} {outcome['seconds']:6.1f} s  {outcome['last']}"[:138]
@@ -124,7 +124,7 @@ def summary(outcomes: dict[str, Outcome]) -> str:
     )
 
 
-def apart(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> tuple[Any, str | None]:
+def run_in_process(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> tuple[Any, str | None]:
     """``function(*arguments)`` in a new process: (result, None), or (None, why there is none)."""
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
@@ -141,8 +141,8 @@ def apart(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: flo
         process.join()
 
 
-def here(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> tuple[Any, str | None]:
-    """As ``apart``, but in this process and without a limit: where nothing hangs, and memory is not short."""
+def run_inline(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> tuple[Any, str | None]:
+    """As ``run_in_process``, but in this process and without a limit: where nothing hangs, and memory is not short."""
     return function(*arguments), None
 
 

@@ -7,10 +7,10 @@ from itertools import islice
 
 import torch
 
-from benchmarks.data.mixture import FRAME, Lengths, mixture
+from benchmarks.data.mixture import TEMPLATE_TOKENS, SampleLengths, mixture
 from phi4rv.batch import NO_LABEL, PackedBatch, Sample, pack
 from phi4rv.config import Config
-from phi4rv.processing.images import PATCH_INPUTS
+from phi4rv.processing.images import PATCH_DIM
 from train.data.flops import flops
 from train.data.packing import pack_sequences
 from train.recipe import PARTS
@@ -19,7 +19,7 @@ TOKENS = 8192  # of a row at full size
 CASES = ("text", "images")
 
 
-def make_rows(case: str, config: Config, tokens: int, rows: int) -> list[PackedBatch]:
+def make_batches(case: str, config: Config, tokens: int, rows: int) -> list[PackedBatch]:
     """Packed rows of at most ``tokens``, of documents as long as the mixture's, in proportion to 8192."""
     generator = torch.Generator().manual_seed(0)
     shrunk = (_shrink(lengths, tokens / TOKENS) for lengths in mixture())
@@ -27,15 +27,15 @@ def make_rows(case: str, config: Config, tokens: int, rows: int) -> list[PackedB
     return [pack([_sample(s, case, config, generator) for s in group]) for group in islice(groups, rows)]
 
 
-def _shrink(s: Lengths, scale: float) -> Lengths:
+def _shrink(s: SampleLengths, scale: float) -> SampleLengths:
     """The sample at another scale. ``length`` counts what ``grid`` leaves of its patches."""
     frame = s.length - sum(s.patches) - s.labelled
     patches = tuple(max(1, int(n * scale)) for n in s.patches)
     labelled = max(1, int(s.labelled * scale))
-    return Lengths(max(1, int(frame * scale)) + _placed(patches) + labelled, patches, labelled, s.thinking)
+    return SampleLengths(max(1, int(frame * scale)) + _num_patches(patches) + labelled, patches, labelled, s.thinking)
 
 
-def _placed(patches: tuple[int, ...]) -> int:
+def _num_patches(patches: tuple[int, ...]) -> int:
     return sum(math.prod(grid(n)) for n in patches)
 
 
@@ -45,23 +45,23 @@ def grid(patches: int) -> tuple[int, int]:
     return rows, patches // rows
 
 
-def _sample(s: Lengths, case: str, config: Config, generator: torch.Generator) -> Sample:
+def _sample(s: SampleLengths, case: str, config: Config, generator: torch.Generator) -> Sample:
     ids = torch.randint(config.vocab_size, (s.length,), generator=generator)
     labels = torch.full_like(ids, NO_LABEL)
     labels[-s.labelled :] = ids[-s.labelled :]
     patches = s.patches if case == "images" else ()
-    placed = _placed(patches)
+    placed = _num_patches(patches)
     return Sample(
         ids,
         labels,
-        torch.randn(placed, PATCH_INPUTS, generator=generator),
+        torch.randn(placed, PATCH_DIM, generator=generator),
         torch.tensor([grid(n) for n in patches], dtype=torch.int32).reshape(-1, 2),
-        torch.arange(placed) + min(FRAME, s.length - placed - s.labelled),
+        torch.arange(placed) + min(TEMPLATE_TOKENS, s.length - placed - s.labelled),
         s.thinking,
     )
 
 
-def counted(config: Config, rows: list[PackedBatch]) -> dict[str, float]:
+def count_work(config: Config, rows: list[PackedBatch]) -> dict[str, float]:
     """What a step holds; counted as ``train/trainer.py`` counts it."""
     lengths = [n for row in rows for n in row.cu_seqlens.diff().tolist()]
     patches = [n for row in rows for n in row.cu_patches.diff().tolist()]
