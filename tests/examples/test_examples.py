@@ -23,6 +23,16 @@ def test_every_example_is_listed() -> None:
     assert sorted(listed) == sorted(path.name for path in folder.glob("*.py"))
 
 
+def test_the_page_shows_the_kernel_as_it_is() -> None:
+    """The parts of custom_kernel.py that docs/kernels.md walks through."""
+    source = "\n".join(map(str.strip, (small.ROOT / "examples" / "custom_kernel.py").read_text().splitlines()))
+    page = (small.ROOT / "docs" / "kernels.md").read_text()
+    parts = re.findall(r"<!-- not run: a part of examples/custom_kernel\.py -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert len(parts) >= 8
+    for part in parts:
+        assert "\n".join(map(str.strip, part.splitlines())) in source, part
+
+
 def test_finetuning_lowers_the_loss_and_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finetune_30_records.main(["--output", str(tmp_path), "--max-steps", "10"])
     told = capsys.readouterr().out
