@@ -56,7 +56,7 @@ def answers(
         for event in engine.step():
             if made := event.generation:
                 told = {"thinking": made.thinking, "text": made.text, "finish_reason": made.finish_reason}
-                done[event.request] = told
+                done[event.request_id] = told
         while order and order[0][1] in done:
             record, number = order.popleft()
             yield {"id": record["id"], **done.pop(number)}
