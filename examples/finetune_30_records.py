@@ -2,7 +2,8 @@
 
     python -m examples.finetune_30_records [--checkpoint DIR] [--output DIR] [--max-steps N]
 
-Without a checkpoint it takes a tiny one of random weights: seconds on a CPU. What is given to `train.main` below are
+Without a checkpoint it takes a tiny one of random weights: seconds on a CPU, in which it learns how to answer and
+hardly to look; that takes a model that sees already. What is given to `train.main` below are
 options of its command line.
 """
 
