@@ -43,7 +43,7 @@ class Constraint:
         try:
             from llguidance import LLMatcher, LLParserLimits, regex_to_lark
         except ModuleNotFoundError:
-            raise UserError(f"{self._option} needs llguidance: pip install 'phi4rv[constrained]'") from None
+            raise UserError(f"{self._option} needs llguidance: pip install llguidance") from None
         self._ends = sorted(ends)
         tokenizer, self._plain = _vocabulary(processor, tuple(self._ends))
         try:
