@@ -1,6 +1,6 @@
 """Builds the CUDA kernels of csrc/ into the package where that is possible; all else is in pyproject.toml.
 
-``pip install .`` builds them where nvcc and an installed torch are found, isolated or not (csrc/build.py, torch_folder).
+``pip install .`` builds them where it finds nvcc and an installed torch, isolated or not (csrc/build.py, torch_folder).
 torch is no build requirement: an isolated build would download gigabytes of one that nobody runs. Without either the
 wheel is pure Python, and phi4rv/lib/csrc.txt in it says why: pip shows nothing of a build that succeeds but the wheel's
 name, ``…-py3-none-any.whl``, so `python -m phi4rv --version` and the error of ``--kernels cuda`` tell it.
@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # an isolated build brings its own
+    sys.exit(f"error: setuptools {setuptools.__version__} is too old to build with: pip install 'setuptools>=77' ninja")
+
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py

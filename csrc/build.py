@@ -133,7 +133,7 @@ def why_not() -> str | None:
         return "no nvcc (CUDA_HOME names the CUDA toolkit)"
     torch = torch_folder()
     if torch is None:
-        return "no torch that the build can see (install it, and do not isolate the build)"
+        return "no torch that the build can see (an isolated one sees it under pip alone)"
     version = re.search(r"^__version__ = '((\d+)\.(\d+)[^']*)'", (torch / "version.py").read_text(), re.M)
     if version and (int(version[2]), int(version[3])) < OLDEST_TORCH:
         return f"no newer torch than {version[1]} (it takes 2.11)"
