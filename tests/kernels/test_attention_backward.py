@@ -258,7 +258,7 @@ def test_same_bits_whenever_asynchronous_work_is_done() -> None:
     if torch.cuda.is_available():
         pytest.skip("of the emulator")
     code = (
-        "import torch; from tests.kernels import test_attention_backward as t; from phi4rv import cuda\n"
+        "import torch; from tests.kernels import test_attention_backward as t; from phi4rv.ops import cuda\n"
         "cuda.load(); torch.manual_seed(0)\n"
         "for D, causal in ((72, True), (128, False)):\n"
         "    given = t.arguments(('cpu', torch.bfloat16), [300, 0, 70], 2, 1, D, causal)\n"

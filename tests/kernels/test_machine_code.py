@@ -36,7 +36,7 @@ def test_no_spills(compiled: Path) -> None:
 def test_loads_without_a_gpu(compiled: Path) -> None:
     """The compiled library registers its operators and checks arguments where PyTorch has no CUDA."""
     code = (
-        "import torch; from phi4rv import cuda; cuda.load(); x = torch.zeros(1, 64, dtype=torch.bfloat16)\n"
+        "import torch; from phi4rv.ops import cuda; cuda.load(); x = torch.zeros(1, 64, dtype=torch.bfloat16)\n"
         "try: cuda.decode_gemv(x, torch.zeros(8, 64, dtype=torch.bfloat16))\n"
         "except RuntimeError as error: print(error)"
     )
