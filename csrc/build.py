@@ -3,7 +3,8 @@ phi4rv/lib/phi4rv_emulated.so with g++, the same kernels for a CPU (csrc/emulato
 
 The library is built against PyTorch's stable ABI of 2.10 and links libtorch_cpu alone: one file serves every later
 PyTorch and every Python, and it loads where there is no GPU. PHI4RV_CUDA_ARCHS names the architectures (``90a``;
-several separated by semicolons), CUDA_HOME the toolkit.
+several separated by semicolons), CUDA_HOME the toolkit. phi4rv/lib/csrc.txt, which is packed with the library, says in
+one line what was built; in a wheel without the library, why not.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc"
 LIBRARY = ROOT / "phi4rv" / "lib" / "phi4rv_cuda.so"
 EMULATED = LIBRARY.with_name("phi4rv_emulated.so")
+RECORD = LIBRARY.with_name("csrc.txt")  # read by phi4rv/ops/cuda.py
+OLDEST_TORCH = (2, 11)
 STABLE_ABI = "-DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000"
 # No _FORTIFY_SOURCE: it takes a jump to another fiber's stack for an error.
 EMULATE = "-std=c++20 -O2 -march=native -fPIC -fvisibility=hidden -U_FORTIFY_SOURCE -Wno-psabi -DPHI4RV_EMULATED"
@@ -79,10 +83,29 @@ def headers(compiler: Path) -> Path:
     return found[0]
 
 
-def ninja_file(compiler: Path, build: Path, emulated: bool) -> str:
+def torch_folder() -> Path | None:
+    """Where the installed torch lies, with its headers; None without one. Importing it would take seconds.
+
+    pip hides what is installed from an isolated build by PYTHONPATH alone, and its interpreter is that of the
+    environment that it installs into: the same interpreter without PYTHON* variables (-E) and without the current
+    folder (-P) sees the torch that the package will run with. Where the isolated interpreter is another one
+    (``python -m build``, uv) there is no torch to be seen, and the build must not be isolated.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec and spec.origin:
+        return Path(spec.origin).parent
+    code = "from importlib.util import find_spec; spec = find_spec('torch'); print(spec.origin if spec else '')"
+    run = subprocess.run([sys.executable, "-EP", "-c", code], capture_output=True, text=True)
+    return Path(run.stdout.strip()).parent if run.stdout.strip() else None
+
+
+def architectures() -> list[str]:
+    """What PHI4RV_CUDA_ARCHS asks for, as nvcc names them without ``sm_``."""
+    return os.environ.get("PHI4RV_CUDA_ARCHS", "90a").split(";")
+
+
+def ninja_file(compiler: Path, torch: Path, build: Path, emulated: bool) -> str:
     """The build's rules and edges: each source alone, so that a change compiles one file."""
-    # Found, not imported: importing torch takes seconds.
-    torch = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
     sources = sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")])
     if emulated:
         sources += sorted((SOURCES / "emulator").glob("*.cpp"))
@@ -95,8 +118,7 @@ def ninja_file(compiler: Path, build: Path, emulated: bool) -> str:
             torch=torch,
         )
     else:
-        archs = os.environ.get("PHI4RV_CUDA_ARCHS", "90a").split(";")
-        flags = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
+        flags = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures())
         text = RULES.format(build=build, nvcc=compiler, archs=flags, abi=STABLE_ABI, torch=torch)
     objects = []
     for source in sources:
@@ -105,25 +127,47 @@ def ninja_file(compiler: Path, build: Path, emulated: bool) -> str:
     return text + f"build {EMULATED if emulated else LIBRARY}: link {' '.join(map(str, objects))}\n"
 
 
+def why_not() -> str | None:
+    """What there is not to build with, in one line; None where all is."""
+    if nvcc() is None:
+        return "no nvcc (CUDA_HOME names the CUDA toolkit)"
+    torch = torch_folder()
+    if torch is None:
+        return "no torch that the build can see (an isolated one sees it under pip alone)"
+    version = re.search(r"^__version__ = '((\d+)\.(\d+)[^']*)'", (torch / "version.py").read_text(), re.M)
+    if version and (int(version[2]), int(version[3])) < OLDEST_TORCH:
+        return f"no newer torch than {version[1]} (it takes 2.11)"
+    if importlib.util.find_spec("ninja") is None:
+        return "no ninja (pip install ninja)"
+    return None
+
+
 def build(emulated: bool = False) -> str | None:
     """Builds what changed. Returns why nothing was built, in one line, where a tool is missing.
 
     The emulated library needs CUDA's headers, so it too is built only where nvcc is.
     """
-    compiler = nvcc()
-    if compiler is None:
-        return "no nvcc: csrc/ is not built, the CUDA kernels are left out"
-    for module in ("torch", "ninja"):
-        if importlib.util.find_spec(module) is None:
-            return f"no {module} to build with: csrc/ is not built (install it, then `python csrc/build.py`)"
+    if reason := why_not():
+        return f"csrc/ is not built, its CUDA kernels are left out: {reason}"
+    compiler, torch = nvcc(), torch_folder()
+    assert compiler is not None and torch is not None
     folder = ROOT / "build" / ("emulated" if emulated else "csrc")
     folder.mkdir(parents=True, exist_ok=True)
     LIBRARY.parent.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:  # test workers build side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "build.ninja").write_text(ninja_file(compiler, folder, emulated))
+        (folder / "build.ninja").write_text(ninja_file(compiler, torch, folder, emulated))
         subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-f", str(folder / "build.ninja")], check=True)
+        if not emulated:
+            RECORD.write_text(f"built for {' '.join(f'sm_{a}' for a in architectures())} by {release(compiler)}\n")
     return None
+
+
+def release(compiler: Path) -> str:
+    """``CUDA 13.0``, as the compiler says."""
+    told = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", told)
+    return f"CUDA {found[1]}" if found else "nvcc of an unknown release"
 
 
 if __name__ == "__main__":

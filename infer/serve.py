@@ -119,9 +119,9 @@ def allow_many_connections() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    missing = [name for name in ("aiohttp", "prometheus_client") if find_spec(name) is None]
+    missing = [name for name in ("aiohttp", "prometheus-client") if find_spec(name.replace("-", "_")) is None]
     if missing:
-        raise UserError(f"infer.serve needs {' and '.join(missing)}: pip install 'phi4rv[serve]'")
+        raise UserError(f"infer.serve needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     from infer.server.routes import App, ServerLimits
 
     engine_config = engine_config_of(args)

@@ -43,7 +43,7 @@ class Grammar:
         try:
             from llguidance import LLMatcher, LLParserLimits, regex_to_lark
         except ModuleNotFoundError:
-            raise UserError(f"{self._option} needs llguidance: pip install 'phi4rv[constrained]'") from None
+            raise UserError(f"{self._option} needs llguidance: pip install llguidance") from None
         self._stop_token_ids = sorted(stop_token_ids)
         tokenizer, self._text_tokens = _vocabulary(processor, tuple(self._stop_token_ids))
         try:

@@ -29,10 +29,21 @@ def library_path() -> Path:
     return Path(__file__).parents[1] / "lib" / ("phi4rv_emulated.so" if emulated() else "phi4rv_cuda.so")
 
 
+def build_record() -> str:
+    """What was built of csrc/, or why it was not, in one line: as csrc/build.py or the wheel's build left it."""
+    record = library_path().with_name("csrc.txt")
+    recorded = record.read_text(encoding="utf-8").strip() if record.exists() else ""
+    if library_path().exists():
+        return "built, emulated for a CPU" if emulated() else recorded or "built (for what, is not recorded)"
+    if recorded.startswith("not built") and not emulated():
+        return recorded
+    return f"not built: `python csrc/build.py{' --emulated' * emulated()}` builds it where nvcc is found"
+
+
 def unavailable_reason(device: torch.device) -> str | None:
     """Why the kernels do not run on this device, or None."""
     if not library_path().exists():
-        return f"csrc/ is not built: `python csrc/build.py{' --emulated' * emulated()}` builds it where nvcc is found"
+        return f"csrc/ is {build_record()}"
     if emulated():
         return None if device.type == "cpu" else f"{EMULATE}=1 runs the CUDA kernels on a CPU"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):

@@ -46,7 +46,7 @@ class Implementation:
 
 def _triton_unavailable(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+        return "triton is not installed (pip install triton)"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "triton needs a CUDA device (or TRITON_INTERPRET=1, which interprets its kernels, slowly)"
     return None

@@ -224,8 +224,8 @@ def test_a_token_that_is_not_allowed_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("params", [SamplingParams(regex="a"), SamplingParams(json_schema={})])
-def test_without_llguidance_the_extra_is_named(params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llguidance_its_install_is_named(params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     option = "--regex" if params.regex else "--json-schema"
-    with pytest.raises(UserError, match=rf"^{option} needs llguidance: pip install 'phi4rv\[constrained\]'$"):
+    with pytest.raises(UserError, match=rf"^{option} needs llguidance: pip install llguidance$"):
         Grammar(PROCESSOR, params, ENDS)

@@ -118,7 +118,7 @@ def test_what_is_wrong_with_the_command_is_one_line(
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "aiohttp" else name)
     assert serve.main(["--checkpoint", str(checkpoint)]) == 2
-    assert capsys.readouterr().err == "error: infer.serve needs aiohttp: pip install 'phi4rv[serve]'\n"
+    assert capsys.readouterr().err == "error: infer.serve needs aiohttp: pip install aiohttp\n"
 
 
 def test_it_listens_on_localhost_and_takes_a_key_of_the_environment(
