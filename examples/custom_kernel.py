@@ -25,13 +25,13 @@ from benchmarks.kernels.case import Case
 from benchmarks.kernels.timing import milliseconds
 from phi4rv.ops.registry import IMPLEMENTATIONS, Implementation, Operations
 from tests.kernels import offline
-from tests.kernels.check import draw, parity
-from triton_kernels.common.launch import require_float
-from triton_kernels.common.tuning import Space, candidates
+from tests.kernels.check import draw, check_parity
+from triton_kernels.common.launch import check_float
+from triton_kernels.common.tuning import SearchSpace, make_configs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FORWARD = Space("squared_relu.forward", {"flat": candidates(("BLOCK", "num_warps"), (1024, 4), (4096, 8))})
-BACKWARD = Space("squared_relu.backward", {"flat": candidates(("BLOCK", "num_warps"), (1024, 4), (2048, 8))})
+FORWARD = SearchSpace("squared_relu.forward", {"flat": make_configs(("BLOCK", "num_warps"), (1024, 4), (4096, 8))})
+BACKWARD = SearchSpace("squared_relu.backward", {"flat": make_configs(("BLOCK", "num_warps"), (1024, 4), (2048, 8))})
 
 
 def definition(x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _backward(dout, x, dx, n, BLOCK: tl.constexpr):
     tl.store(dx + at, (2 * d * tl.where(value < 0, 0.0, value)).to(dx.dtype.element_ty), mask=at < n)
 
 
-def launch(kernel: Any, space: Space, *inputs: Tensor) -> Tensor:
+def launch(kernel: Any, space: SearchSpace, *inputs: Tensor) -> Tensor:
     out = torch.empty_like(inputs[-1], memory_format=torch.contiguous_format)
     if out.numel():
         config = space.pick("flat", out.device)
@@ -68,7 +68,7 @@ def launch(kernel: Any, space: Space, *inputs: Tensor) -> Tensor:
 @torch.library.custom_op("phi4rv_example::squared_relu", mutates_args=())
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)² of each element, contiguous; float32, float16 or bfloat16, else ValueError."""
-    require_float(x, "squared_relu: x")
+    check_float(x, "squared_relu: x")
     return launch(_forward, FORWARD, x)
 
 
@@ -92,8 +92,8 @@ def check() -> None:
             for config in space.cases["flat"]:
                 with space.forced(config):
                     for size in (0, 1, 2, 1023, 1024, 1025, 5000):
-                        parity(squared_relu, definition, (draw((DEVICE, dtype), size),))
-        parity(squared_relu, definition, (draw((DEVICE, dtype), 9, 96).detach()[:, 16:80].T.requires_grad_(),))
+                        check_parity(squared_relu, definition, (draw((DEVICE, dtype), size),))
+        check_parity(squared_relu, definition, (draw((DEVICE, dtype), 9, 96).detach()[:, 16:80].T.requires_grad_(),))
     torch.library.opcheck(squared_relu, (draw((DEVICE, torch.float32), 5, 64),))
 
 
@@ -120,7 +120,7 @@ def main() -> None:
     kinds = {"triton": Implementation(__name__, "squared_relu"), "torch": Implementation(__name__, "definition")}
     IMPLEMENTATIONS["squared_relu"] = kinds
     ops: Any = Operations("torch,squared_relu=triton", DEVICE)
-    print(f"squared_relu is right on {DEVICE}, and runs as {ops.chosen['squared_relu']}")
+    print(f"squared_relu is right on {DEVICE}, and runs as {ops.backends['squared_relu']}")
     if DEVICE == "cuda":
         x = torch.randn(16384, 5120, device=DEVICE, dtype=torch.bfloat16)
         ms = milliseconds({"torch": lambda i: definition(x), "triton": lambda i: ops.squared_relu(x)})

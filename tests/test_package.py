@@ -181,16 +181,16 @@ def test_modules_of_an_older_tree_are_not_packed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_record_tells_why_the_kernels_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cuda, "library", lambda: tmp_path / "phi4rv_cuda.so")
+    monkeypatch.setattr(cuda, "library_path", lambda: tmp_path / "phi4rv_cuda.so")
     monkeypatch.setenv(cuda.EMULATE, "0")
     device = torch.device("cpu")
-    assert cuda.why_not(device) == "csrc/ is not built: `python csrc/build.py` builds it where nvcc is found"
+    assert cuda.unavailable_reason(device) == "csrc/ is not built: `python csrc/build.py` builds it where nvcc is found"
     (tmp_path / "csrc.txt").write_text("not built: no nvcc\n")
-    assert cuda.why_not(device) == "csrc/ is not built: no nvcc"
+    assert cuda.unavailable_reason(device) == "csrc/ is not built: no nvcc"
     (tmp_path / "phi4rv_cuda.so").touch()
     (tmp_path / "csrc.txt").write_text("built for sm_90a by CUDA 13.0\n")
     assert cuda.build_record() == "built for sm_90a by CUDA 13.0"
-    assert cuda.why_not(device) == "the CUDA kernels need a Hopper GPU (sm_90)"
+    assert cuda.unavailable_reason(device) == "the CUDA kernels need a Hopper GPU (sm_90)"
 
 
 def test_what_is_missing_to_build_with_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ class Row:
     """One figure. ``what`` names it from commit to commit: no two rows of a benchmark share it.
 
     value, peer_value: the figure and that of the best ``peer``, in ``unit``; None where there is none, for ``reason``.
-    share: of ``ceiling``, a rate measured in the same run. goal: as text; verdict:
-    met, missed, not measured, or None without a goal. noise: width of the middle half of the repetitions over their
-    median. tiny: at shapes that only show that everything runs. headline: one of the few rows of the short table.
+    share: of ``ceiling``, a rate measured in the same run. goal: as text; verdict: met, missed, not measured, or None
+    without a goal. noise: width of the middle half of the repetitions over their median. tiny: at shapes that only show
+    that everything runs. headline: one of the few rows that docs/measurements.md shows.
     """
 
     benchmark: str
