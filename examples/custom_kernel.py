@@ -25,7 +25,7 @@ from benchmarks.kernels.case import Case
 from benchmarks.kernels.timing import milliseconds
 from phi4rv.ops.registry import IMPLEMENTATIONS, Implementation, Operations
 from tests.kernels import offline
-from tests.kernels.check import draw, check_parity
+from tests.kernels.check import check_parity, draw
 from triton_kernels.common.launch import check_float
 from triton_kernels.common.tuning import SearchSpace, make_configs
 
