@@ -22,7 +22,7 @@ from setuptools.command.build_py import build_py
 sys.path.insert(0, str(Path(__file__).parent))
 from csrc import build
 
-REASON = build.why_not()  # why the kernels are left out; None where they are built
+REASON = build.unavailable_reason()  # why the kernels are left out; None where they are built
 
 
 class Distribution(setuptools.Distribution):

@@ -127,7 +127,7 @@ def ninja_file(compiler: Path, torch: Path, build: Path, emulated: bool) -> str:
     return text + f"build {EMULATED if emulated else LIBRARY}: link {' '.join(map(str, objects))}\n"
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """What there is not to build with, in one line; None where all is."""
     if nvcc() is None:
         return "no nvcc (CUDA_HOME names the CUDA toolkit)"
@@ -147,7 +147,7 @@ def build(emulated: bool = False) -> str | None:
 
     The emulated library needs CUDA's headers, so it too is built only where nvcc is.
     """
-    if reason := why_not():
+    if reason := unavailable_reason():
         return f"csrc/ is not built, its CUDA kernels are left out: {reason}"
     compiler, torch = nvcc(), torch_folder()
     assert compiler is not None and torch is not None

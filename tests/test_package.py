@@ -126,7 +126,7 @@ def distribution(monkeypatch: pytest.MonkeyPatch, reason: str | None, **metadata
     """A package of setup.py's kind, where csrc/ cannot be built for this reason; None where it can."""
     given: dict[str, Any] = {}
     monkeypatch.setattr(sys, "path", sys.path[:])  # setup.py adds to it
-    monkeypatch.setattr(build, "why_not", lambda: reason)
+    monkeypatch.setattr(build, "unavailable_reason", lambda: reason)
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
     runpy.run_path(str(ROOT / "setup.py"))
     made: setuptools.Distribution = given["distclass"](
@@ -181,30 +181,30 @@ def test_modules_of_an_older_tree_are_not_packed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_record_tells_why_the_kernels_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cuda, "library", lambda: tmp_path / "phi4rv_cuda.so")
+    monkeypatch.setattr(cuda, "library_path", lambda: tmp_path / "phi4rv_cuda.so")
     monkeypatch.setenv(cuda.EMULATE, "0")
     device = torch.device("cpu")
-    assert cuda.why_not(device) == "csrc/ is not built: `python csrc/build.py` builds it where nvcc is found"
+    assert cuda.unavailable_reason(device) == "csrc/ is not built: `python csrc/build.py` builds it where nvcc is found"
     (tmp_path / "csrc.txt").write_text("not built: no nvcc\n")
-    assert cuda.why_not(device) == "csrc/ is not built: no nvcc"
+    assert cuda.unavailable_reason(device) == "csrc/ is not built: no nvcc"
     (tmp_path / "phi4rv_cuda.so").touch()
     (tmp_path / "csrc.txt").write_text("built for sm_90a by CUDA 13.0\n")
     assert cuda.build_record() == "built for sm_90a by CUDA 13.0"
-    assert cuda.why_not(device) == "the CUDA kernels need a Hopper GPU (sm_90)"
+    assert cuda.unavailable_reason(device) == "the CUDA kernels need a Hopper GPU (sm_90)"
 
 
 def test_what_is_missing_to_build_with_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert str(build.why_not()).startswith("no nvcc")
+    assert str(build.unavailable_reason()).startswith("no nvcc")
     monkeypatch.setattr(build, "nvcc", lambda: tmp_path / "nvcc")
     monkeypatch.setattr(build, "torch_folder", lambda: None)
-    assert str(build.why_not()).startswith("no torch")
+    assert str(build.unavailable_reason()).startswith("no torch")
     monkeypatch.setattr(build, "torch_folder", lambda: tmp_path)
     for number, what in (("2.10.1+cu128", "no newer torch than 2.10.1+cu128 (it takes 2.11)"), ("2.11.0", None)):
         (tmp_path / "version.py").write_text(f"from x import y\n__version__ = '{number}'\n")
-        assert build.why_not() == what
+        assert build.unavailable_reason() == what
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert str(build.why_not()).startswith("no ninja")
+    assert str(build.unavailable_reason()).startswith("no ninja")
 
 
 def test_torch_is_seen_from_an_isolated_build(tmp_path: Path) -> None:
