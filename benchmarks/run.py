@@ -7,7 +7,6 @@ there earlier stays.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import shutil
 import sys
@@ -19,20 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.jobs import LOGS, Job, Outcome, python_module, run_jobs, summary
+from benchmarks.report.benchmarks import table_rows
 from benchmarks.report.result_files import environment, file_for, write_results
-from benchmarks.report.rows import Row, table
-
-# Each module has table_rows(records) and a command line; no job calls those of the last two.
-MODULES = {
-    "images": "benchmarks.images",
-    "data": "benchmarks.data.loading_and_packing",
-    "saving": "benchmarks.saving",
-    "kernels": "benchmarks.kernels.__main__",
-    "train_step": "benchmarks.train_step",
-    "inference": "benchmarks.inference.command",
-    "loading": "benchmarks.loading",
-    "server_load": "benchmarks.server_load",
-}
+from benchmarks.report.rows import table
 
 
 def _kernels(file: Path, seconds: float) -> list[str]:
@@ -72,14 +60,6 @@ def run_and_report(jobs: Sequence[Job], folder: Path | None) -> int:
         print(f"written: {file}; python -m benchmarks.report takes it up")
     print(f"\n{table(table_rows(results))}\n\n{summary(outcomes)}\nin full: {LOGS}")
     return 1 if any(outcome["state"] in ("failed", "out of time") for outcome in outcomes.values()) else 0
-
-
-def table_rows(results: dict[str, Any]) -> list[Row]:
-    """Of the records of each benchmark, in the order of MODULES. ValueError if there is no such benchmark."""
-    if unknown := sorted(set(results) - set(MODULES)):
-        raise ValueError(f"no benchmark {', '.join(unknown)}; there are {', '.join(MODULES)}")
-    modules = {name: importlib.import_module(module) for name, module in MODULES.items() if name in results}
-    return [row for name, module in modules.items() for row in module.table_rows(results[name])]
 
 
 def merge(file: Path, about: dict[str, str], outcomes: dict[str, Outcome], results: dict[str, Any]) -> dict[str, Any]:

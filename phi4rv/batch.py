@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from phi4rv.ops.reference import NO_LABEL
 
-if TYPE_CHECKING:
-    from phi4rv.model.decoder import AttentionFn
+# attention_fn(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D). Training packs documents, the engine keeps a
+# KV cache: which keys a row attends to is up to the caller, so the decoder knows of neither.
+AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.jobs import ROOT
+from benchmarks.report.benchmarks import MODULES, table_rows
 from benchmarks.report.charts import draw_history, draw_newest
 from benchmarks.report.result_files import FOLDER
 from benchmarks.report.rows import HEADERS, Row, cells, figure, markdown
-from benchmarks.run import MODULES, table_rows
 from phi4rv.command_line import Parser, exit_status
 from phi4rv.errors import UserError
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi4rv.model.decoder import AttentionFn, Decoder
+from phi4rv.batch import AttentionFn
+from phi4rv.model.decoder import Decoder
 from phi4rv.ops import cuda
 from phi4rv.ops.low_precision import QuantizedWeight
 from phi4rv.ops.reference import rope_table

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from infer.engine.config import EngineConfig
+from phi4rv.batch import AttentionFn
 from phi4rv.config import Config
 from phi4rv.errors import UserError
-from phi4rv.model.decoder import AttentionFn
 from phi4rv.ops.low_precision import FP8_MAX
 from phi4rv.ops.registry import Operations
 

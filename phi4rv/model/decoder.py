@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
+from phi4rv.batch import AttentionFn
 from phi4rv.config import Config
 from phi4rv.model.activation_checkpointing import CheckpointFn, no_checkpointing
 from phi4rv.ops.reference import rope_table
 from phi4rv.ops.registry import Operations
-
-# attention_fn(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D). Training packs documents, the engine keeps a
-# KV cache: which keys a row attends to is up to the caller, so the decoder knows of neither.
-AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Decoder(nn.Module):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from phi4rv.batch import PackedBatch
+from phi4rv.batch import AttentionFn, PackedBatch
 from phi4rv.config import Config
 from phi4rv.model.activation_checkpointing import CHECKPOINT_FNS, full_checkpointing, no_checkpointing
-from phi4rv.model.decoder import AttentionFn, Decoder, packed_attention_fn
+from phi4rv.model.decoder import Decoder, packed_attention_fn
 from phi4rv.model.projector import Projector
 from phi4rv.model.vision import VisionTower
 from phi4rv.ops.reference import NO_LABEL

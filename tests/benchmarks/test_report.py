@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import kernels, loading, run, server_load, train_step
+from benchmarks import kernels, loading, server_load, train_step
 from benchmarks.inference.table import PEERS as INFERENCE_PEERS
 from benchmarks.kernels.report import table_rows as kernel_rows
 from benchmarks.report import results
+from benchmarks.report.benchmarks import MODULES
 from benchmarks.report.peers import PEERS, peer_versions
 from benchmarks.report.result_files import FOLDER
 from benchmarks.report.results import MARKS, PAGE, Point, Result, latest, read_all, regression
@@ -201,8 +202,8 @@ def test_every_peer_has_a_version_and_settings() -> None:
 
 
 def test_every_benchmark_gives_rows() -> None:
-    for name in run.MODULES:
-        assert callable(importlib.import_module(run.MODULES[name]).table_rows), name
+    for name in MODULES:
+        assert callable(importlib.import_module(MODULES[name]).table_rows), name
 
 
 def test_rows_of_loading_and_of_the_server() -> None:

@@ -24,10 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from phi4rv.batch import PackedBatch
+from phi4rv.batch import AttentionFn, PackedBatch
 from phi4rv.config import Config
 from phi4rv.errors import UserError
-from phi4rv.model.decoder import AttentionFn
 from train.distributed.ranks import TIMEOUT, Ranks
 
 
