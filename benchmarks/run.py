@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.options import only_option
 from benchmarks.parts import LOGS, Outcome, Part, python, run_parts, summary
 from benchmarks.report.result_files import environment, file_for, write
 from benchmarks.report.rows import Row, table
+from phi4rv.command_line import JSON, Parser, exit_status
 
 # Each module has rows(records), and a command line; the last two's no part calls.
 MODULES = {
@@ -98,13 +100,20 @@ def chosen(parts: Sequence[Part], names: Sequence[str], seconds: float | None = 
     return [replace(part, seconds=seconds or part.seconds) for part in parts if not names or part.name in names]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Every benchmark, beside its peers.")
-    names = [part.name for part in PARTS]
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=names, help="these benchmarks")
-    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write FOLDER/<device>/<date>-<commit>.json")
-    args = parser.parse_args()
-    return drive(chosen(PARTS, args.only), args.json)
+def make_parser() -> Parser:
+    parser = Parser("benchmarks.run", "Runs every benchmark, beside its peers.")
+    only_option(parser.add, [part.name for part in PARTS], "benchmarks")
+    results = f"{JSON}; written to FOLDER/<device>/<date>-<commit>.json"
+    parser.add("--json", kind=Path, metavar="FOLDER", help=results, unset="not written")
+    return parser
+
+
+def command(args: argparse.Namespace) -> int:
+    return drive(chosen(PARTS, args.only or []), args.json)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

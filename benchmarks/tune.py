@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Draw, differentiable
+from benchmarks.options import only_option, seconds_option
+from phi4rv.command_line import Parser, exit_status
+from phi4rv.errors import UserError
 from triton_kernels.common.tuning import TABLE, Config, Space
 
 FOLDER = Path(__file__).parent / "kernels" / "cases"
@@ -179,20 +182,25 @@ def report(trials: Trials) -> Iterator[str]:
             yield f"  {'*' if trial is best else ' '} {figure}  {settings}{f'  ({trial.fault})' if trial.fault else ''}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description="Fastest configuration by kernel.")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=operations(), default=operations())
-    parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="begin no shape after N seconds")
-    args = parser.parse_args(arguments)
+def make_parser() -> Parser:
+    parser = Parser("benchmarks.tune", "Finds the fastest configuration of each kernel on the GPU at hand.")
+    only_option(parser.add, operations(), "operations")
+    seconds_option(parser.add, "no shape begins after it")
+    return parser
+
+
+def command(args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
-        print("benchmarks.tune: no GPU is here; timings of another device mean nothing", file=sys.stderr)
-        return 2
+        raise UserError("benchmarks.tune: no GPU is here; timings of another device mean nothing")
     deadline = time.monotonic() + args.seconds
-    modules = [importlib.import_module(f"benchmarks.kernels.cases.{name}") for name in args.only]
+    modules = [importlib.import_module(f"benchmarks.kernels.cases.{name}") for name in args.only or operations()]
     trials = tune([case for module in modules for case in module.cases(tiny=False)], "cuda", deadline=deadline)
     write(trials, torch.cuda.get_device_name())
     print("\n".join(report(trials)))
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ several separated by semicolons), CUDA_HOME the toolkit.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import importlib.util
 import os
@@ -127,7 +128,9 @@ def build(emulated: bool = False) -> str | None:
 
 
 if __name__ == "__main__":
-    emulated = "--emulated" in sys.argv[1:]
+    parser = argparse.ArgumentParser(prog="python csrc/build.py", description="Builds csrc/; compiles what changed.")
+    parser.add_argument("--emulated", action="store_true", help="the kernels for a CPU, with g++ (csrc/emulator/)")
+    emulated = parser.parse_args().emulated
     try:
         print(build(emulated) or f"built: {(EMULATED if emulated else LIBRARY).relative_to(ROOT)}")
     except subprocess.CalledProcessError:

@@ -14,6 +14,8 @@ from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.processing.chat_template import Message
 from phi4rv.processing.processor import Processor, Prompt
 
+__version__ = "0.1.0"  # a literal: pyproject.toml reads it without importing torch
+
 __all__ = [
     "Config",
     "Message",

@@ -7,6 +7,7 @@ is named in one line, there and as an error.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -223,13 +224,11 @@ def draw_all(devices: dict[str, list[Result]], folder: Path) -> list[Path]:
     return files
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return exit_status(lambda: command(argv))
+def make_parser() -> Parser:
+    return Parser("benchmarks.report", "Writes all results as text and charts: RESULTS.md and the README's table.")
 
 
-def command(argv: Sequence[str] | None) -> None:
-    parser = Parser(prog="python -m benchmarks.report", description="All results as text and charts.")
-    parser.parse_args(argv)
+def command(args: argparse.Namespace) -> None:
     devices, broken = read_all(FOLDER)
     (FOLDER.parent / "RESULTS.md").write_text(results_text(devices, broken))
     readme = ROOT / "README.md"
@@ -238,6 +237,10 @@ def command(argv: Sequence[str] | None) -> None:
         print(f"written: {file}")
     if broken:
         raise UserError("; ".join(broken))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from PIL import Image
 from benchmarks.inference import command, protocol, questions
 from benchmarks.inference.figure2 import HEAD, HEIGHT, LEFT, LINE, RIGHT, TOP, WIDTH, draw, round_tick
 from benchmarks.inference.questions import make_questions, read_questions, sample
+from phi4rv.command_line import Parser
 from phi4rv.processing.answers import parse_answer
 from tests.small import PUBLISHED, picture, record, write_jsonl
 from train.figures.curves import COLOURS
@@ -200,8 +200,8 @@ def test_bad_input_is_one_line(
 def test_code_of_the_checkpoint_runs_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's peer trusts the folder's code: it must be named."""
     monkeypatch.setattr(protocol, "installed", lambda: list(protocol.ENGINES))
-    parser = argparse.ArgumentParser()
-    protocol.add_options(parser)
+    parser = Parser("benchmarks.inference", "")
+    protocol.add_options(parser.add)
     assert parser.parse_args([]).engines == ["phi4rv", "transformers"]
     assert parser.parse_args(["--engines", "vLLM"]).engines == ["vLLM"]
 

@@ -306,7 +306,7 @@ def test_a_resumed_run_is_the_run_in_one_go(
     assert not any("base" in n for n in saved(output / "step-2")), "which the checkpoint has"
     assert main([*inputs, *more, "--output", str(output), "--resume"]) == 0
     assert timeless(output / "metrics.jsonl") == timeless(whole / "metrics.jsonl")
-    assert export([str(output / "step-4"), str(tmp_path / "exported")]) == 0
+    assert export(["--checkpoint", str(output / "step-4"), "--output", str(tmp_path / "exported")]) == 0
     adapters = [load_file(f / "adapter_model.safetensors") for f in (whole / "adapter", output / "adapter")]
     adapters.append(load_file(tmp_path / "exported/adapter_model.safetensors"))
     for ours, theirs in [(saved(output / "step-4"), saved(whole / "step-4")), *pairwise(adapters)]:
