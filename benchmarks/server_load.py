@@ -30,7 +30,7 @@ import infer.serve
 from benchmarks.options import json_option
 from benchmarks.report.result_files import write
 from benchmarks.report.rows import Row
-from phi4rv.command_line import CHECKPOINT, Number, Parser, exit_status
+from phi4rv.command_line import CHECKPOINT, MOST, Number, Parser, exit_status
 from phi4rv.errors import UserError
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def rows(made: dict[str, Any]) -> list[Row]:
 
 def make_parser() -> Parser:
     parser = Parser("benchmarks.server_load", "Loads the server with many clients. Other options are infer.serve's.")
-    add, count = parser.add, Number(int, 1)
+    add, count = parser.add, Number(int, 1, MOST)
     add(
         "--checkpoint",
         kind=Path,

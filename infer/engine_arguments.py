@@ -8,7 +8,7 @@ from collections.abc import Callable
 from infer.engine.config import CACHE_DTYPES, Limits
 from infer.quantization.weight_loader import load
 from phi4rv.adapters.peft import merge_adapter
-from phi4rv.command_line import ADAPTER, CHECKPOINT, WEIGHTS, Number, OneOf, device_options, usable_device
+from phi4rv.command_line import ADAPTER, CHECKPOINT, MOST, WEIGHTS, Number, OneOf, device_options, usable_device
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
 from phi4rv.model.phi4rv import Phi4RV
@@ -42,10 +42,15 @@ def load_model(args: argparse.Namespace) -> tuple[Phi4RV, Processor]:
 def engine_options(add: Callable[..., None]) -> None:
     """The options of ``Limits``, which every command with an engine has."""
     default = Limits()
-    add("--max-running", kind=Number(int, 1), default=default.max_running, help="requests that decode at once, at most")
+    add(
+        "--max-running",
+        kind=Number(int, 1, MOST),
+        default=default.max_running,
+        help="requests that decode at once, at most",
+    )
     add(
         "--cache-tokens",
-        kind=Number(int, 1),
+        kind=Number(int, 1, MOST),
         help="tokens that the paged key-value cache holds, at least the model's window",
         unset="by the memory that is free",
     )
@@ -57,7 +62,7 @@ def engine_options(add: Callable[..., None]) -> None:
     )
     add(
         "--chunk-tokens",
-        kind=Number(int, 1),
+        kind=Number(int, 1, MOST),
         default=default.chunk_tokens,
         help="prompt tokens of a prefill pass while others decode",
     )

@@ -22,7 +22,7 @@ from infer.requests.request import (
     Options,
     Sampling,
 )
-from phi4rv.command_line import JSON, MAX_NEW_TOKENS, SEED, Number, OneOf, Parser, exit_status
+from phi4rv.command_line import JSON, MAX_NEW_TOKENS, MOST, SEED, Number, OneOf, Parser, exit_status
 from phi4rv.errors import UserError
 from phi4rv.processing.answers import THINK_END, find_boxes, find_points, pixel_box
 from phi4rv.processing.chat_template import IMAGE_MARK, MODES, THINK
@@ -49,10 +49,10 @@ def _question_options(add: Callable[..., None]) -> None:
         unset="none",
     )
     add("--mode", kind=OneOf(MODES), default="auto", help="think first, answer directly, or let the model decide")
-    add("--max-new-tokens", kind=Number(int, 1), default=4096, help=MAX_NEW_TOKENS)
+    add("--max-new-tokens", kind=Number(int, 1, MOST), default=4096, help=MAX_NEW_TOKENS)
     add(
         "--max-thinking-tokens",
-        kind=Number(int, 0),
+        kind=Number(int, 0, MOST),
         help="tokens after which a thought is ended and the answer begins",
         unset="no limit of its own",
     )

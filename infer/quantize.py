@@ -29,6 +29,7 @@ from phi4rv.command_line import (
     CHECKPOINT,
     HELDOUT,
     MAX_NEW_TOKENS,
+    MOST,
     OUTPUT,
     SAMPLES,
     WEIGHTS,
@@ -76,10 +77,15 @@ def make_parser() -> Parser:
         help=f"{HELDOUT}; before and after",
         unset="none, a drawn picture and the calibration's prompts",
     )
-    add("--samples", kind=Number(int, 1), default=64, help=f"{SAMPLES}; of --calibration and of --heldout, the first")
+    add(
+        "--samples",
+        kind=Number(int, 1, MOST),
+        default=64,
+        help=f"{SAMPLES}; of --calibration and of --heldout, the first",
+    )
     add(
         "--max-new-tokens",
-        kind=Number(int, 1),
+        kind=Number(int, 1, MOST),
         default=OPTIONS.max_new_tokens,
         help=f"{MAX_NEW_TOKENS}; to measure on",
     )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from infer.engine.engine import Engine
 from infer.engine_arguments import engine_options, limits_of, load_model, model_options
-from phi4rv.command_line import MAX_NEW_TOKENS, Number, Parser, exit_status
+from phi4rv.command_line import MAX_NEW_TOKENS, MOST, Number, Parser, exit_status
 from phi4rv.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "PHI4RV_API_KEY"
 BACKLOG = 1024
-MOST_SECONDS = 10**9  # of a wait; asyncio's clock is a float
 
 
 def make_parser() -> Parser:
@@ -59,8 +58,8 @@ def _address_options(add: Callable[..., None]) -> None:
 
 
 def _limit_options(add: Callable[..., None]) -> None:
-    positive, seconds = Number(int, 1), Number(int, 0, MOST_SECONDS)
-    add("--max-queue", kind=Number(int, 0), default=1024, help="requests that may wait; others get 429")
+    positive = Number(int, 1, MOST)
+    add("--max-queue", kind=Number(int, 0, MOST), default=1024, help="requests that may wait; others get 429")
     add("--max-body-mb", kind=positive, default=32, help="MiB of a request's body, at most")
     add("--max-files-mb", kind=positive, default=256, help="MiB of uploaded files that are kept, in all")
     add("--max-image-megapixels", kind=positive, default=40, help="millions of pixels of an image, at most")
@@ -73,14 +72,14 @@ def _limit_options(add: Callable[..., None]) -> None:
     add("--max-new-tokens", kind=positive, default=4096, help=f"{MAX_NEW_TOKENS}; the largest max_tokens of a request")
     add(
         "--request-timeout",
-        kind=Number(int, 1, MOST_SECONDS),
+        kind=positive,
         default=600,
         metavar="SECONDS",
         help="seconds that a whole answer may take",
     )
     add(
         "--grace",
-        kind=seconds,
+        kind=Number(int, 0, MOST),
         default=30,
         metavar="SECONDS",
         help="seconds that running answers have after SIGTERM",

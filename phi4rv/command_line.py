@@ -197,6 +197,9 @@ def _listed(default: Any) -> str:
     return ", ".join(_figure(value) if isinstance(value, int | float) else str(value) for value in values)
 
 
+# Where a number of things has no other end: what is more overflows somewhere, or never ends.
+MOST = 10**9
+
 # What an option of this name means in every command.
 CHECKPOINT = "folder that the model is read from"
 ADAPTER = "LoRA adapter in PEFT's layout, merged into the weights as they are read"
@@ -254,8 +257,12 @@ def exit_status(program: Callable[[], int | None], interrupted: str = "stopped")
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror or error}", file=sys.stderr)
         return 2
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"error: --device: {str(error).splitlines()[0]}", file=sys.stderr)
+    except RuntimeError as error:
+        # That a CPU's memory is not enough has no class of its own.
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        said = str(error).splitlines()[0].rpartition("DefaultCPUAllocator: ")[2]
+        print(f"error: --device: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

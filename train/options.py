@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from phi4rv.command_line import CHECKPOINT, HELDOUT, OUTPUT, SEED, Number, OneOf, Parser, device_options
+from phi4rv.command_line import CHECKPOINT, HELDOUT, MOST, OUTPUT, SEED, Number, OneOf, Parser, device_options
 from phi4rv.errors import UserError
 from phi4rv.model.activation_checkpointing import CHECKPOINTING
 from train import recipe
@@ -101,20 +101,20 @@ def _run_options(add: Callable[..., None]) -> None:
     add("--output", kind=Path, metavar="DIR", help=f"{OUTPUT}; a folder", unset="out/stage-N, numbered on if taken")
     add(
         "--save-every",
-        kind=Number(int, 0),
+        kind=Number(int, 0, MOST),
         default=0,
         help="steps between saves; 0: only the model at the end",
     )
-    add("--keep", kind=Number(int, 0), default=checkpointer.KEEP_ALL, help="newest saves that are kept; 0: all")
+    add("--keep", kind=Number(int, 0, MOST), default=checkpointer.KEEP_ALL, help="newest saves that are kept; 0: all")
     add("--resume", action="store_true", help="go on from the newest step-N in the output folder")
     shard_option(add, default="none")
     add(
         "--replicas",
-        kind=Number(int, 1),
+        kind=Number(int, 1, MOST),
         default=1,
         help="copies of the sharded model (HSDP); each is cut over the number of processes / N",
     )
-    add("--context", kind=Number(int, 1), default=1, help="processes that share each row of tokens (all-to-all)")
+    add("--context", kind=Number(int, 1, MOST), default=1, help="processes that share each row of tokens (all-to-all)")
     device_options(add, "of weights and activations", "bfloat16 on a GPU, float32 on a CPU")
     add(
         "--peak-tflops",

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from phi4rv.command_line import CHECKPOINT, JSON, Number, OneOf, Parser, exit_status
+from phi4rv.command_line import CHECKPOINT, JSON, MOST, Number, OneOf, Parser, exit_status
 from phi4rv.config import Config
 from phi4rv.errors import UserError
 from phi4rv.model.activation_checkpointing import CHECKPOINTING
@@ -30,7 +30,7 @@ REPORTED = {1: (2.0e6, 1.4e9), 2: (62.8e6, 188.5e9), 3: (3.2e6, 12e9)}
 REPORT_RUN = (240, "b200", 4.0)
 # Shares of the tokens that the report does not give: assumptions, each an option, or taken from --measured.
 IMAGE_SHARE, LABELLED_SHARE, EFFICIENCY = 0.5, 0.25, 0.4
-SOME, SHARE = Number(int, 1, 10**9), Number(float, 1e-6, 1)
+SOME, SHARE = Number(int, 1, MOST), Number(float, 1e-6, 1)
 RANK = "rank of the adapters that train in place of the weights"
 LORA_RANK = 16  # of the adapters that --gpus 1 looks at
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 
-from phi4rv.command_line import OUTPUT, Number, Parser, exit_status
+from phi4rv.command_line import MOST, OUTPUT, Number, Parser, exit_status
 from phi4rv.errors import UserError
 from train.figures.curves import PANELS, Run, draw, window_of
 
@@ -43,7 +43,9 @@ def make_parser() -> Parser:
     parser = Parser("train.plot", "Draws runs beside one another, and prints a table of them.")
     parser.add("runs", nargs="+", kind=Path, metavar="RUN", help="output folders or metrics.jsonl files of runs")
     parser.add("--output", kind=Path, default=Path("plot.png"), metavar="PNG", help=f"{OUTPUT}; a picture")
-    parser.add("--smooth", kind=Number(int, 1), help="steps of the running mean", unset="a twentieth of the steps")
+    parser.add(
+        "--smooth", kind=Number(int, 1, MOST), help="steps of the running mean", unset="a twentieth of the steps"
+    )
     return parser
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from phi4rv.command_line import Kind, Number, OneOf
+from phi4rv.command_line import MOST, Kind, Number, OneOf
 from phi4rv.errors import UserError
 from phi4rv.ops.low_precision import FORMATS
 
@@ -25,7 +25,7 @@ def _option(help: str, kind: Kind, **default: Any) -> Any:
     return field(metadata={"help": help, "kind": kind}, **default)
 
 
-POSITIVE, COUNT, SHARE = Number(int, 1), Number(int, 0), Number(float, 0, below=1)
+POSITIVE, COUNT, SHARE = Number(int, 1, MOST), Number(int, 0, MOST), Number(float, 0, below=1)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Stage:
     """One stage's hyperparameters; every field but ``trains`` is a command-line option of the same name."""
 
     trains: tuple[str, ...]  # of PARTS; the others are frozen
-    lr: float = _option("largest learning rate, that after the warm-up", Number(float, above=0))
+    lr: float = _option("largest learning rate, that after the warm-up", Number(float, above=0, high=1000))
     schedule: str = _option(
         "course of the learning rate after the warm-up; cosine falls to --min-lr-ratio of --lr at the last step",
         OneOf(SCHEDULES),

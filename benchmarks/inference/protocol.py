@@ -34,6 +34,7 @@ from phi4rv.command_line import (
     CHART,
     CHECKPOINT,
     MAX_NEW_TOKENS,
+    MOST,
     SAMPLES,
     SEED,
     WEIGHTS,
@@ -67,9 +68,9 @@ def add_options(add: Callable[..., None]) -> None:
         help=f"{CHECKPOINT}; in the Hugging Face layout, needed with --protocol",
         unset="none",
     )
-    add("--samples", kind=Number(int, 1), default=100, help=f"{SAMPLES}; of each kind of question")
+    add("--samples", kind=Number(int, 1, MOST), default=100, help=f"{SAMPLES}; of each kind of question")
     add("--modes", nargs="+", kind=OneOf(MODES), default=list(MODES), help="modes of thinking that are asked in")
-    add("--max-new-tokens", kind=Number(int, 1), default=4096, help=MAX_NEW_TOKENS)
+    add("--max-new-tokens", kind=Number(int, 1, MOST), default=4096, help=MAX_NEW_TOKENS)
     add(
         "--engines",
         nargs="+",
@@ -81,7 +82,7 @@ def add_options(add: Callable[..., None]) -> None:
     add("--weights", metavar="FORMATS", help=f"{WEIGHTS}; of phi4rv's engine", unset="as the checkpoint has them")
     dtype_option(add, "of all weights that are not quantised", "the checkpoint's")
     kernels_option(add)
-    add("--seed", kind=Number(int, 0), default=0, help=f"{SEED}; questions and samples")
+    add("--seed", kind=Number(int, 0, below=2**32), default=0, help=f"{SEED}; questions and samples")
     add("--chart", kind=Path, metavar="PNG", help=f"{CHART}; accuracy against time and tokens", unset="not drawn")
     add("--answers", kind=Path, metavar="JSONL", help="file that each answer is added to as it comes", unset="none")
 

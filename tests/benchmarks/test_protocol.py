@@ -178,7 +178,7 @@ def too_long(folder: Path) -> list[object]:
         (without_picture, [], "asked.jsonl:1: "),
         (too_long, [], "long.jsonl:1: the prompt has "),
         (lambda d: ["no.jsonl"], [], "no.jsonl: cannot be read: No such file or directory"),
-        (lambda d: [], ["--samples", 0], "--samples: 0 must be 1 or more"),
+        (lambda d: [], ["--samples", 0], "--samples: 0 must be 1 to 10^9"),
         (lambda d: [], ["--chart", "x.gif"], "--chart: x.gif must end in .png"),
         (lambda d: [], ["--weights", "int5"], "--weights: 'int5' is unknown"),
         (lambda d: [], ["--modes", "slow"], "--modes: invalid choice: 'slow'"),

@@ -235,11 +235,11 @@ WRONG: dict[str, Callable[[Path, Path], tuple[list[object], str]]] = {
         "--image: 1 given for 0 <image> mark",
     ),
     "mode": lambda d, c: (["--mode", "dream"], "--mode: 'dream' is unknown, must be one of auto"),
-    "no tokens": lambda d, c: (["--max-new-tokens", "0"], "--max-new-tokens: 0 must be 1 or more"),
+    "no tokens": lambda d, c: (["--max-new-tokens", "0"], "--max-new-tokens: 0 must be 1 to 10^9"),
     "negative tokens": lambda d, c: (["--max-new-tokens=-5"], "--max-new-tokens: -5 must be"),
     "tokens that are no number": lambda d, c: (
         ["--max-new-tokens", "many"],
-        "--max-new-tokens: 'many' is no integer, must be 1 or more",
+        "--max-new-tokens: 'many' is no integer, must be 1 to",
     ),
     "temperature": lambda d, c: (["--temperature=-1"], "--temperature: -1.0 must be 0 to 1e+30"),
     "temperature nan": lambda d, c: (["--temperature", "nan"], "--temperature: nan must be"),

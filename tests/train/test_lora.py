@@ -341,7 +341,7 @@ def test_train_merge_and_ask(inputs: list[str], tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--lora-rank", "-1"], "--lora-rank: -1 must be 0 or more"),
+        (["--lora-rank", "-1"], "--lora-rank: -1 must be 0 to 10^9"),
         (["--lora-alpha", "0"], "--lora-alpha: 0.0 must be above 0"),
         (["--frozen-weights", "int3"], "--frozen-weights: 'int3' is unknown, must be one of dtype, int8"),
         (["--frozen-weights", "int8", "--lora-rank", "0"], "--frozen-weights: int8 needs adapters"),

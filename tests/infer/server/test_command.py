@@ -106,8 +106,8 @@ def test_what_is_wrong_with_the_command_is_one_line(
             (["--port", port], f"error: --port: cannot listen on 127.0.0.1 port {port} (Address already in use)"),
             (["--port", "70000"], "error: --port: 70000 must be 0 to 65535"),
             (["--host", "no.such.host.invalid"], "error: --port: cannot listen on no.such.host.invalid port"),
-            (["--max-queue", "-1"], "error: --max-queue: -1 must be 0 or more"),
-            (["--max-running", "0"], "error: --max-running: 0 must be 1 or more"),
+            (["--max-queue", "-1"], "error: --max-queue: -1 must be 0 to 10^9"),
+            (["--max-running", "0"], "error: --max-running: 0 must be 1 to 10^9"),
             (["--api-key-file", str(tmp_path / "none")], f"error: --api-key-file {tmp_path / 'none'}: cannot be read"),
             (["--api-key-file", str(tmp_path / "empty")], f"error: --api-key-file {tmp_path / 'empty'}: is empty"),
         ):
