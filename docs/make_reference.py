@@ -7,19 +7,10 @@ import sys
 from pathlib import Path
 
 from phi4rv.command_line import Option, Parser
+from phi4rv.commands import COMMANDS
 
 PAGE = Path(__file__).with_name("command-reference.md")
-# Module of each command, with the name that an installed package gives it.
-SCRIPTS = {
-    "train.main": "phi4rv-train",
-    "train.export": "phi4rv-export",
-    "train.plan": "phi4rv-plan",
-    "train.plot": "phi4rv-plot",
-    "infer.main": "phi4rv-infer",
-    "infer.serve": "phi4rv-serve",
-    "infer.quantize": "phi4rv-quantize",
-    "phi4rv.merge": "phi4rv-merge",
-}
+SCRIPTS = {command.module: command.script for command in COMMANDS}
 # Run from the repository alone.
 BENCHMARKS = (
     "benchmarks.run",

@@ -181,7 +181,7 @@ def too_long(folder: Path) -> list[object]:
         (lambda d: [], ["--samples", 0], "--samples: 0 must be 1 to 10^9"),
         (lambda d: [], ["--chart", "x.gif"], "--chart: x.gif must end in .png"),
         (lambda d: [], ["--weights", "int5"], "--weights: 'int5' is unknown"),
-        (lambda d: [], ["--modes", "slow"], "--modes: invalid choice: 'slow'"),
+        (lambda d: [], ["--modes", "slow"], "--modes: 'slow' is unknown, must be one of auto"),
         (lambda d: [], ["--engines", "vLLM"], "--engines: vLLM is not installed"),
         (lambda d: [], ["--checkpoint", "/no/such"], "/no/such: not a folder"),
     ],
