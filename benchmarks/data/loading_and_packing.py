@@ -2,7 +2,7 @@
 
 - **padding**: the share of tokens and patches that would be padding, on the samples of ``mixture.py``: in
   micro-batches padded to their longest sample, as a plain collator makes them, and with every image padded to 3600
-  patches, as the published code does. Ours is 0. ``flops`` is what a step so padded multiplies, with the
+  patches, as the published code does. Ours is 0. ``operations`` is what a step so padded multiplies, with the
   output layer on every token, over what ours does.
 - **packing**: milliseconds for each sample to fill sequences of 8192 and to share a step out, how full the sequences
   are, and how much longer than the mean the busiest of 2, 8 and 64 ranks works.
@@ -268,7 +268,7 @@ def table(records: list[dict[str, Any]]) -> str:
             lines += [
                 f"padding, {record['samples']} samples: ours 0; to the longest of {TOGETHER} {record['tokens']:.1%} of "
                 f"the tokens; to {MAX_PATCHES} patches {record['patches']:.1%} of the patches",
-                f"operations of the padded step: {record['flops']:.2f} times ours",
+                f"operations of the padded step: {record['operations']:.2f} times ours",
             ]
         elif record["case"] == "packing":
             shares = ", ".join(f"{record[f'imbalance_{world}']:.2%} ({world})" for world in WORLDS)
