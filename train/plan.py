@@ -238,7 +238,7 @@ def details(
         "step_seconds": time.step,
         "steps": time.steps,
         "days": time.days,
-        "days_nothing_hidden": time.days_unhidden,
+        "days_nothing_hidden": time.days_without_overlap,
         "tokens_per_second": stage.global_batch * data.tokens / time.step,
         "useful_tflops": useful / time.step / run_config.gpus / 1e12,
         "days_by_efficiency": days,

@@ -359,7 +359,7 @@ def test_adapters_need_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     data = mixed_data(tmp_path)
     line = ["--data", str(data), "--device", "cpu", "--lora-rank", "2", "--output", str(tmp_path / "out")]
     assert main(line) == 2
-    assert "--lora-rank: adapters belong to a base: name it with --checkpoint" in the_error(capsys)
+    assert "--lora-rank: adapters need a base model: give --checkpoint" in the_error(capsys)
 
 
 def test_frozen_weights_do_not_move() -> None:
