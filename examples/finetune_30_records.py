@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 import infer
 import phi4rv
 from train.main import main as train
-from train.synthetic.records import texts
-from train.synthetic.tiny_model import tiny_model
+from train.synthetic.records import tokenizer_corpus
+from train.synthetic.tiny_model import build_tiny_model
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220)}
 SHAPES = ("circle", "square")
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     output.mkdir(exist_ok=True)
     data, run, checkpoint = write_records(output), output / "run", args.checkpoint or output / "base"
     if not args.checkpoint:
-        phi4rv.save(*tiny_model(0, texts()), checkpoint)
+        phi4rv.save(*build_tiny_model(0, tokenizer_corpus()), checkpoint)
 
     options = ["--stage", "2", "--checkpoint", str(checkpoint), "--data", str(data), "--output", str(run)]
     options += ["--lora-rank", "16", "--lora-targets", "qkv_proj,o_proj,gate_up_proj,down_proj,lm_head"]
