@@ -186,7 +186,7 @@ def run(said: Command, folder: Path) -> None:
     else:
         statuses = [_run_here(said.module, said.arguments)]
     if any(statuses):
-        told = f": {processes.told(log)}" if said.world > 1 else ""
+        told = f": {processes.read_log(log)}" if said.world > 1 else ""
         raise Wrong(f"{said.module} ends with exit status {', '.join(map(str, statuses))}{told}")
 
 

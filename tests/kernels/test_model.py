@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import phi4rv
-from infer.engine.fused_decoder import fits
+from infer.engine.fused_decoder import is_supported
 from phi4rv.checkpoint.huggingface import empty_model
 from phi4rv.ops.registry import IMPLEMENTATIONS
 from phi4rv.processing.chat_template import Message
@@ -71,7 +71,7 @@ def test_tokens_of_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch, csrc: None)
     monkeypatch.setattr("infer.engine.engine.IDLE_CHUNK_TOKENS", 24)
     kernels = "torch,paged_decode_attention=cuda,decode_gemv=cuda"
     plain, ours = (phi4rv.load(parity.CHECKPOINT, "cpu", torch.bfloat16, kernels=k) for k in ("torch", kernels))
-    assert fits(ours[0].decoder)
+    assert is_supported(ours[0].decoder)
     prompt, new = phi4rv.Prompt("Hello", mode="nothink"), 4
     [made] = generate(*ours, [prompt], new, page_size=16, speculate=2)
     sample = plain[1].encode(prompt)
