@@ -46,7 +46,7 @@ test: dev  ## all tests that need no GPU
 
 # In environments of its own, with downloads; the wheel with the kernels only where nvcc is.
 test-package: dev  ## builds the sdist and the wheels, installs and tries each (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m packaging tests/packaging
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m packaging -o faulthandler_timeout=3600 tests/packaging
 
 bench: dev  ## all benchmarks; without a GPU they only show that they run
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run
