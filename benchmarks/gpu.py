@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import run
 from benchmarks.jobs import Job, python_module
+from benchmarks.options import seconds_option
 from benchmarks.report.result_files import FOLDER
+from phi4rv.command_line import JSON, OneOf, Parser, exit_status
 
 # Seconds of the benchmarks that a GPU changes; what matters most they do first.
 SECONDS = {"kernels": 105, "train_step": 85, "inference": 100}
@@ -44,20 +47,27 @@ EXTRA_JOBS = [
 NAMED_SECONDS = {"build": 300, "tests": 460, "kernels": 460, "train_step": 400, "inference": 460}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="All GPU tests and benchmarks.")
+def make_parser() -> Parser:
+    parser = Parser("benchmarks.gpu", "Runs all GPU tests and benchmarks.")
+    names = tuple(job.name for job in (*JOBS, *EXTRA_JOBS))
+    extra = ", ".join(job.name for job in EXTRA_JOBS)
+    parser.add("part", nargs="*", kind=OneOf(names), metavar="PART", help="what to run", unset=f"all but {extra}")
+    seconds_option(parser.add, "of each part", None, "each part's own")
+    results = f"{JSON}; written to FOLDER/<device>/<date>-<commit>.json"
+    parser.add("--json", kind=Path, default=FOLDER, metavar="FOLDER", help=results, unset="benchmarks/results")
+    return parser
+
+
+def command(args: argparse.Namespace) -> int:
     every = [*JOBS, *EXTRA_JOBS]
-    parser.add_argument("part", nargs="*", help=f"only these of {', '.join(job.name for job in every)}")
-    parser.add_argument("--seconds", type=float, metavar="N", help="another time limit for each part")
-    parser.add_argument("--json", type=Path, default=FOLDER, metavar="FOLDER", help="where results are kept")
-    args = parser.parse_args(arguments)
     if args.part:
         every = [replace(job, seconds=NAMED_SECONDS.get(job.name, job.seconds)) for job in every]
-    try:
-        jobs = run.select_jobs(every if args.part else JOBS, args.part, args.seconds)
-    except ValueError as error:
-        parser.error(str(error))
+    jobs = run.select_jobs(every if args.part else JOBS, args.part, args.seconds)
     return run.run_and_report(jobs, args.json)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

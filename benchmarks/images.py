@@ -11,17 +11,19 @@ small picture to 3600 patches, and held to ``n``, the number that the published 
 
 import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 
 from benchmarks.kernels.timing import relative_iqr
+from benchmarks.options import json_option
 from benchmarks.report.result_files import write_results
 from benchmarks.report.rows import Row
+from phi4rv.command_line import Parser, exit_status
 from phi4rv.processing.images import PATCH_SIZE, image_to_patches
 
 SIZES = [(1280, 720), (1024, 680), (300, 200), (3840, 2160)]
@@ -130,15 +132,22 @@ def table(records: list[dict]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description="Pictures to patches, timed.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
-    args = parser.parse_args()
+def make_parser() -> Parser:
+    parser = Parser("benchmarks.images", "Times pictures to patches, beside their peers.")
+    json_option(parser.add)
+    return parser
+
+
+def command(args: argparse.Namespace) -> None:
     records = run()
     if args.json:
         write_results(args.json, {"images": records})
     print(table(records))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

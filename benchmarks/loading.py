@@ -14,9 +14,10 @@ of a call (meta model, tokenizer, pinned buffers) weighs more the smaller N is. 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ import torch
 from safetensors.torch import load_file
 
 import phi4rv
+from benchmarks.options import json_option, layers_option
 from benchmarks.report.result_files import write_results
 from benchmarks.report.rows import Row
 from infer.quantization import weight_loader
 from phi4rv.checkpoint.huggingface import empty_model
 from phi4rv.checkpoint.huggingface import write_checkpoint as write_checkpoint
 from phi4rv.checkpoint.tensor_reader import CHUNK_BYTES
+from phi4rv.command_line import Parser, exit_status
 from phi4rv.config import Config
 from train.synthetic import tokenizer_corpus
 from train.synthetic.tiny_model import build_tiny_model
@@ -132,11 +135,14 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description="How fast a checkpoint loads.")
-    parser.add_argument("--layers", type=int, default=LAYERS, metavar="N", help="of the decoder's 40")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
-    args = parser.parse_args()
+def make_parser() -> Parser:
+    parser = Parser("benchmarks.loading", "Times how fast a checkpoint loads, beside its peers.")
+    layers_option(parser.add, low=1, default=LAYERS)
+    json_option(parser.add)
+    return parser
+
+
+def command(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     records = run(replace(Config(), num_hidden_layers=args.layers), device)
     if args.json:
@@ -144,5 +150,9 @@ def main() -> None:
     print(table(records))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from benchmarks.jobs import LOGS, Job, Outcome, python_module, run_jobs, summary
+from benchmarks.options import only_option
 from benchmarks.report.benchmarks import table_rows
 from benchmarks.report.result_files import environment, file_for, write_results
 from benchmarks.report.rows import table
+from phi4rv.command_line import JSON, Parser, exit_status
 
 
 def _kernels(file: Path, seconds: float) -> list[str]:
@@ -78,13 +80,20 @@ def select_jobs(jobs: Sequence[Job], names: Sequence[str], seconds: float | None
     return [replace(job, seconds=seconds or job.seconds) for job in jobs if not names or job.name in names]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Every benchmark, beside its peers.")
-    names = [job.name for job in JOBS]
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=names, help="these benchmarks")
-    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write FOLDER/<device>/<date>-<commit>.json")
-    args = parser.parse_args()
-    return run_and_report(select_jobs(JOBS, args.only), args.json)
+def make_parser() -> Parser:
+    parser = Parser("benchmarks.run", "Runs every benchmark, beside its peers.")
+    only_option(parser.add, [job.name for job in JOBS], "benchmarks")
+    results = f"{JSON}; written to FOLDER/<device>/<date>-<commit>.json"
+    parser.add("--json", kind=Path, metavar="FOLDER", help=results, unset="not written")
+    return parser
+
+
+def command(args: argparse.Namespace) -> int:
+    return run_and_report(select_jobs(JOBS, args.only or []), args.json)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

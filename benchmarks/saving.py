@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from benchmarks.kernels.timing import relative_iqr
+from benchmarks.options import json_option
 from benchmarks.report.result_files import write_results
 from benchmarks.report.rows import Row
 from phi4rv.batch import PackedBatch
+from phi4rv.command_line import Parser, exit_status
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.processing.processor import Processor
 from train import recipe
@@ -182,15 +185,22 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.saving", description="What a save costs the step loop.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
-    args = parser.parse_args()
+def make_parser() -> Parser:
+    parser = Parser("benchmarks.saving", "Times what a save costs the step loop, beside its peers.")
+    json_option(parser.add)
+    return parser
+
+
+def command(args: argparse.Namespace) -> None:
     records = run()
     if args.json:
         write_results(args.json, {"saving": records})
     print(table(records))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,14 +20,21 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import aiohttp
-
+import infer.serve
+from benchmarks.options import json_option
 from benchmarks.report.result_files import write_results
 from benchmarks.report.rows import Row
+from phi4rv.command_line import CHECKPOINT, MOST, Number, Parser, exit_status
+from phi4rv.errors import UserError
+
+if TYPE_CHECKING:
+    import aiohttp
 
 TINY = Path(__file__).parent.parent / "tests" / "data" / "tiny-checkpoint"
 QUESTIONS = 50
@@ -89,6 +96,8 @@ def resident_memory_mb(process: int) -> float:
 
 async def client(session: aiohttp.ClientSession, load: LoadStats, right: list[str], process: int) -> None:
     """Asks until all requests have been asked."""
+    import aiohttp
+
     while load.asked < load.requests:
         number = load.asked % QUESTIONS
         load.asked += 1
@@ -103,6 +112,8 @@ async def client(session: aiohttp.ClientSession, load: LoadStats, right: list[st
 
 async def measure(url: str, clients: int, load: LoadStats, process: int) -> tuple[float, int]:
     """Fills ``load``. Seconds it took, and how many of the last answers, asked before SIGTERM, did not come."""
+    import aiohttp
+
     connector = aiohttp.TCPConnector(limit=0)
     limit = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(url, connector=connector, timeout=limit) as session:
@@ -138,7 +149,7 @@ def run(args: argparse.Namespace, others: list[str]) -> dict[str, Any]:
     try:
         words = server.stdout.readline().split()
         if not words:
-            raise SystemExit("infer.serve did not start")
+            raise UserError("infer.serve did not start")
         url = words[-1]
         load = LoadStats(args.requests)
         seconds, unfinished = asyncio.run(measure(url, args.clients, load, server.pid))
@@ -181,19 +192,37 @@ def table_rows(made: dict[str, Any]) -> list[Row]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="The server under many clients.")
-    add = parser.add_argument
-    add("--checkpoint", type=Path, default=TINY, metavar="DIR")
-    add("--clients", type=int, default=500)
-    add("--requests", type=int, default=10_000)
-    add("--json", type=Path, metavar="FILE")
-    args, others = parser.parse_known_args()  # the others are infer.serve's
+def make_parser() -> Parser:
+    parser = Parser("benchmarks.server_load", "Loads the server with many clients. Other options are infer.serve's.")
+    add, count = parser.add, Number(int, 1, MOST)
+    add(
+        "--checkpoint",
+        kind=Path,
+        default=TINY,
+        metavar="DIR",
+        help=f"{CHECKPOINT}; in the Hugging Face layout",
+        unset="the tests' tiny one",
+    )
+    add("--clients", kind=count, default=500, help="clients that stream answers at once")
+    add("--requests", kind=count, default=10_000, help="questions that are asked, in all")
+    json_option(add)
+    return parser
+
+
+def command(argv: Sequence[str] | None) -> None:
+    args, others = make_parser().parse_known_args(argv)
+    infer.serve.make_parser().parse_args(["--checkpoint", str(args.checkpoint), *others])  # what is wrong is told here
+    if find_spec("aiohttp") is None:
+        raise UserError("benchmarks.server_load needs aiohttp: pip install 'phi4rv[serve]'")
     made = run(args, others)
     print(json.dumps(made, indent=2))
     if args.json:
         write_results(args.json, {"server_load": made})
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,20 +25,22 @@ import dataclasses
 import importlib.util
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.jobs import run_in_process
 from benchmarks.kernels import timing
+from benchmarks.options import json_option, layers_option, seconds_option
 from benchmarks.report.result_files import write_results
 from benchmarks.report.rows import Row
 from benchmarks.training.batches import CASES, TOKENS, count_work, make_batches
 from benchmarks.training.contenders import Phi4RVTrainer, TransformersTrainer
 from phi4rv.batch import PackedBatch
+from phi4rv.command_line import Parser, exit_status
 from phi4rv.config import Config, VisionConfig
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.ops import cuda
@@ -265,13 +267,15 @@ def table(result: Record) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description="A training step, timed.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
-    parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="end within N seconds")
-    parser.add_argument("--layers", type=int, default=0, metavar="N", help="of the decoder; default: as many as fit")
-    args = parser.parse_args()
+def make_parser() -> Parser:
+    parser = Parser("benchmarks.train_step", "Times a training step, beside its peers.")
+    json_option(parser.add)
+    seconds_option(parser.add, "what does not fit in it is left out")
+    layers_option(parser.add, default=0)
+    return parser
 
+
+def command(args: argparse.Namespace) -> None:
     def on_result(result: Record) -> None:
         if args.json:
             write_results(args.json, {"train_step": {**result, "goals": goals(result)}})
@@ -279,5 +283,9 @@ def main() -> None:
     print(table(run(args.seconds, args.layers, on_result)))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,6 +24,9 @@ from torch import Tensor
 
 from benchmarks.kernels import operation_names
 from benchmarks.kernels.case import Case, Draw, differentiable_outputs
+from benchmarks.options import only_option, seconds_option
+from phi4rv.command_line import Parser, exit_status
+from phi4rv.errors import UserError
 from triton_kernels.common.tuning import TABLE, Config, SearchSpace
 
 # A candidate must save this much: less is noise, and a table that changes with every run tells nothing.
@@ -175,20 +178,25 @@ def report_lines(found: Candidates) -> Iterator[str]:
             yield f"  {'*' if candidate is best else ' '} {figure}  {settings}{error}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description="Fastest configuration by kernel.")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=operation_names(), default=operation_names())
-    parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="begin no shape after N seconds")
-    args = parser.parse_args(arguments)
+def make_parser() -> Parser:
+    parser = Parser("benchmarks.tune", "Finds the fastest configuration of each kernel on the GPU at hand.")
+    only_option(parser.add, operation_names(), "operations")
+    seconds_option(parser.add, "no shape begins after it")
+    return parser
+
+
+def command(args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
-        print("benchmarks.tune: no GPU is here; timings of another device mean nothing", file=sys.stderr)
-        return 2
+        raise UserError("benchmarks.tune: no GPU is here; timings of another device mean nothing")
     deadline = time.monotonic() + args.seconds
-    modules = [importlib.import_module(f"benchmarks.kernels.cases.{name}") for name in args.only]
+    modules = [importlib.import_module(f"benchmarks.kernels.cases.{name}") for name in args.only or operation_names()]
     found = tune([case for module in modules for case in module.cases(tiny=False)], "cuda", deadline=deadline)
     write(found, torch.cuda.get_device_name())
     print("\n".join(report_lines(found)))
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

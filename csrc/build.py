@@ -9,6 +9,7 @@ one line what was built; in a wheel without the library, why not.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import importlib.util
 import os
@@ -171,7 +172,9 @@ def release(compiler: Path) -> str:
 
 
 if __name__ == "__main__":
-    emulated = "--emulated" in sys.argv[1:]
+    parser = argparse.ArgumentParser(prog="python csrc/build.py", description="Builds csrc/; compiles what changed.")
+    parser.add_argument("--emulated", action="store_true", help="the kernels for a CPU, with g++ (csrc/emulator/)")
+    emulated = parser.parse_args().emulated
     try:
         print(build(emulated) or f"built: {(EMULATED if emulated else LIBRARY).relative_to(ROOT)}")
     except subprocess.CalledProcessError:

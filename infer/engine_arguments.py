@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from infer.engine.config import CACHE_DTYPES, EngineConfig
 from infer.quantization.weight_loader import load
 from phi4rv.adapters.peft import merge_adapter
-from phi4rv.command_line import usable_device
+from phi4rv.command_line import ADAPTER, CHECKPOINT, MOST, WEIGHTS, Number, OneOf, device_options, usable_device
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
 from phi4rv.model.phi4rv import Phi4RV
-from phi4rv.ops.registry import KERNELS
 from phi4rv.processing.processor import Processor
 
 
-def model_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a folder in the published layout, or a quantised one")
-    add("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's layout, merged into the weights as they are loaded")
-    add("--weights", metavar="FORMATS", help="int8, fp8, int4, …: quantise as they are loaded (see infer.quantize)")
-    add("--dtype", choices=DTYPES, help="the checkpoint's unless given")
-    add("--device", help="cuda where there is one, else cpu")
-    add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
+def model_options(add: Callable[..., None]) -> None:
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help=f"{CHECKPOINT}; in the Hugging Face layout, or as infer.quantize writes it",
+    )
+    add("--adapter", metavar="DIR", help=ADAPTER, unset="none")
+    add("--weights", metavar="FORMATS", help=f"{WEIGHTS}; as they are read", unset="as the checkpoint has them")
+    device_options(add, "of all weights that are not quantised", "the checkpoint's")
 
 
 def load_model(args: argparse.Namespace) -> tuple[Phi4RV, Processor]:
@@ -37,16 +39,38 @@ def load_model(args: argparse.Namespace) -> tuple[Phi4RV, Processor]:
     return model, processor
 
 
-def engine_options(parser: argparse.ArgumentParser) -> None:
+def engine_options(add: Callable[..., None]) -> None:
     """The options of ``EngineConfig``, which every command with an engine has."""
     default = EngineConfig()
-    add = parser.add_argument
-    add("--max-running", type=int, default=default.max_running, metavar="N", help="requests that decode at once")
-    add("--cache-tokens", type=int, metavar="N", help="tokens that the paged cache holds; by memory unless given")
-    add("--cache-dtype", choices=[d for d in CACHE_DTYPES if d], help="keys and values; the model's unless given")
-    add("--chunk-tokens", type=int, default=default.chunk_tokens, metavar="N", help="of prompts between decode steps")
     add(
-        "--speculate", type=int, default=default.speculate, metavar="N", help="tokens drafted by prompt lookup, 0: none"
+        "--max-running",
+        kind=Number(int, 1, MOST),
+        default=default.max_running,
+        help="requests that decode at once, at most",
+    )
+    add(
+        "--cache-tokens",
+        kind=Number(int, 1, MOST),
+        help="tokens that the paged key-value cache holds, at least the model's window",
+        unset="by the memory that is free",
+    )
+    add(
+        "--cache-dtype",
+        kind=OneOf(tuple(d for d in CACHE_DTYPES if d)),
+        help="type of the cache's keys and values",
+        unset="the model's",
+    )
+    add(
+        "--chunk-tokens",
+        kind=Number(int, 1, MOST),
+        default=default.chunk_tokens,
+        help="prompt tokens of a prefill pass while others decode",
+    )
+    add(
+        "--speculate",
+        kind=Number(int, 0, 7),
+        default=default.speculate,
+        help="tokens drafted by prompt lookup and checked in one decode step; 0: none",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +14,93 @@ from infer.draw_boxes import draw_answer
 from infer.engine.engine import Engine
 from infer.engine_arguments import engine_config_of, engine_options, load_model, model_options
 from infer.requests.outputs import Generation, StreamEvent
-from infer.requests.sampling_params import SamplingParams
-from phi4rv.command_line import Parser, exit_status
+from infer.requests.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_VALUE, SamplingParams
+from phi4rv.command_line import JSON, MAX_NEW_TOKENS, MOST, SEED, Number, OneOf, Parser, exit_status
 from phi4rv.errors import UserError
 from phi4rv.processing.answers import THINK_END, find_boxes, find_points, pixel_box
 from phi4rv.processing.chat_template import IMAGE_TOKEN, MODES, THINK
 from phi4rv.processing.images import open_image
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m infer.main", description="Ask a checkpoint about pictures.")
-    add = parser.add_argument
-    model_options(parser)
-    add("--image", action="append", default=[], metavar="FILE", help="one for each <image> mark, in order")
-    add("--prompt", action="append", required=True, metavar="TEXT", help="repeat it to ask several at once")
-    add("--mode", default="auto", choices=MODES, help="think first, answer directly, or let the model decide")
-    add("--max-new-tokens", type=int, default=4096, metavar="N")
-    add("--max-thinking-tokens", type=int, metavar="N", help="then the thought is ended and the answer begins")
-    add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-p", type=float, default=1.0)
-    add("--top-k", type=int, default=0, help="0 keeps every token")
-    add("--min-p", type=float, default=0.0, help="keeps tokens at least this share as probable as the best")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X")
-    add("--seed", type=int, default=0, help="prompt i draws with seed + i")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends the answer where it says this")
-    add("--json-schema", metavar="FILE", help="the answer is JSON that fits the schema in this file")
-    add("--regex", metavar="PATTERN", help="the answer matches this")
-    add("--logprobs", type=int, metavar="N", help="with --json: each token's log-probability and the N best")
-    engine_options(parser)
-    add("--json", action="store_true", help="one JSON object a prompt, a line each")
-    add("--draw", metavar="PNG", help="write the picture with the answer's boxes on it")
-    return parser.parse_args(argv)
+def make_parser() -> Parser:
+    parser = Parser("infer.main", "Asks a checkpoint about pictures, and prints the answers as they are written.")
+    model_options(parser.section("model"))
+    _question_options(parser.section("question and answer"))
+    _sampling_options(parser.section("sampling"))
+    engine_options(parser.section("engine"))
+    return parser
+
+
+def _question_options(add: Callable[..., None]) -> None:
+    add("--prompt", action="append", required=True, metavar="TEXT", help="question; repeat it to ask several at once")
+    add(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f"picture; one for each {IMAGE_TOKEN} mark of the prompts, in order; without a mark it goes in front",
+        unset="none",
+    )
+    add("--mode", kind=OneOf(MODES), default="auto", help="think first, answer directly, or let the model decide")
+    add("--max-new-tokens", kind=Number(int, 1, MOST), default=4096, help=MAX_NEW_TOKENS)
+    add(
+        "--max-thinking-tokens",
+        kind=Number(int, 0, MOST),
+        help="tokens after which a thought is ended and the answer begins",
+        unset="no limit of its own",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text that ends the answer; repeatable",
+        unset="none",
+    )
+    add("--json-schema", metavar="FILE", help="file with a JSON schema that the answer fits", unset="none")
+    add("--regex", metavar="PATTERN", help="regular expression that the whole answer matches", unset="none")
+    add(
+        "--logprobs",
+        kind=Number(int, 0, MAX_LOGPROBS),
+        help="with --json: most probable tokens to tell beside each token's own log-probability",
+        unset="no log-probabilities",
+    )
+    add("--json", action="store_true", help=f"{JSON}; printed, one object a prompt, a line each")
+    add(
+        "--draw",
+        metavar="PNG",
+        help="write the first picture with its answer's boxes and points on it",
+        unset="no picture",
+    )
+
+
+def _sampling_options(add: Callable[..., None]) -> None:
+    add("--temperature", kind=Number(float, 0, MAX_VALUE), default=0.0, help="what logits are divided by; 0: greedy")
+    add(
+        "--top-k",
+        kind=Number(int, 0, below=MAX_SEED + 1),
+        default=0,
+        help="most probable tokens that are kept; 0: every",
+    )
+    add(
+        "--top-p",
+        kind=Number(float, above=0, high=1),
+        default=1.0,
+        help="probability that the kept tokens reach together, the most probable first; 1: every token",
+    )
+    add(
+        "--min-p",
+        kind=Number(float, 0, 1),
+        default=0.0,
+        help="tokens at least this share as probable as the best are kept; 0: every token",
+    )
+    add(
+        "--repetition-penalty",
+        kind=Number(float, 1e-30, MAX_VALUE),
+        default=1.0,
+        help="factor against tokens that prompt or answer hold already (Keskar et al. 2019); 1: none",
+    )
+    add("--seed", kind=Number(int, 0, below=MAX_SEED + 1), default=0, help=f"{SEED}; prompt i draws with seed + i")
 
 
 def sampling_params_of(args: argparse.Namespace) -> SamplingParams:
@@ -173,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return exit_status(lambda: run(arguments(argv)))
+    return exit_status(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

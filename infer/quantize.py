@@ -34,12 +34,24 @@ from infer.quantization.weight_loader import save
 from infer.requests.outputs import Generation
 from infer.requests.sampling_params import SamplingParams
 from phi4rv.checkpoint.huggingface import hf_name, load
-from phi4rv.command_line import Parser, exit_status, usable_device
+from phi4rv.command_line import (
+    CHECKPOINT,
+    HELDOUT,
+    MAX_NEW_TOKENS,
+    MOST,
+    OUTPUT,
+    SAMPLES,
+    WEIGHTS,
+    Number,
+    Parser,
+    device_options,
+    exit_status,
+    usable_device,
+)
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
 from phi4rv.model.phi4rv import Phi4RV
 from phi4rv.ops.low_precision import QuantizedWeight
-from phi4rv.ops.registry import KERNELS
 from phi4rv.processing.processor import Processor, Prompt
 from phi4rv.processing.records import read_records
 from phi4rv.quantization.quantized_linear import parse_formats, quantize_in_chunks, quantize_layers, quantized_layers
@@ -54,32 +66,41 @@ ASKED = (
 )
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m infer.quantize", description="Quantise a checkpoint, and measure what it costs.")
-    add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, metavar="DIR", help="a folder in the published layout")
-    add("--output", required=True, type=Path, metavar="DIR", help="a new folder, which infer reads")
+def make_parser() -> Parser:
+    parser = Parser("infer.quantize", "Quantises a checkpoint, and measures what that costs.")
+    add = parser.add
+    add("--checkpoint", required=True, kind=Path, metavar="DIR", help=f"{CHECKPOINT}; in the Hugging Face layout")
+    add("--output", required=True, kind=Path, metavar="DIR", help=f"{OUTPUT}; a new folder, which infer reads")
+    add("--weights", required=True, metavar="FORMATS", help=WEIGHTS)
     add(
-        "--weights",
-        required=True,
-        metavar="FORMATS",
-        help="int8, fp8, int4 or int4_zero, as in int4,head=fp8,tower=int8",
+        "--calibration",
+        kind=Path,
+        metavar="PATH",
+        help="folder of pictures, or JSONL of records, by which scales are chosen",
+        unset="none, scales by the weights alone",
     )
-    add("--calibration", type=Path, metavar="PATH", help="choose scales on a folder of pictures or a JSONL of records")
-    add("--heldout", type=Path, metavar="FILE", help="JSONL records to ask before and after")
-    add("--samples", type=int, default=64, metavar="N", help="of either, the first N")
+    add(
+        "--heldout",
+        kind=Path,
+        metavar="FILE",
+        help=f"{HELDOUT}; before and after",
+        unset="none, a drawn picture and the calibration's prompts",
+    )
+    add(
+        "--samples",
+        kind=Number(int, 1, MOST),
+        default=64,
+        help=f"{SAMPLES}; of --calibration and of --heldout, the first",
+    )
     add(
         "--max-new-tokens",
-        type=int,
+        kind=Number(int, 1, MOST),
         default=SAMPLING_PARAMS.max_new_tokens,
-        metavar="N",
-        help="of an answer to a held-out question",
+        help=f"{MAX_NEW_TOKENS}; to measure on",
     )
-    add("--report", type=Path, metavar="FILE", help="write the figures as JSON")
-    add("--dtype", choices=DTYPES, help="of what is not quantised; the checkpoint's unless given")
-    add("--device", help="cuda where there is one, else cpu")
-    add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
-    return parser.parse_args(argv)
+    add("--report", kind=Path, metavar="FILE", help="file that the figures are written to, as JSON", unset="none")
+    device_options(add, "of all weights that are not quantised", "the checkpoint's")
+    return parser
 
 
 def quantise(
@@ -180,8 +201,6 @@ def summary(report: dict[str, Any]) -> str:
 def run(args: argparse.Namespace) -> None:
     formats = parse_formats(args.weights)
     sampling_params = SamplingParams(max_new_tokens=args.max_new_tokens)
-    if args.samples < 1:
-        raise UserError(f"--samples: {args.samples} must be 1 or more")
     if args.output.exists():
         raise UserError(f"--output: {args.output} exists already; name a new folder")
     if args.report and not args.report.parent.is_dir():
@@ -218,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return exit_status(lambda: run(arguments(argv)))
+    return exit_status(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

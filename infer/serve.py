@@ -10,7 +10,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from infer.engine.engine import Engine
 from infer.engine_arguments import engine_config_of, engine_options, load_model, model_options
-from phi4rv.command_line import Parser, exit_status
+from phi4rv.command_line import MAX_NEW_TOKENS, MOST, Number, Parser, exit_status
 from phi4rv.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,40 +28,62 @@ KEY_VARIABLE = "PHI4RV_API_KEY"
 BACKLOG = 1024
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m infer.serve", description="Serve a checkpoint over HTTP.")
-    add, positive = parser.add_argument, _in_range(1)
-    model_options(parser)
-    add("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 for every one of the machine's")
-    add("--port", type=_in_range(0, 65535), default=8000, help="0 takes a free one")
-    add("--model-name", metavar="NAME", help="what requests call the model; the folder's name unless given")
-    add("--api-key-file", metavar="FILE", help=f"a file with the key that /v1 asks for; or set {KEY_VARIABLE}")
-    add("--allow-urls", nargs="+", default=[], metavar="HOST", help="hosts, or host:port, that image URLs may name")
-    engine_options(parser)
-    add("--max-queue", type=_in_range(0), default=1024, metavar="N", help="requests that may wait; others get 429")
-    add("--max-body-mb", type=positive, default=32, metavar="N")
-    add("--max-files-mb", type=positive, default=256, metavar="N", help="uploaded files that are kept, in all")
-    add("--max-image-megapixels", type=positive, default=40, metavar="N")
+def make_parser() -> Parser:
+    parser = Parser("infer.serve", "Serves a checkpoint over HTTP, in OpenAI's protocol, with a page at /.")
+    model_options(parser.section("model"))
+    _address_options(parser.section("address and access"))
+    engine_options(parser.section("engine"))
+    _limit_options(parser.section("limits of requests"))
+    return parser
+
+
+def _address_options(add: Callable[..., None]) -> None:
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: every one of the machine's")
+    add("--port", kind=Number(int, 0, 65535), default=8000, help="port to listen on; 0: one that is free")
+    add("--model-name", metavar="NAME", help="what requests call the model", unset="the checkpoint folder's name")
+    add(
+        "--api-key-file",
+        metavar="FILE",
+        help="file with the key that /v1 asks for",
+        unset=f"{KEY_VARIABLE}, else no key",
+    )
+    add(
+        "--allow-urls",
+        nargs="+",
+        default=[],
+        metavar="HOST",
+        help="hosts, or host:port, that URLs of images may name",
+        unset="none, images come with the request",
+    )
+
+
+def _limit_options(add: Callable[..., None]) -> None:
+    positive = Number(int, 1, MOST)
+    add("--max-queue", kind=Number(int, 0, MOST), default=1024, help="requests that may wait; others get 429")
+    add("--max-body-mb", kind=positive, default=32, help="MiB of a request's body, at most")
+    add("--max-files-mb", kind=positive, default=256, help="MiB of uploaded files that are kept, in all")
+    add("--max-image-megapixels", kind=positive, default=40, help="millions of pixels of an image, at most")
     add(
         "--max-prompt-tokens",
-        type=positive,
-        metavar="N",
-        help="413 for longer prompts; the model's window unless given",
+        kind=positive,
+        help="tokens of a prompt, its images included, at most; longer ones get 413",
+        unset="the model's window",
     )
-    add("--max-new-tokens", type=positive, default=4096, metavar="N", help="the largest max_tokens")
-    add("--request-timeout", type=positive, default=600, metavar="SECONDS", help="for a whole answer")
-    add("--grace", type=_in_range(0), default=30, metavar="SECONDS", help="for running answers after SIGTERM")
-    return parser.parse_args(argv)
-
-
-def _in_range(low: int, high: int | None = None) -> type:
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{value} must be {low} " + (f"to {high}" if high else "or more"))
-        return value
-
-    return integer  # type: ignore[return-value]
+    add("--max-new-tokens", kind=positive, default=4096, help=f"{MAX_NEW_TOKENS}; the largest max_tokens of a request")
+    add(
+        "--request-timeout",
+        kind=positive,
+        default=600,
+        metavar="SECONDS",
+        help="seconds that a whole answer may take",
+    )
+    add(
+        "--grace",
+        kind=Number(int, 0, MOST),
+        default=30,
+        metavar="SECONDS",
+        help="seconds that running answers have after SIGTERM",
+    )
 
 
 def api_key(args: argparse.Namespace) -> str | None:
@@ -151,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    return exit_status(lambda: run(arguments(argv)))
+    return exit_status(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -3,22 +3,27 @@ Hugging Face layout."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from phi4rv.adapters.peft import merge_adapter
 from phi4rv.checkpoint.huggingface import load, save
-from phi4rv.command_line import Parser, exit_status
+from phi4rv.command_line import ADAPTER, CHECKPOINT, OUTPUT, Parser, exit_status
 from phi4rv.errors import UserError
 
 
-def run(argv: Sequence[str] | None) -> None:
-    parser = Parser(prog="python -m phi4rv.merge", description="Merge a LoRA adapter into its base.")
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="the base, published layout")
-    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="a LoRA adapter in PEFT's layout")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder, in the base's dtype")
-    args = parser.parse_args(argv)
+def make_parser() -> Parser:
+    parser = Parser("phi4rv.merge", "Merges a LoRA adapter into its base.")
+    base = f"{CHECKPOINT}; the base, in the Hugging Face layout"
+    parser.add("--checkpoint", required=True, kind=Path, metavar="DIR", help=base)
+    parser.add("--adapter", required=True, kind=Path, metavar="DIR", help=ADAPTER)
+    parser.add("--output", required=True, kind=Path, metavar="DIR", help=f"{OUTPUT}; a new folder, in the base's dtype")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
     if args.output.exists():
         raise UserError(f"--output: {args.output} exists already; name a new folder")
     model, processor = load(args.checkpoint, "cpu")
@@ -28,7 +33,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return exit_status(lambda: run(argv))
+    return exit_status(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

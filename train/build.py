@@ -76,10 +76,8 @@ def _check(args: argparse.Namespace, stage: Stage, mesh: DeviceMesh | None, rank
     if stage.lora_rank and not args.checkpoint:
         raise UserError("--lora-rank: adapters need a base model: give --checkpoint")
     if stage.lora_rank and mesh:
-        raise UserError(f"--shard: {args.shard} is for training the weights themselves; leave it or --lora-rank out")
+        raise UserError(f"--shard: {args.shard} is for a model that trains itself; leave it or --lora-rank out")
     if args.compile and args.checkpointing == "selective":
-        raise UserError(
-            "--compile: hides the products that --checkpointing selective saves; give another --checkpointing"
-        )
+        raise UserError("--compile: its code hides the products that --checkpointing selective keeps; give another one")
     if stage.optimizer == "layerwise" and ranks.world_size > 1:
         raise UserError(f"--optimizer: layerwise trains in one process, not in {ranks.world_size}")

@@ -1,5 +1,5 @@
-"""``python -m train.export out/stage-2/step-500 DIR``: a save of a run as a model in the published layout, or as an
-adapter in PEFT's where adapters were trained."""
+"""``python -m train.export --checkpoint out/stage-2/step-500 --output DIR``: a save of a run as a model in the
+published layout, or as an adapter in PEFT's where adapters were trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from phi4rv.adapters.peft import lora_layers, write_adapter
 from phi4rv.checkpoint.atomic_folder import atomic_folder
 from phi4rv.checkpoint.huggingface import load_meta, write_checkpoint
-from phi4rv.command_line import Parser, exit_status
+from phi4rv.command_line import CHECKPOINT, OUTPUT, Parser, dtype_option, exit_status
 from phi4rv.config import DTYPES, read_json
 from phi4rv.errors import UserError
 from train.checkpoints.checkpointer import STATE, load_tensors, saved_steps
@@ -55,30 +55,42 @@ def export_adapter(step: Path, path: Path, state: dict[str, Any]) -> None:
         write_adapter(model, folder, state["checkpoint"])
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m train.export", description="A save of a run as a model in the published layout.")
-    parser.add_argument("step", type=Path, help="a step-N folder, or a run's output folder: its newest")
-    parser.add_argument("path", type=Path, help="the folder to write; one that is there is replaced")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the run's")
-    return parser.parse_args(argv)
+def make_parser() -> Parser:
+    parser = Parser("train.export", "Writes a save of a run as a model in the Hugging Face layout, or as an adapter.")
+    parser.add(
+        "--checkpoint",
+        required=True,
+        kind=Path,
+        metavar="DIR",
+        help=f"{CHECKPOINT}; a step-N of a run, or a run's output folder: its newest step-N",
+    )
+    parser.add(
+        "--output",
+        required=True,
+        kind=Path,
+        metavar="DIR",
+        help=f"{OUTPUT}; a folder, which is replaced if it is there",
+    )
+    dtype_option(parser.add, "of the weights that are written; not for an adapter", "the run's")
+    return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    if not args.step.is_dir():
-        raise UserError(f"{args.step}: not a folder; give a step-N of a run's output folder")
-    step = next(reversed(saved_steps(args.step)), args.step)
+    if not args.checkpoint.is_dir():
+        raise UserError(f"--checkpoint: {args.checkpoint} is no folder; give a step-N of a run's output folder")
+    step = next(reversed(saved_steps(args.checkpoint)), args.checkpoint)
     state = read_json(step / STATE)
     if state.get("recipe", {}).get("lora_rank"):
         if args.dtype:
             raise UserError("--dtype: of a model; an adapter keeps the run's")
-        export_adapter(step, args.path, state)
+        export_adapter(step, args.output, state)
     else:
-        export(step, args.path, DTYPES[args.dtype] if args.dtype else None)
-    print(f"written: {args.path}, from {step}")
+        export(step, args.output, DTYPES[args.dtype] if args.dtype else None)
+    print(f"written: {args.output}, from {step}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return exit_status(lambda: run(arguments(argv)))
+    return exit_status(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

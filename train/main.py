@@ -39,10 +39,12 @@ from train.figures.final_report import write_final_report
 from train.figures.metrics import METRICS, MetricsLogger
 from train.optimizers.adamw import AdamW
 from train.optimizers.layerwise import LayerwiseAdamW
-from train.options import arguments
+from train.options import arguments, make_parser
 from train.planning.hardware import peak_tflops
 from train.synthetic import write_dataset
 from train.trainer import train
+
+__all__ = ["main", "make_parser"]
 
 CACHE = ".index"  # in the output folder: unpacked .gz files, and where each image of an archive lies
 

@@ -3,99 +3,134 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from phi4rv.command_line import Parser
-from phi4rv.config import DTYPES
+from phi4rv.command_line import CHECKPOINT, HELDOUT, MOST, OUTPUT, SEED, Number, OneOf, Parser, device_options
 from phi4rv.errors import UserError
 from phi4rv.model.activation_checkpointing import CHECKPOINTING
-from phi4rv.ops.registry import KERNELS
 from train import recipe
 from train.checkpoints import checkpointer
 from train.distributed.fsdp import SHARDS
 
+MOST_WORKERS = 1024
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="train/main.py", description="One stage of the recipe, from data to a measured model.")
-    add = parser.add_argument
+
+def stage_option(add: Callable[..., None]) -> None:
     add(
         "--stage",
-        type=int,
+        kind=OneOf(tuple(recipe.STAGES)),
         default=2,
-        help="1 projector only, 2 instruction tuning, 3 long context and several images",
+        metavar="N",
+        help="stage of the recipe; 1: projector only, 2: instruction tuning, 3: long context and several images",
     )
+
+
+def shard_option(add: Callable[..., None], **default: str) -> None:
+    add(
+        "--shard",
+        kind=OneOf(SHARDS),
+        help="what the processes share out in place of each holding it all; ZeRO-1: optimizer, -2: gradients, -3: full",
+        **default,
+    )
+
+
+def checkpointing_option(add: Callable[..., None], **default: str) -> None:
+    add(
+        "--checkpointing",
+        kind=OneOf(CHECKPOINTING),
+        help="activations that the backward pass computes again; selective: all but products and attention, full: all "
+        "of a layer, offload: as full, with the layers' inputs kept in the CPU's memory",
+        **default,
+    )
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        "train.main", "Trains one stage of the recipe, from data to a measured model; in several processes by torchrun."
+    )
+    _data_options(parser.section("model and data"))
+    _run_options(parser.section("run"))
+    add = parser.section("the stage's hyperparameters (train/recipe.py)")
+    for name in recipe.options():
+        recipe.add_option(add, name)
+    return parser
+
+
+def _data_options(add: Callable[..., None]) -> None:
+    stage_option(add)
     add(
         "--checkpoint",
-        type=Path,
+        kind=Path,
         metavar="DIR",
-        help="published layout; without it a tiny model from random weights",
+        help=f"{CHECKPOINT}; in the Hugging Face layout",
+        unset="a tiny model of random weights",
     )
     add(
         "--data",
         nargs="+",
         metavar="FILE[=WEIGHT]",
-        help="JSONL records (.gz too), files, folders or patterns; without it the embedded generator's",
+        help="records to train on: JSONL files (.gz too), folders or patterns, each with its share of the samples",
+        unset="records and pictures that the command draws itself",
     )
-    add("--heldout", type=Path, metavar="FILE", help="JSONL records to measure on at the end")
-    add("--output", type=Path, metavar="DIR", help="default: out/stage-N, numbered on if it is taken")
+    add("--heldout", kind=Path, metavar="FILE", help=f"{HELDOUT}; at the end", unset="none, or drawn without --data")
+    add("--skip-bad", action="store_true", help="count and skip bad records instead of stopping at the first")
+    add(
+        "--workers",
+        kind=Number(int, 0, MOST_WORKERS),
+        default=0,
+        help="processes that tokenize and decode pictures; 0: a thread of the training process",
+    )
+    add(
+        "--image-timeout",
+        kind=Number(float, above=0),
+        default=60.0,
+        metavar="SECONDS",
+        help="seconds that decoding a picture may take in a worker",
+    )
+    add(
+        "--seed",
+        kind=Number(int, 0, below=2**32),
+        default=0,
+        help=f"{SEED}; order of the data, drawn records, adapters",
+    )
+
+
+def _run_options(add: Callable[..., None]) -> None:
+    add("--output", kind=Path, metavar="DIR", help=f"{OUTPUT}; a folder", unset="out/stage-N, numbered on if taken")
     add(
         "--save-every",
-        type=int,
+        kind=Number(int, 0, MOST),
         default=0,
-        metavar="N",
-        help="steps between saves; 0 saves only the model at the end",
+        help="steps between saves; 0: only the model at the end",
     )
-    add("--keep", type=int, default=checkpointer.KEEP_ALL, metavar="N", help="saves kept, the newest ones; 0: all")
-    add("--seed", type=int, default=0)
+    add("--keep", kind=Number(int, 0, MOST), default=checkpointer.KEEP_ALL, help="newest saves that are kept; 0: all")
     add("--resume", action="store_true", help="go on from the newest step-N in the output folder")
-    add("--skip-bad", action="store_true", help="count and skip bad records instead of stopping at the first")
-    add("--workers", type=int, default=0, metavar="N", help="processes that tokenize and decode; 0: a thread")
-    add("--image-timeout", type=float, default=60.0, metavar="S", help="seconds an image may take in a worker")
-    add("--shard", choices=SHARDS, default="none", help="what the processes share out: ZeRO-1, -2 or -3")
+    shard_option(add, default="none")
     add(
         "--replicas",
-        type=int,
+        kind=Number(int, 1, MOST),
         default=1,
-        metavar="N",
-        help="copies of the sharded model (HSDP)",
+        help="copies of the sharded model (HSDP); each is cut over the number of processes / N",
     )
-    add("--context", type=int, default=1, metavar="N", help="processes that share each row of tokens (all-to-all)")
-    add("--device", help="cuda where there is one, else cpu")
-    add("--dtype", choices=DTYPES, help="of weights and activations: bfloat16 on a GPU, float32 on a CPU")
-    add("--kernels", metavar="KIND", help=f"one of {', '.join(KERNELS)}; exceptions behind it: triton,adamw=torch")
+    add("--context", kind=Number(int, 1, MOST), default=1, help="processes that share each row of tokens (all-to-all)")
+    device_options(add, "of weights and activations", "bfloat16 on a GPU, float32 on a CPU")
     add(
         "--peak-tflops",
-        type=float,
-        metavar="X",
-        help="of a device, for MFU; default: train/planning/hardware.py's, by name",
+        kind=Number(float, above=0),
+        help="TFLOP/s of a device at its peak, for the MFU; dense, in bfloat16",
+        unset="the maker's, by the GPU's name (train/planning/hardware.py)",
     )
-    add(
-        "--checkpointing",
-        choices=CHECKPOINTING,
-        default="none",
-        help="what is not kept is computed twice (phi4rv/model/activation_checkpointing.py)",
-    )
-    add("--compile", action="store_true", help="the layers of tower and decoder by torch.compile")
-    fields = parser.add_argument_group("the stage's hyperparameters (train/recipe.py), each to be overridden")
-    for name, kind in recipe.options().items():
-        fields.add_argument("--" + name.replace("_", "-"), type=kind)
-    args = parser.parse_args(argv)
-    for name in ("save_every", "keep"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} must be 0 or more")
+    checkpointing_option(add, default="none")
+    add("--compile", action="store_true", help="run the layers of tower and decoder by torch.compile")
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """UserError for options that do not go together."""
+    args = make_parser().parse_args(argv)
     if args.shard == "none" and args.replicas != 1:
         raise UserError(f"--replicas: {args.replicas} copies, but nothing is sharded between them; give --shard too")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (args.resume and args.output):
         raise UserError("--resume: needed with torchrun --max-restarts, and --output too: a restart goes on from there")
-    if args.peak_tflops is not None and not 0 < args.peak_tflops < math.inf:
-        raise UserError(f"--peak-tflops: {args.peak_tflops} must be above 0")
-    if args.workers < 0:
-        raise UserError(f"--workers: {args.workers} must be 0 or more")
-    if not 0 < args.image_timeout < float("inf"):
-        raise UserError(f"--image-timeout: {args.image_timeout} must be a number above 0")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed: {args.seed} must be in [0, 2^32)")
     return args

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from phi4rv.command_line import Parser, exit_status
+from phi4rv.command_line import CHECKPOINT, JSON, MOST, Number, OneOf, Parser, exit_status
 from phi4rv.config import Config
 from phi4rv.errors import UserError
 from phi4rv.model.activation_checkpointing import CHECKPOINTING
 from train import recipe
 from train.distributed.fsdp import SHARDS
 from train.figures.metrics import is_finite, read_metrics
+from train.options import checkpointing_option, shard_option, stage_option
 from train.planning import duration, memory
 from train.planning.hardware import GPU, GPUS
 from train.planning.memory import DataStats, ParameterCounts, RunConfig
@@ -29,41 +30,65 @@ REPORTED = {1: (2.0e6, 1.4e9), 2: (62.8e6, 188.5e9), 3: (3.2e6, 12e9)}
 REPORT_RUN = (240, "b200", 4.0)
 # Shares of the tokens that the report does not give: assumptions, each an option, or taken from --measured.
 IMAGE_SHARE, LABELLED_SHARE, EFFICIENCY = 0.5, 0.25, 0.4
+SOME, SHARE = Number(int, 1, MOST), Number(float, 1e-6, 1)
+RANK = "rank of the adapters that train in place of the weights"
 LORA_RANK = 16  # of the adapters that --gpus 1 looks at
 
 
+def make_parser() -> Parser:
+    parser = Parser("train.plan", "Computes memory, communication and time of a run.")
+    _run_options(parser.section("run"))
+    _assumptions(parser.section("hardware and assumptions"))
+    parser.add("--json", action="store_true", help=f"{JSON}; printed")
+    return parser
+
+
+def _run_options(add: Callable[..., None]) -> None:
+    add("--gpus", kind=SOME, required=True, help="GPUs that the run has")
+    stage_option(add)
+    add(
+        "--checkpoint",
+        kind=Path,
+        metavar="DIR",
+        help=f"{CHECKPOINT}; its config.json alone is read",
+        unset="the published model's configuration",
+    )
+    shard_option(add, unset="all that can be, the first that fits is chosen")
+    checkpointing_option(add, unset="all, the first that fits is chosen")
+    add("--sequences-per-gpu", kind=SOME, default=1, help="packed sequences that a GPU takes at a time")
+    recipe.add_option(add, "optimizer", unset="adamw; with --gpus 1 both")
+    recipe.add_option(
+        add, "lora_rank", "--lora", help=RANK, kind=SOME, unset=f"no adapters; with --gpus 1 also {LORA_RANK}"
+    )
+    recipe.add_option(add, "frozen_weights", default="dtype", unset="dtype; with --gpus 1 all")
+    for name in ("sequence_length", "global_batch"):
+        recipe.add_option(add, name, unset=recipe.defaults(name, embedded=False))
+
+
+def _assumptions(add: Callable[..., None]) -> None:
+    add("--gpu", kind=OneOf(tuple(GPUS)), default="h100", help="kind of the GPUs (train/planning/hardware.py)")
+    add(
+        "--memory",
+        kind=Number(float, above=0),
+        metavar="GB",
+        help="GB of a GPU's memory",
+        unset="what its maker states",
+    )
+    add("--image-share", kind=Number(float, 0, 1), help="share of the tokens that are patches", unset=f"{IMAGE_SHARE}")
+    add("--labelled-share", kind=SHARE, help="share of the tokens that have a label", unset=f"{LABELLED_SHARE}")
+    add("--efficiency", kind=SHARE, help="share of a GPU's peak that the products reach", unset=f"{EFFICIENCY}")
+    add(
+        "--measured",
+        kind=Path,
+        metavar="FILE",
+        help="metrics.jsonl of a run, to take efficiency and shares from",
+        unset="none, they are assumed",
+    )
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m train.plan", description="Memory, communication and time of a run, computed.")
-    add = parser.add_argument
-    add("--gpus", type=int, required=True, metavar="N")
-    add("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (train/planning/hardware.py)")
-    add("--memory", type=float, metavar="GB", help="of a GPU; default: as its maker states it")
-    add("--stage", type=int, default=2)
-    add("--checkpoint", type=Path, metavar="DIR", help="whose config.json to plan for; default: the published model's")
-    add("--shard", choices=SHARDS)
-    add("--checkpointing", choices=CHECKPOINTING)
-    add("--sequences-per-gpu", type=int, default=1, metavar="N", help="packed rows that a GPU takes at a time")
-    add("--optimizer", choices=recipe.OPTIMIZERS)
-    add("--lora-rank", "--lora", type=int, metavar="R", help="adapters on the decoder's linear layers")
-    add("--frozen-weights", choices=recipe.FROZEN, default="dtype", help="under adapters")
-    add("--sequence-length", type=int)
-    add("--global-batch", type=int)
-    add("--image-share", type=float, help=f"of tokens that are patches; assumed: {IMAGE_SHARE}")
-    add("--labelled-share", type=float, help=f"of tokens that have a label; assumed: {LABELLED_SHARE}")
-    add("--efficiency", type=float, help=f"share of the peak that products reach; assumed: {EFFICIENCY}")
-    add("--measured", type=Path, metavar="FILE", help="metrics.jsonl of a run, to take efficiency and shares from")
-    add("--json", action="store_true")
-    args = parser.parse_args(argv)
-    if args.gpu not in GPUS:
-        raise UserError(f"--gpu: {args.gpu!r} is unknown, must be one of {', '.join(GPUS)}")
-    for name in ("gpus", "sequences_per_gpu", "memory", "lora_rank"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < 1e9:
-            raise UserError(f"--{name.replace('_', '-')}: {value} must be above 0")
-    for name in ("image_share", "labelled_share", "efficiency"):
-        value, low = getattr(args, name), 0 if name == "image_share" else 1e-6
-        if value is not None and not low <= value <= 1:
-            raise UserError(f"--{name.replace('_', '-')}: {value} must be a share, up to 1")
+    """UserError for options that do not go together."""
+    args = make_parser().parse_args(argv)
     if args.optimizer == "layerwise" and (args.gpus > 1 or args.lora_rank):
         raise UserError("--optimizer: layerwise is for one GPU and for training the weights themselves")
     if args.shard not in (None, "none") and args.lora_rank:
@@ -213,7 +238,7 @@ def details(
         "step_seconds": time.step,
         "steps": time.steps,
         "days": time.days,
-        "days_nothing_hidden": time.days_unhidden,
+        "days_nothing_hidden": time.days_without_overlap,
         "tokens_per_second": stage.global_batch * data.tokens / time.step,
         "useful_tflops": useful / time.step / run_config.gpus / 1e12,
         "days_by_efficiency": days,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 
-from phi4rv.command_line import Parser, exit_status
+from phi4rv.command_line import MOST, OUTPUT, Number, Parser, exit_status
 from phi4rv.errors import UserError
 from train.figures.curves import PANELS, Run, default_window, draw_curves
 
@@ -39,14 +39,17 @@ def _last(values: list[float]) -> float | None:
     return mean(values[-default_window(len(values)) :]) if values else None
 
 
-def run(argv: Sequence[str] | None) -> None:
-    parser = Parser(prog="python -m train.plot", description="Draws runs beside one another.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="an output folder or a metrics.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("plot.png"), metavar="PNG")
-    parser.add_argument("--smooth", type=int, metavar="N", help="steps of the running mean; default: a twentieth")
-    args: argparse.Namespace = parser.parse_args(argv)
-    if args.smooth is not None and args.smooth < 1:
-        raise UserError(f"--smooth: {args.smooth} must be 1 or more")
+def make_parser() -> Parser:
+    parser = Parser("train.plot", "Draws runs beside one another, and prints a table of them.")
+    parser.add("runs", nargs="+", kind=Path, metavar="RUN", help="output folders or metrics.jsonl files of runs")
+    parser.add("--output", kind=Path, default=Path("plot.png"), metavar="PNG", help=f"{OUTPUT}; a picture")
+    parser.add(
+        "--smooth", kind=Number(int, 1, MOST), help="steps of the running mean", unset="a twentieth of the steps"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
     if args.output.suffix.lower() != ".png":
         raise UserError(f"--output: {args.output} must end in .png")
     runs = [Run.of(path) for path in args.runs]
@@ -56,7 +59,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return exit_status(lambda: run(argv))
+    return exit_status(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from phi4rv.command_line import MOST, Kind, Number, OneOf
 from phi4rv.errors import UserError
 from phi4rv.ops.low_precision import FORMATS
 
@@ -19,37 +20,91 @@ FROZEN = ("dtype", *FORMATS)
 LINEAR = ("dtype", "fp8")
 
 
+def _option(help: str, kind: Kind, **default: Any) -> Any:
+    """A field of Stage together with what its option says and takes (``phi4rv.command_line.Parser.add``)."""
+    return field(metadata={"help": help, "kind": kind}, **default)
+
+
+POSITIVE, COUNT, SHARE = Number(int, 1, MOST), Number(int, 0, MOST), Number(float, 0, below=1)
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage's hyperparameters; every field but ``trains`` is a command-line option of the same name."""
 
     trains: tuple[str, ...]  # of PARTS; the others are frozen
-    lr: float
-    schedule: str  # cosine falls to min_lr_ratio x lr at the last step
-    min_lr_ratio: float
-    warmup: float  # below 1 a share of the steps, else a number of them
-    weight_decay: float  # on matrices; norms and biases are left alone
-    beta1: float
-    beta2: float
-    clip: float  # global gradient norm
-    global_batch: int  # samples a step, at least
-    sequence_length: int  # tokens a packed sequence, at most
-    epochs: int = 1
-    max_steps: int = 0  # 0: as many as the epochs give; else exactly so many, repeating the data
-    order: str = "shuffled"  # or file: the first epoch as it is written, later ones shuffled
-    too_long: str = "drop"  # a sample over sequence_length: drop it, or shorten it by its last turns
-    sequence_multiple: int = 0  # sequences a step: a multiple of it; the ranks, for equal shares. 0: see multiple()
-    optimizer: str = "adamw"  # float32 masters and moments; or layerwise: steps inside the backward pass, 8-bit moments
-    clipping: str = (
-        "exact"  # of layerwise: exact takes every backward pass twice; delayed clips by the last step's norm
+    lr: float = _option("largest learning rate, that after the warm-up", Number(float, above=0, high=1000))
+    schedule: str = _option(
+        "course of the learning rate after the warm-up; cosine falls to --min-lr-ratio of --lr at the last step",
+        OneOf(SCHEDULES),
     )
-    linear: str = (
-        "dtype"  # products of the decoder's layers: as --dtype says, or in fp8 (phi4rv/quantization/float8_linear.py)
+    min_lr_ratio: float = _option("learning rate of a cosine's last step, as a share of --lr", SHARE)
+    warmup: float = _option(
+        "steps in which the learning rate rises to --lr; below 1 a share of all steps", Number(float, 0)
     )
-    lora_rank: int = 0  # 0: the weights themselves train; else adapters of this rank on lora_targets, and they alone
-    lora_alpha: float = 32.0  # the adapter's product is multiplied by lora_alpha / lora_rank
-    lora_targets: str = "qkv_proj,o_proj,gate_up_proj,down_proj"  # last names, or more, of published module paths
-    frozen_weights: str = "dtype"  # under adapters, of the decoder's layers: as --dtype says, or in one of FORMATS
+    weight_decay: float = _option(
+        "AdamW's decoupled weight decay; of matrices, norms and biases have none", Number(float, 0)
+    )
+    beta1: float = _option("AdamW's beta1, the decay rate of the mean of gradients", SHARE)
+    beta2: float = _option("AdamW's beta2, the decay rate of the mean of squared gradients", SHARE)
+    clip: float = _option(
+        "norm of the whole gradient above which it is scaled down to this norm; inf: never",
+        Number(float, above=0, infinite=True),
+    )
+    global_batch: int = _option("samples a step, at least", POSITIVE)
+    sequence_length: int = _option("tokens that a packed sequence holds at most", POSITIVE)
+    epochs: int = _option("times that the data is gone through", POSITIVE, default=1)
+    max_steps: int = _option("steps of the run, repeating the data as need be; 0: what --epochs give", COUNT, default=0)
+    order: str = _option(
+        "order of the records; file: the first epoch as they are written, later ones shuffled",
+        OneOf(ORDERS),
+        default="shuffled",
+    )
+    too_long: str = _option(
+        "what becomes of a sample over --sequence-length; dropped, or shortened by its last turns",
+        OneOf(TOO_LONG),
+        default="drop",
+    )
+    sequence_multiple: int = _option(
+        "packed sequences a step are a multiple of this; give the number of processes for equal shares; 0: the largest "
+        "power of two that is at most a 16th of --global-batch",
+        COUNT,
+        default=0,
+    )
+    optimizer: str = _option(
+        "what updates the weights; adamw keeps float32 masters and moments, layerwise steps inside the backward pass "
+        "and keeps moments of 8 bits, on one GPU",
+        OneOf(OPTIMIZERS),
+        default="adamw",
+    )
+    clipping: str = _option(
+        "how layerwise clips; exact takes every backward pass twice, delayed goes by the last step's norm",
+        OneOf(CLIPPING),
+        default="exact",
+    )
+    linear: str = _option(
+        "what the products of the decoder's layers compute in; dtype: as --dtype says", OneOf(LINEAR), default="dtype"
+    )
+    lora_rank: int = _option(
+        "rank of the adapters that train in place of the weights; 0: no adapters, the weights themselves train",
+        COUNT,
+        default=0,
+    )
+    lora_alpha: float = _option(
+        "scale of the adapters; their product is multiplied by --lora-alpha / --lora-rank",
+        Number(float, above=0),
+        default=32.0,
+    )
+    lora_targets: str = _option(
+        "layers that get an adapter; last names, or more, of published module paths, commas between",
+        str,
+        default="qkv_proj,o_proj,gate_up_proj,down_proj",
+    )
+    frozen_weights: str = _option(
+        "format of the decoder's weights that adapters leave as they are; dtype: as --dtype says",
+        OneOf(FROZEN),
+        default="dtype",
+    )
 
     def multiple(self) -> int:
         """``sequence_multiple``, or the largest power of two that is at most a 16th of the global batch.
@@ -110,31 +165,36 @@ def stage(number: int, embedded: bool, overrides: dict[str, Any]) -> Stage:
     return chosen
 
 
-def options() -> dict[str, type]:
-    """Name and type of each field that the command line can override."""
-    kinds = {"float": float, "int": int, "str": str}
-    return {f.name: kinds[str(f.type)] for f in fields(Stage) if f.name != "trains"}
+def options() -> list[str]:
+    """Names of the fields that the command line can override."""
+    return [f.name for f in fields(Stage) if f.metadata]
+
+
+def add_option(add: Callable[..., None], name: str, *aliases: str, **others: Any) -> None:
+    """Declares the option of the field ``name`` by ``add``; ``others`` in place of what the field says."""
+    [told] = [f.metadata for f in fields(Stage) if f.name == name]
+    add(_flag(name), *aliases, **{**told, "unset": defaults(name), **others})
+
+
+def defaults(name: str, embedded: bool = True) -> str:
+    """``0.001, 2e-05, 7e-07 in stages 1, 2, 3``, or one value where it is the same in all. ``embedded``: and without
+    data."""
+
+    def said(values: list[Any]) -> str:
+        words = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+        return words[0] if len(set(words)) == 1 else f"{', '.join(words)} in stages {', '.join(map(str, STAGES))}"
+
+    published = [getattr(STAGES[n], name) for n in STAGES]
+    tiny = [EMBEDDED[n].get(name, value) for n, value in zip(STAGES, published, strict=True)]
+    return said(published) + (f"; without --data {said(tiny)}" if embedded and tiny != published else "")
 
 
 def _check(stage: Stage) -> None:
     """UserError naming the first option out of its range."""
-    choices: dict[str, tuple[str, ...]] = {"schedule": SCHEDULES, "too_long": TOO_LONG, "order": ORDERS}
-    choices |= {"optimizer": OPTIMIZERS, "clipping": CLIPPING, "frozen_weights": FROZEN, "linear": LINEAR}
-    for name, allowed in choices.items():
-        if getattr(stage, name) not in allowed:
-            raise UserError(f"{_flag(name)}: {getattr(stage, name)!r} is unknown, must be one of {', '.join(allowed)}")
-    for name in ("lr", "clip", "global_batch", "sequence_length", "epochs", "lora_alpha"):
-        if not getattr(stage, name) > 0:
-            raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be above 0")
-    for name in ("warmup", "weight_decay", "max_steps", "sequence_multiple", "lora_rank"):
-        if not getattr(stage, name) >= 0:
-            raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be 0 or more")
-    for name in ("min_lr_ratio", "beta1", "beta2"):
-        if not 0 <= getattr(stage, name) < 1:
-            raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be in [0, 1)")
-    for name in ("lr", "warmup", "weight_decay", "lora_alpha"):
-        if math.isinf(getattr(stage, name)):
-            raise UserError(f"{_flag(name)}: {getattr(stage, name)} must be a finite number")
+    for f in fields(stage):
+        kind, value = f.metadata.get("kind"), getattr(stage, f.name)
+        if isinstance(kind, Number | OneOf) and (said := kind.fault(value)):
+            raise UserError(f"{_flag(f.name)}: {said}")
     if stage.frozen_weights != "dtype" and not stage.lora_rank:
         raise UserError(f"--frozen-weights: {stage.frozen_weights} needs adapters to train: give --lora-rank")
     if stage.linear == "fp8" and (stage.lora_rank or "decoder" not in stage.trains):

@@ -18,9 +18,10 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ from benchmarks.data.mixture import SampleLengths, mixture
 from benchmarks.images import MAX_PATCHES, MIN_PATCHES, synthetic_image
 from benchmarks.jobs import ROOT
 from benchmarks.kernels.timing import relative_iqr
+from benchmarks.options import json_option
 from benchmarks.report.result_files import write_results
 from benchmarks.report.rows import Row
 from phi4rv.batch import NO_LABEL
+from phi4rv.command_line import Parser, exit_status
 from phi4rv.config import Config
 from phi4rv.processing.processor import Processor
 from train import recipe
@@ -295,15 +298,22 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description="Loading and packing, timed.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
-    args = parser.parse_args()
+def make_parser() -> Parser:
+    parser = Parser("benchmarks.data", "Times loading and packing, beside their peers.")
+    json_option(parser.add)
+    return parser
+
+
+def command(args: argparse.Namespace) -> None:
     records = run()
     if args.json:
         write_results(args.json, {"data": records})
     print(table(records))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

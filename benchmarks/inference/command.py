@@ -20,6 +20,7 @@ On a CPU a tiny model shows that everything runs; its times say nothing.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import math
@@ -38,6 +39,7 @@ from benchmarks.inference.roofline import FULL, TINY, Record, Shapes, cache_byte
 from benchmarks.inference.table import goals, table, table_rows
 from benchmarks.jobs import run_in_process, run_inline
 from benchmarks.kernels import timing
+from benchmarks.options import json_option, layers_option, seconds_option
 from benchmarks.report.result_files import write_results
 from phi4rv.command_line import Parser, exit_status
 from phi4rv.config import Config
@@ -148,30 +150,31 @@ def run(
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return exit_status(lambda: command(argv))
+def make_parser() -> Parser:
+    parser = Parser("benchmarks.inference", "Times inference, beside its peers, or asks the report's questions.")
+    json_option(parser.add)
+    seconds_option(parser.add, "what does not fit in it is left out")
+    layers_option(parser.add, default=0)
+    protocol.add_options(parser.section("the report's protocol"))
+    return parser
 
 
-def command(argv: Sequence[str] | None) -> None:
-    parser = Parser(prog="python -m benchmarks.inference", description="Inference, timed.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
-    parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="end within N seconds")
-    parser.add_argument("--layers", type=int, default=0, metavar="N", help="of the decoder; default: as many as fit")
-    protocol.add_options(parser)
-    args = parser.parse_args(argv)
+def command(args: argparse.Namespace) -> None:
     if args.protocol is not None:
         protocol.command(args)
         return
     if args.checkpoint:
         raise UserError("--checkpoint: goes with --protocol; speed is measured with random weights")
-    if not 0 <= args.layers <= Config().num_hidden_layers:
-        raise UserError(f"--layers: {args.layers} must be 1 to {Config().num_hidden_layers}, or 0: as many as fit")
 
     def on_result(result: Record) -> None:
         if args.json:
             write_results(args.json, {"inference": {**result, "goals": goals(result)}})
 
     print(table(run(args.seconds, args.layers, on_result)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,6 +30,19 @@ from benchmarks.inference.questions import ProtocolQuestion, check_questions, ma
 from benchmarks.jobs import run_in_process, run_inline
 from benchmarks.report.result_files import write_results
 from infer.quantization.weight_loader import load
+from phi4rv.command_line import (
+    CHART,
+    CHECKPOINT,
+    MAX_NEW_TOKENS,
+    MOST,
+    SAMPLES,
+    SEED,
+    WEIGHTS,
+    Number,
+    OneOf,
+    dtype_option,
+    kernels_option,
+)
 from phi4rv.config import DTYPES
 from phi4rv.errors import UserError
 from phi4rv.processing.chat_template import MODES
@@ -39,36 +52,45 @@ MAX_SECONDS = 7 * 86400.0  # seconds of one engine
 MEAN = "mean of kinds"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("the report's protocol").add_argument
-    add("--protocol", nargs="?", const="", metavar="JSONL", help="ask its questions; without a file, made-up ones")
-    add("--checkpoint", type=Path, metavar="DIR", help="who answers: a folder in the published layout")
-    add("--samples", type=int, default=100, metavar="N", help="of each kind")
-    add("--modes", nargs="+", default=list(MODES), choices=MODES, metavar="MODE", help=f"of {', '.join(MODES)}")
-    add("--max-new-tokens", type=int, default=4096, metavar="N")
+def add_options(add: Callable[..., None]) -> None:
+    add(
+        "--protocol",
+        nargs="?",
+        const="",
+        metavar="JSONL",
+        help="ask questions: the file's, or made-up ones if none is named",
+        unset="speed is measured",
+    )
+    add(
+        "--checkpoint",
+        kind=Path,
+        metavar="DIR",
+        help=f"{CHECKPOINT}; in the Hugging Face layout, needed with --protocol",
+        unset="none",
+    )
+    add("--samples", kind=Number(int, 1, MOST), default=100, help=f"{SAMPLES}; of each kind of question")
+    add("--modes", nargs="+", kind=OneOf(MODES), default=list(MODES), help="modes of thinking that are asked in")
+    add("--max-new-tokens", kind=Number(int, 1, MOST), default=4096, help=MAX_NEW_TOKENS)
     add(
         "--engines",
         nargs="+",
+        kind=OneOf(tuple(ENGINES)),
         default=[name for name in installed() if name != "vLLM"],
-        choices=list(ENGINES),
-        metavar="NAME",
-        help="default: what is here but for vLLM, which runs the code that lies in the checkpoint's folder",
+        help="who answers; vLLM runs the code that lies in the checkpoint's folder",
+        unset="those that are installed, without vLLM",
     )
-    add("--weights", metavar="FORMATS", help="of the engine, as in int4,head=fp8; the checkpoint's unless given")
-    add("--dtype", choices=DTYPES, help="the checkpoint's unless given")
-    add("--kernels", metavar="KIND", help="the engine's")
-    add("--seed", type=int, default=0, help="of the samples drawn")
-    add("--chart", type=Path, metavar="PNG", help="draw accuracy against time and tokens")
-    add("--answers", type=Path, metavar="JSONL", help="add each answer as it comes")
+    add("--weights", metavar="FORMATS", help=f"{WEIGHTS}; of phi4rv's engine", unset="as the checkpoint has them")
+    dtype_option(add, "of all weights that are not quantised", "the checkpoint's")
+    kernels_option(add)
+    add("--seed", kind=Number(int, 0, below=2**32), default=0, help=f"{SEED}; questions and samples")
+    add("--chart", kind=Path, metavar="PNG", help=f"{CHART}; accuracy against time and tokens", unset="not drawn")
+    add("--answers", kind=Path, metavar="JSONL", help="file that each answer is added to as it comes", unset="none")
 
 
 def command(args: argparse.Namespace) -> None:
     """UserError for a wrong argument, file or checkpoint, before anything is asked."""
     if args.checkpoint is None:
         raise UserError("--checkpoint: missing; name the folder of the model that is to answer")
-    for name in ("samples", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} must be 1 or more")
     if args.chart and args.chart.suffix.lower() != ".png":
         raise UserError(f"--chart: {args.chart} must end in .png")
     missing = [name for name in args.engines if name not in installed()]

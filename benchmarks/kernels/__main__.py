@@ -6,15 +6,17 @@ Exit status 1 if a kernel failed or was wrong. A missed goal is a result, not a 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels import operation_names
 from benchmarks.kernels.report import chart, table, table_rows
 from benchmarks.kernels.suite import run
+from benchmarks.options import json_option, only_option, seconds_option
 from benchmarks.report.result_files import environment, write_results
+from phi4rv.command_line import CHART, Parser, exit_status
 
 __all__ = ["main", "run", "table", "table_rows"]
 
@@ -24,16 +26,17 @@ def failed(result: dict[str, Any]) -> bool:
     return any(row["status"] in ("failed", "wrong") for row in result["rows"])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description="Kernels beside their peers.")
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", choices=operation_names(), default=[], help="these operations"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
-    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw shares of the measured ceilings")
-    parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="begin no row after N seconds")
-    args = parser.parse_args(arguments)
-    result = run(args.only, args.seconds)
+def make_parser() -> Parser:
+    parser = Parser("benchmarks.kernels", "Times the kernels, beside their peers.")
+    only_option(parser.add, operation_names(), "operations")
+    json_option(parser.add)
+    parser.add("--chart", kind=Path, metavar="PNG", help=f"{CHART}; shares of the measured ceilings", unset="not drawn")
+    seconds_option(parser.add, "no row begins after it")
+    return parser
+
+
+def command(args: argparse.Namespace) -> int:
+    result = run(args.only or [], args.seconds)
     about = environment()
     if args.json:
         write_results(args.json, {"kernels": result}, about)
@@ -43,6 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         )
     print(table(result))
     return 1 if failed(result) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ cannot be read is named in one line, there and as an error.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -228,13 +229,11 @@ def draw_all(devices: dict[str, list[Result]], folder: Path) -> list[Path]:
     return files
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return exit_status(lambda: command(argv))
+def make_parser() -> Parser:
+    return Parser("benchmarks.report", "Writes all results as text and charts: RESULTS.md and the README's table.")
 
 
-def command(argv: Sequence[str] | None) -> None:
-    parser = Parser(prog="python -m benchmarks.report", description="All results as text and charts.")
-    parser.parse_args(argv)
+def command(args: argparse.Namespace) -> None:
     devices, broken = read_all(FOLDER)
     (FOLDER.parent / "RESULTS.md").write_text(results_text(devices, broken))
     page = ROOT / PAGE
@@ -243,6 +242,10 @@ def command(argv: Sequence[str] | None) -> None:
         print(f"written: {file}")
     if broken:
         raise UserError("; ".join(broken))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: command(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

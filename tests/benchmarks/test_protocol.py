@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from PIL import Image
 from benchmarks.inference import command, protocol, questions
 from benchmarks.inference.figure2 import HEAD, HEIGHT, LEFT, LINE, RIGHT, TOP, WIDTH, draw, round_tick
 from benchmarks.inference.questions import make_questions, read_questions, sample
+from phi4rv.command_line import Parser
 from phi4rv.processing.answers import parse_answer
 from tests.small import PUBLISHED, picture, record, write_jsonl
 from train.figures.curves import COLOURS
@@ -178,10 +178,10 @@ def too_long(folder: Path) -> list[object]:
         (without_picture, [], "asked.jsonl:1: "),
         (too_long, [], "long.jsonl:1: the prompt has "),
         (lambda d: ["no.jsonl"], [], "no.jsonl: cannot be read: No such file or directory"),
-        (lambda d: [], ["--samples", 0], "--samples: 0 must be 1 or more"),
+        (lambda d: [], ["--samples", 0], "--samples: 0 must be 1 to 10^9"),
         (lambda d: [], ["--chart", "x.gif"], "--chart: x.gif must end in .png"),
         (lambda d: [], ["--weights", "int5"], "--weights: 'int5' is unknown"),
-        (lambda d: [], ["--modes", "slow"], "--modes: invalid choice: 'slow'"),
+        (lambda d: [], ["--modes", "slow"], "--modes: 'slow' is unknown, must be one of auto"),
         (lambda d: [], ["--engines", "vLLM"], "--engines: vLLM is not installed"),
         (lambda d: [], ["--checkpoint", "/no/such"], "/no/such: not a folder"),
     ],
@@ -200,8 +200,8 @@ def test_bad_input_is_one_line(
 def test_code_of_the_checkpoint_runs_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's peer trusts the folder's code: it must be named."""
     monkeypatch.setattr(protocol, "installed", lambda: list(protocol.ENGINES))
-    parser = argparse.ArgumentParser()
-    protocol.add_options(parser)
+    parser = Parser("benchmarks.inference", "")
+    protocol.add_options(parser.add)
     assert parser.parse_args([]).engines == ["phi4rv", "transformers"]
     assert parser.parse_args(["--engines", "vLLM"]).engines == ["vLLM"]
 

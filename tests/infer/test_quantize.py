@@ -262,8 +262,8 @@ def test_calibration_on_records(tmp_path: Path, capsys: pytest.CaptureFixture[st
 BAD_CALLS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "formats": (lambda d: ["--weights", "int5"], "--weights: 'int5' is unknown"),
     "taken": (lambda d: ["--output", d], "exists already; name a new folder"),
-    "samples": (lambda d: ["--samples", 0], "--samples: 0 must be 1 or more"),
-    "tokens": (lambda d: ["--max-new-tokens", -1], "--max-new-tokens: -1 must be 1 or more"),
+    "samples": (lambda d: ["--samples", 0], "--samples: 0 must be 1 to 10^9"),
+    "tokens": (lambda d: ["--max-new-tokens", -1], "--max-new-tokens: -1 must be 1 to 10^9"),
     "report": (lambda d: ["--report", d / "none" / "r.json"], "is no folder; name a file in one that exists"),
     "pictures": (lambda d: ["--calibration", d], "--calibration: "),
     "records": (lambda d: ["--calibration", d / "none.jsonl"], "none.jsonl: cannot be read"),

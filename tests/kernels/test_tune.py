@@ -153,7 +153,7 @@ def test_report_marks_the_chosen() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([]) == 2
-    assert capsys.readouterr().err == "benchmarks.tune: no GPU is here; timings of another device mean nothing\n"
+    assert capsys.readouterr().err == "error: benchmarks.tune: no GPU is here; timings of another device mean nothing\n"
 
 
 def test_real_kernels_are_found() -> None:

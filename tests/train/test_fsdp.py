@@ -117,7 +117,7 @@ def test_another_number_of_processes_goes_on(
         (["--shard", "full", "--replicas", 2], 3, "--replicas: 2 replicas cannot share 3 process(es) evenly"),
         (["--shard", "full", "--replicas", 2], 1, "--replicas: 2 replicas cannot share 1 process(es) evenly"),
         (["--replicas", 2], 1, "nothing is sharded between them; give --shard too"),
-        (["--keep", -1], 1, "--keep: -1 must be 0 or more"),
+        (["--keep", -1], 1, "--keep: -1 must be 0 to 10^9"),
     ],
 )
 def test_wrong_options(inputs: list[Any], tmp_path: Path, options: list[Any], world: int, words: str) -> None:

@@ -288,5 +288,5 @@ def test_what_it_cannot_do_is_one_line(
 
 def test_several_processes_are_refused() -> None:
     chosen = stage(2, False, {"optimizer": "layerwise", "global_batch": 1})
-    with pytest.raises(UserError, match="--optimizer: layerwise trains in one process, here are 2"):
+    with pytest.raises(UserError, match="--optimizer: layerwise trains in one process, not in 2"):
         build(Namespace(compile=False), chosen, torch.device("cpu"), torch.float32, None, None, Ranks(0, 2))

@@ -306,7 +306,7 @@ def test_a_resumed_run_is_the_run_in_one_go(
     assert not any("base" in n for n in saved(output / "step-2")), "which the checkpoint has"
     assert main([*inputs, *more, "--output", str(output), "--resume"]) == 0
     assert timeless(output / "metrics.jsonl") == timeless(whole / "metrics.jsonl")
-    assert export([str(output / "step-4"), str(tmp_path / "exported")]) == 0
+    assert export(["--checkpoint", str(output / "step-4"), "--output", str(tmp_path / "exported")]) == 0
     adapters = [load_file(f / "adapter_model.safetensors") for f in (whole / "adapter", output / "adapter")]
     adapters.append(load_file(tmp_path / "exported/adapter_model.safetensors"))
     for ours, theirs in [(saved(output / "step-4"), saved(whole / "step-4")), *pairwise(adapters)]:
@@ -341,7 +341,7 @@ def test_train_merge_and_ask(inputs: list[str], tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--lora-rank", "-1"], "--lora-rank: -1 must be 0 or more"),
+        (["--lora-rank", "-1"], "--lora-rank: -1 must be 0 to 10^9"),
         (["--lora-alpha", "0"], "--lora-alpha: 0.0 must be above 0"),
         (["--frozen-weights", "int3"], "--frozen-weights: 'int3' is unknown, must be one of dtype, int8"),
         (["--frozen-weights", "int8", "--lora-rank", "0"], "--frozen-weights: int8 needs adapters"),
@@ -359,7 +359,7 @@ def test_adapters_need_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     data = mixed_data(tmp_path)
     line = ["--data", str(data), "--device", "cpu", "--lora-rank", "2", "--output", str(tmp_path / "out")]
     assert main(line) == 2
-    assert "--lora-rank: adapters belong to a base: name it with --checkpoint" in the_error(capsys)
+    assert "--lora-rank: adapters need a base model: give --checkpoint" in the_error(capsys)
 
 
 def test_frozen_weights_do_not_move() -> None:

@@ -67,7 +67,7 @@ def test_loss_by_mode(dataset: PackedDataset) -> None:
 
 
 def test_a_step_as_it_is_reported(dataset: PackedDataset) -> None:
-    """Operations are those of the samples it took, by ``cost.operations`` on what was really packed."""
+    """Operations are those of the samples it took, by ``flops`` on what was really packed."""
     model, _ = small_model()
     chosen = options(global_batch=6, max_steps=2)
     dataset = PackedDataset(dataset.sources, dataset.processor, chosen)

@@ -251,10 +251,10 @@ def test_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 WRONG: dict[str, Callable[[Path], tuple[list[object], str]]] = {
     "gpu": lambda d: (["--gpu", "h900"], "--gpu: 'h900' is unknown, must be one of a100, h100, h200, b200"),
-    "stage": lambda d: (["--stage", 7], "--stage: 7 is unknown"),
-    "gpus": lambda d: (["--gpus", 0], "--gpus: 0 must be above 0"),
-    "share": lambda d: (["--image-share", 1.5], "--image-share: 1.5 must be a share"),
-    "efficiency": lambda d: (["--efficiency", 0], "--efficiency: 0.0 must be a share"),
+    "stage": lambda d: (["--stage", 7], "--stage: '7' is unknown"),
+    "gpus": lambda d: (["--gpus", 0], "--gpus: 0 must be 1 to 10^9"),
+    "share": lambda d: (["--image-share", 1.5], "--image-share: 1.5 must be 0 to 1"),
+    "efficiency": lambda d: (["--efficiency", 0], "--efficiency: 0.0 must be 1e-06 to 1"),
     "layerwise": lambda d: (["--gpus", 2, "--optimizer", "layerwise"], "--optimizer: layerwise is for one GPU"),
     "frozen": lambda d: (["--frozen-weights", "int4"], "--frozen-weights: int4 needs adapters"),
     "checkpoint": lambda d: (["--checkpoint", d], "config.json: missing"),

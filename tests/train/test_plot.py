@@ -89,7 +89,7 @@ WRONG: dict[str, Callable[[Path], tuple[list[object], str]]] = {
     "empty": lambda d: ([write_jsonl(d / "m.jsonl", [])], "m.jsonl: no step in it"),
     "a picture": lambda d: ([d / "p.png"], "p.png: not UTF-8 text"),
     "other JSON": lambda d: ([write_jsonl(d / "m.jsonl", ["[1]", "{}"])], "m.jsonl:1: no JSON object"),
-    "smooth": lambda d: ([d, "--smooth", 0], "--smooth: 0 must be 1 or more"),
+    "smooth": lambda d: ([d, "--smooth", 0], "--smooth: 0 must be 1 to 10^9"),
     "output": lambda d: ([d, "--output", "a.txt"], "--output: a.txt must end in .png"),
     "no runs": lambda d: ([], "RUN"),
     "no folder": lambda d: (

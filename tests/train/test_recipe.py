@@ -10,6 +10,7 @@ import pytest
 from phi4rv.errors import UserError
 from train import recipe
 from train.optimizers.adamw import learning_rate
+from train.options import arguments
 from train.recipe import Stage, stage
 
 # Copied from the report, table by table.
@@ -97,9 +98,15 @@ def test_overrides_win_over_both_and_none_is_no_override() -> None:
 
 def test_every_field_but_the_trained_parts_is_an_option() -> None:
     assert set(recipe.options()) == {f.name for f in dataclasses.fields(Stage)} - {"trains"}
-    assert recipe.options()["lr"] is float
-    assert recipe.options()["global_batch"] is int
-    assert recipe.options()["schedule"] is str
+    values = vars(arguments(["--lr", "1", "--global-batch", "2", "--schedule", "constant"]))
+    assert {name for name in recipe.options() if values[name] is not None} == {"lr", "global_batch", "schedule"}
+    assert [type(values[name]) for name in ("lr", "global_batch", "schedule")] == [float, int, str]
+
+
+def test_defaults_are_told_by_stage() -> None:
+    assert recipe.defaults("lr", embedded=False) == "0.001, 2e-05, 7e-07 in stages 1, 2, 3"
+    assert recipe.defaults("max_steps") == "0; without --data 60, 640, 300 in stages 1, 2, 3"
+    assert recipe.defaults("epochs") == "1"
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,8 @@ def test_an_exported_save_is_the_model(inputs: list[str], whole: Path, tmp_path:
     export(whole / "step-6", tmp_path / "model")
     ours, theirs = ({p.name: p.read_bytes() for p in f.iterdir()} for f in (tmp_path / "model", whole / "model"))
     assert ours == theirs
-    assert export_command([str(whole), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    assert export_command(["--checkpoint", str(tmp_path / "gone"), "--output", str(tmp_path / "half")]) == 2
+    assert export_command(["--checkpoint", str(whole), "--output", str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
     half, full = weights(tmp_path / "half"), weights(whole / "model")
     assert all(torch.equal(half[name], full[name].bfloat16()) for name in full)
 

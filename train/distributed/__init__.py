@@ -1,1 +1,1 @@
-"""The processes of a run: what they exchange, how the model is sharded, who watches whom."""
+"""The processes of a run: communication, sharding, context parallelism, the watchdog."""

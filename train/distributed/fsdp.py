@@ -70,7 +70,7 @@ def parallelize(model: Phi4RV, mesh: DeviceMesh, shard: str, dtype: torch.dtype)
     # Patch embedding, last norm and output layer: needed again at once, as the backward pass begins with them.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     # What is called in place of ``forward`` has to gather as well.
-    register_fsdp_forward_method(model.projector, "into")
+    register_fsdp_forward_method(model.projector, "project_into")
     for method in ("loss_sum_by_mode", "loss_sum"):
         register_fsdp_forward_method(model, method)
     for block, following in pairwise(blocks):

@@ -31,16 +31,16 @@ def prediction_sheet(path: Path, questions: Sequence[Question], given: Sequence[
 
 def _tile(question: Question, answer: Answer) -> Image.Image:
     tile = Image.new("RGB", (TILE, TILE + TEXT), "white")
-    picture = open_image(question.prompt.images[0])
-    scale = (TILE - 10) / max(picture.size)
-    picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    image = open_image(question.prompt.images[0])
+    scale = (TILE - 10) / max(image.size)
+    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     right = question.reference
     good = right.text.lower() == answer.text.lower()
     if right.boxes:
         good = bool(answer.boxes) and centre_in(answer.boxes[0], right.boxes[0])
-        picture = draw_answer(picture, right.boxes, colour=RIGHT)
-        picture = draw_answer(picture, answer.boxes[:1], colour=GIVEN if good else WRONG)
-    tile.paste(picture, (5, 5))
+        image = draw_answer(image, right.boxes, colour=RIGHT)
+        image = draw_answer(image, answer.boxes[:1], colour=GIVEN if good else WRONG)
+    tile.paste(image, (5, 5))
     pen, font = ImageDraw.Draw(tile), ImageFont.load_default(12)
     asked = question.prompt.messages()[-1].content.replace(IMAGE_TOKEN, "").strip()
     lines = textwrap.wrap(asked, 40)[:3]

@@ -72,7 +72,7 @@ def link_seconds(sent: float, gpu: GPU, gpus: int) -> tuple[float, float, float]
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of a step: matrix products, collectives, optimizer update; days of the stage, with communication
-    overlapped by computation as far as possible, and without overlap (``days_unhidden``).
+    overlapped by computation as far as possible, and without overlap (``days_without_overlap``).
     """
 
     compute: float
@@ -89,7 +89,7 @@ class StepTime:
         return self.step * self.steps / 86400
 
     @property
-    def days_unhidden(self) -> float:
+    def days_without_overlap(self) -> float:
         return (self.compute + self.communication + self.update) * self.steps / 86400
 
 

@@ -1,4 +1,4 @@
-"""GPUs as their makers state them: the one table that MFU and plans are computed from."""
+"""Datasheet figures of GPUs, for MFU and plans."""
 
 from __future__ import annotations
 

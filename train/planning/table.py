@@ -48,12 +48,12 @@ def _memory(plan: dict[str, Any]) -> str:
     first = plan["first_fit"]
     lines.append(f"the first that fits {memory:g} GB: {first}" if first else f"nothing here fits {memory:g} GB")
     if plan["equal_shares"]:
-        lines.append(f"with {plan['equal_shares']}: as it is, many a step is no equal work for all")
+        lines.append(f"with {plan['equal_shares']}: without it, ranks get unequal work in many steps")
     return "\n".join(lines)
 
 
 def _one_gpu(plan: dict[str, Any]) -> str:
-    """Each way to train and the first checkpointing with which it fits a card."""
+    """For each way to train, the first --checkpointing with which it fits a card."""
     ways: dict[str, list[dict[str, Any]]] = {}
     for row in plan["settings"]:
         ways.setdefault(row["options"].split(" --checkpointing")[0], []).append(row)
@@ -72,7 +72,7 @@ def _one_gpu(plan: dict[str, Any]) -> str:
 def _step(plan: dict[str, Any]) -> str:
     c = plan["chosen"]
     lines = [f"a global batch with {c['options']}"]
-    lines.append(f"{c['rows_per_gpu']:.2f} rows a GPU, run in {c['micro_steps']} times forward and backward")
+    lines.append(f"{c['rows_per_gpu']:.2f} rows a GPU, in {c['micro_steps']} micro-batches")
     if c["sent"]:
         sent = ", ".join(f"{name} {size / GIGA:.1f} GB" for name, size in c["sent"].items())
         lines.append(
@@ -81,10 +81,10 @@ def _step(plan: dict[str, Any]) -> str:
         )
     lines.append(
         f"products {c['compute_seconds']:.2f} s, update {c['update_seconds']:.2f} s; {c['step_seconds']:.2f} s with "
-        f"the sending hidden behind the products; {c['tokens_per_second']:,.0f} tokens/s, "
+        f"communication overlapped; {c['tokens_per_second']:,.0f} tokens/s, "
         f"{c['useful_tflops']:.0f} useful TFLOP/s a GPU"
     )
-    lines.append(f"{c['steps']:,.0f} batches: {c['days']:.2f} days; {c['days_nothing_hidden']:.2f} with nothing hidden")
+    lines.append(f"{c['steps']:,.0f} batches: {c['days']:.2f} days; {c['days_nothing_hidden']:.2f} without overlap")
     days = ", ".join(f"{100 * share:.3g} %: {d:.2f}" for share, d in c["days_by_efficiency"].items())
     lines.append(f"days by efficiency: {days}")
     return "\n".join(lines)

@@ -11,9 +11,9 @@ from train.synthetic import drawing
 
 LABELS = (("Mon", "Tue", "Wed", "Thu", "Fri"), ("A", "B", "C", "D", "E"), ("Ann", "Bob", "Eva", "Jim", "Zoe"))
 TITLES = ("Sales", "Rain", "Visits", "Points")
-SCALE_MAX = 10  # of the scale
+SCALE_MAX = 10
 MARGIN_LEFT, MARGIN_TOP, MARGIN_BOTTOM = 18, 18, 15  # pixels around the bars
-MAX_COUNT = 4  # things to count
+MAX_COUNT = 4  # shapes in a group
 NUMBERS = ("no", "one", "two", "three", "four")
 
 
@@ -199,7 +199,7 @@ class Scene:
         return image
 
 
-SIDES = (18, 30)  # pixels of a small and of a big shape: nobody can mistake one for the other
+SIDES = (18, 30)  # pixels of a small and of a big shape, far enough apart to tell
 
 
 def plural(noun: str) -> str:

@@ -1,4 +1,4 @@
-"""What every drawn picture shares: sizes, colours, fonts, glyphs, names of places, and where things fit.
+"""Drawing: sizes, colours, fonts, glyphs, names of regions, and where boxes fit.
 
 Boxes are (left, top, right, bottom) in pixels, right and bottom exclusive.
 """
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 Box = tuple[int, int, int, int]
 RGB = tuple[int, int, int]
 
-# Width and height in pixels, whole 16-pixel patches: 56 to 64 of them a picture.
+# Width and height in pixels, whole 16-pixel patches: 56 to 64 of them an image.
 SIZES = ((128, 112), (112, 128), (128, 128))
 GRID = 16  # corners lie on a 16-pixel layout grid, as those of interfaces do, and so on the corners of patches
 GAP = 4  # pixels kept free between neighbours
@@ -35,14 +35,14 @@ ORDINALS = ("first", "second", "third")
 
 
 class Drawable(Protocol):
-    """A laid-out picture; drawing it uses no randomness."""
+    """A laid-out image; drawing it uses no randomness."""
 
     def draw(self) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
 class Style:
-    """The neutral colours of a picture: everything that is not a named colour."""
+    """The neutral colours of an image: everything that is not a named colour."""
 
     size: tuple[int, int]
     dark: bool
@@ -69,7 +69,7 @@ class Style:
 
 
 def random_style(rng: Random, heldout: bool) -> Style:
-    """Held-out pictures have an odd background shade and the others an even one: no two can be equal."""
+    """Held-out images have an odd background shade and the others an even one: no two can be equal."""
     dark = rng.random() < 0.5
     shade = 2 * (rng.randint(18, 30) if dark else rng.randint(109, 122)) + heldout
     return Style(rng.choice(SIZES), dark, shade)
@@ -141,7 +141,7 @@ def paste_glyph(image: Image.Image, name: str, side: int, colour: str, at: tuple
 
 
 def centre(box: Box, size: tuple[int, int]) -> tuple[float, float]:
-    """The middle of a box, in [0, 1] of the picture."""
+    """The centre of a box, in [0, 1] of the image."""
     return (box[0] + box[2]) / 2 / size[0], (box[1] + box[3]) / 2 / size[1]
 
 

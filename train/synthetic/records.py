@@ -1,7 +1,7 @@
 """Records of the three stages, and the folder they are written to.
 
 The stages follow section 2 of the Phi-4-reasoning-vision report: captions; grounding and reasoning over one
-picture; several pictures and long text. The format is that of its figure 4.
+image; several images and long text. The format is that of its figure 4.
 """
 
 import json
@@ -36,7 +36,7 @@ TIMES = ("in the morning", "after lunch", "every Monday", "before the meeting", 
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation: `turns` are (question, answer), with one mark `<image>` for each of `pictures`."""
+    """One conversation: `turns` are (question, answer), with one `<image>` for each of `images`."""
 
     images: tuple[drawing.Drawable, ...]
     turns: list[tuple[str, str]]
@@ -50,15 +50,15 @@ def make_record(stage: int, split: str, seed: int, index: int) -> Record:
         return caption_record(rng, heldout)
     if stage == 2 and not heldout and index < CURRICULUM_RECORDS:
         return curriculum_record(rng)
-    if stage == 2 or rng.random() < 0.75:  # of stage 3 too, so that it does not forget
+    if stage == 2 or rng.random() < 0.75:  # in stage 3 too, against forgetting
         return single_image_record(rng, heldout)
     several = (difference_record, which_image_record, nth_image_record, long_text_record)
     return rng.choices(several, (1, 1, 2, 2))[0](rng, heldout)
 
 
 def curriculum_record(rng: Random) -> Record:
-    """A screen with one element, and where it is. Shown several at once from the start, a model that has not yet
-    learned to say where anything is finds nothing to hold on to: a curriculum (Bengio et al. 2009).
+    """A screen with a single element, and where it is: a curriculum (Bengio et al. 2009), as a model that sees several
+    elements from the start does not learn to locate any.
     """
     screen = random_screen(rng, heldout=False, max_elements=1)
     (element,) = screen.elements
@@ -72,7 +72,7 @@ def caption_record(rng: Random, heldout: bool) -> Record:
 
 
 def single_image_record(rng: Random, heldout: bool) -> Record:
-    """Questions. A tenth of the training pictures are described first, as the report's are in records of their own."""
+    """Questions. A tenth of the training images are captioned first, as the report does in records of their own."""
     image = random_image(rng, heldout)
     described = not heldout and rng.random() < 0.1
     turns = [caption_turn(rng, image)] if described else []
@@ -95,7 +95,7 @@ def difference_record(rng: Random, heldout: bool) -> Record:
         before = random_screen(rng, heldout, min_elements=2)
         if changed := random_change(rng, before):
             break
-    after, said = changed
+    after, sentence = changed
     question = rng.choice(
         (
             "First <image> then <image>: what changed?",
@@ -103,7 +103,7 @@ def difference_record(rng: Random, heldout: bool) -> Record:
             "Before: <image>\nAfter: <image>\nWhat is different?",
         )
     )
-    return Record((before, after), [(question, f"<nothink>{said}")])
+    return Record((before, after), [(question, f"<nothink>{sentence}")])
 
 
 def which_image_record(rng: Random, heldout: bool) -> Record:
@@ -162,7 +162,7 @@ def write_dataset(folder: Path, stage: int, split: str, count: int, seed: int) -
     """Writes `folder`/stage{stage}-{split}.jsonl, and PNGs below `folder`/images; returns the JSONL's path.
 
     The same arguments write the same bytes, a record does not depend on `count`, and "train" and "heldout"
-    share no picture. Paths in the JSONL are relative to its folder.
+    share no image. Paths in the JSONL are relative to its folder.
 
     Raises:
         UserError: an unknown stage or split, or a count below one.

@@ -18,7 +18,7 @@ LABELS = (
 TITLES = ("Inbox", "Notes", "Files", "Music", "Store", "Maps")
 TITLE_BAR = drawing.GRID  # pixels
 HEADER = 13  # pixels of a window's own title
-REGION_MARGIN = 0.04  # of the picture: a centre this close to another third counts as lying in both
+REGION_MARGIN = 0.04  # of the image: a centre this close to another third counts as in both
 
 QUESTIONS = ("Where is {}?", "Where is {}?", "Find {}.", "Locate {}.", "Click {}.", "Give me the box of {}.")
 NAMING_SHARE = 0.1  # share of the elements that are shown and to be named, not named and to be found
@@ -45,7 +45,7 @@ class Element:
         return f"{self.colour} {self.nouns[0]}"
 
     def regions(self, size: tuple[int, int]) -> set[str]:
-        """Every place that this element could be said to be in."""
+        """Every region that this element may be said to be in."""
         x, y = drawing.centre(self.box, size)
         offsets = (-REGION_MARGIN, 0, REGION_MARGIN)
         return {drawing.region(x + dx, y + dy) for dx in offsets for dy in offsets}
@@ -214,13 +214,13 @@ def random_change(rng: Random, before: Screen) -> tuple[Screen, str] | None:
         if new is None:
             return None
         after = replace(before, elements=(*before.elements, new))
-        said = f"{drawing.with_article(new.name).capitalize()} was added {after.where(new)}."
-        return (after, said) if is_unique(after, new) else None
+        sentence = f"{drawing.with_article(new.name).capitalize()} was added {after.where(new)}."
+        return (after, sentence) if is_unique(after, new) else None
     if kind == "removed":
         return replace(before, elements=tuple(others)), f"The {element.name} is gone."
     if kind == "recoloured":
         new = replace(element, colour=rng.choice([name for name in drawing.COLOURS if name != element.colour]))
-        said = f"The {element.name} became {new.colour}."
+        sentence = f"The {element.name} became {new.colour}."
     else:
         x1, y1, x2, y2 = element.box
         boxes = [other.box for other in others]
@@ -230,6 +230,6 @@ def random_change(rng: Random, before: Screen) -> tuple[Screen, str] | None:
         new = replace(element, box=box)
         if new.regions(before.style.size) & element.regions(before.style.size):
             return None
-        said = f"The {element.name} moved from {before.where(element)[3:]} to {before.where(new)[3:]}."
+        sentence = f"The {element.name} moved from {before.where(element)[3:]} to {before.where(new)[3:]}."
     after = replace(before, elements=(*others, new))
-    return (after, said) if is_unique(after, new) else None
+    return (after, sentence) if is_unique(after, new) else None

@@ -1,4 +1,4 @@
-"""The embedded default's model: the published architecture at 2 M parameters, random weights, its own tokenizer."""
+"""The built-in tiny model: the published architecture with 2 M random parameters, and a tokenizer of its own."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def init_weights(model: Phi4RV, seed: int) -> None:
 
     The position table starts as sines of the grid (Vaswani et al. 2017, in two dimensions): a few hundred steps are
     too few to find the plane's neighbourhoods in random rows. Token embeddings and the projector's output start small,
-    so that what the layers add soon outweighs them; at 0.5 the same steps learned far less from the picture.
+    so that what the layers add soon outweighs them; at 0.5 the same steps learned far less from the image.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

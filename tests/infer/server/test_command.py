@@ -106,8 +106,8 @@ def test_what_is_wrong_with_the_command_is_one_line(
             (["--port", port], f"error: --port: cannot listen on 127.0.0.1 port {port} (Address already in use)"),
             (["--port", "70000"], "error: --port: 70000 must be 0 to 65535"),
             (["--host", "no.such.host.invalid"], "error: --port: cannot listen on no.such.host.invalid port"),
-            (["--max-queue", "-1"], "error: --max-queue: -1 must be 0 or more"),
-            (["--max-running", "0"], "error: --max-running: 0 must be 1 or more"),
+            (["--max-queue", "-1"], "error: --max-queue: -1 must be 0 to 10^9"),
+            (["--max-running", "0"], "error: --max-running: 0 must be 1 to 10^9"),
             (["--api-key-file", str(tmp_path / "none")], f"error: --api-key-file {tmp_path / 'none'}: cannot be read"),
             (["--api-key-file", str(tmp_path / "empty")], f"error: --api-key-file {tmp_path / 'empty'}: is empty"),
         ):
@@ -124,11 +124,14 @@ def test_what_is_wrong_with_the_command_is_one_line(
 def test_it_listens_on_localhost_and_takes_a_key_of_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = serve.arguments(["--checkpoint", "x"])
+    args = serve.make_parser().parse_args(["--checkpoint", "x"])
     assert (args.host, args.allow_urls) == ("127.0.0.1", [])
     monkeypatch.setenv("PHI4RV_API_KEY", "abc")
     assert serve.api_key(args) == "abc"
     (tmp_path / "key").write_text("def\n")
-    assert serve.api_key(serve.arguments(["--checkpoint", "x", "--api-key-file", str(tmp_path / "key")])) == "def"
+    assert (
+        serve.api_key(serve.make_parser().parse_args(["--checkpoint", "x", "--api-key-file", str(tmp_path / "key")]))
+        == "def"
+    )
     monkeypatch.delenv("PHI4RV_API_KEY")
     assert serve.api_key(args) is None
