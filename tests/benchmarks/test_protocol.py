@@ -56,8 +56,8 @@ def test_samples_are_drawn_from_each_kind(tmp_path: Path) -> None:
     assert len({a.where for a in drawn}) == 12 and drawn == [a for a in every if a in drawn]
     assert drawn == sample(every, 4, seed=0) != sample(every, 4, seed=1)
     assert len(sample(every, 100, seed=0)) == 18
-    assert all(a.right(a.question.right) for a in every)
-    assert any(a.question.right.boxes for a in every if a.kind == "screen")
+    assert all(a.right(a.question.reference) for a in every)
+    assert any(a.question.reference.boxes for a in every if a.kind == "screen")
 
 
 def answered(engine: str, mode: str, kind: str, right: bool, seconds: float, tokens: int) -> dict[str, Any]:
