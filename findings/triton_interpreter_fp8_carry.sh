@@ -7,13 +7,8 @@
 # Instead: where rounding carries into the exponent, the carry is lost for every other power of two: 1.97 becomes 1, not
 #   2, and 126.24 becomes 64, not 128, yet 3.95 becomes 4. What is too large comes out small, in float8e4nv 600 as 288,
 #   not 448. Nearly all else is right, so a kernel that is tried on a few round numbers passes.
-<<<<<<< HEAD
-# Why it matters: 3 % of normal values (float8e4nv; 5 % with float8e5) are off by half, which multiplies the
-#   quantisation error by about four. A scale or an FP8 kernel that is judged by the interpreter is judged wrongly.
-=======
 # Why it matters: 2.4 % of normal values (float8e5: 4.6 %) are off by half, which makes the quantisation error of the
 #   whole two to three times as large. An FP8 kernel or a scale that is judged by the interpreter is judged wrongly.
->>>>>>> findings
 # Seen 2026-11-29 with triton 3.9.0 (and 3.6.0) and torch 2.13.0.
 set -euo pipefail
 work=$(mktemp -d)
@@ -48,11 +43,7 @@ for name, dtype, right_dtype in (
     print(f"{name}: {examples} -> {y[: len(examples)].tolist()}")
     print(f"  {wrong.float().mean():.1%} of normal values are wrong; error {error:.3f}, torch's {right_error:.3f}")
     assert y[:4].tolist() == [1.0, 64.0, 4.0, 1.5] and right[:4].tolist() == [2.0, 128.0, 4.0, 1.5]
-<<<<<<< HEAD
-    assert 0.02 < wrong.float().mean() < 0.07 and error > 3 * right_error
-=======
     assert 0.02 < wrong.float().mean() < 0.07 and error > 2 * right_error
->>>>>>> findings
     assert name == "float8e5" or (y[4].item(), right[4].item()) == (288.0, 448.0)
 EOF
 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 TRITON_CACHE_DIR=$work/cache "$PYTHON" -W ignore "$work/kernel.py"
