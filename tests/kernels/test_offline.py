@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 OPERATIONS = [name for name in operation_names() if (ROOT / "triton_kernels" / f"{name}.py").exists()]
 SHARED = 227 * 1024  # what one block may have on sm_90
 # Products of fewer than 64 rows, which wgmma cannot do: they run as mma (HMMA).
-FEW_ROWS = {"decode_attention.part"}
+FEW_ROWS = {"decode_attention.split_kernel"}
 # Bytes a thread that a kernel is known to spill, and may.
-SPILLS = {"packed_attention.dkdv": 136}
+SPILLS = {"packed_attention.dkdv_kernel": 136}
 
 
 def compile_for(operation: str, *options: str) -> list[dict[str, Any]]:

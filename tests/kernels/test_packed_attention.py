@@ -80,7 +80,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, float32 takes the other dtypes' tiles: fewer programs, and the tiles that matter."""
     if not torch.cuda.is_available():
         for module in (kernels, backward_kernels):
-            monkeypatch.setattr(module, "case", lambda D, dtype: head_dim_case(D, torch.float16))
+            monkeypatch.setattr(module, "head_dim_case", lambda D, dtype: head_dim_case(D, torch.float16))
 
 
 @pytest.fixture
@@ -272,7 +272,7 @@ def test_every_configuration(place: Place, space: SearchSpace, monkeypatch: pyte
     tried = set()
     for name, configs in space.cases.items():
         for module in (kernels, backward_kernels):
-            monkeypatch.setattr(module, "case", lambda D, dtype, name=name: name)
+            monkeypatch.setattr(module, "head_dim_case", lambda D, dtype, name=name: name)
         for config in configs:
             sizes = (config["BLOCK_M"], config["BLOCK_N"])
             if place[0] == "cpu" and sizes in tried:  # the interpreter knows neither warps nor stages

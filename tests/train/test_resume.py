@@ -155,7 +155,7 @@ WHERE = (
     "dcp.save",
     "write_config_and_processor",
     "replace_folder",
-    "_describe",
+    "_write_metadata",
 )  # of checkpointer.py, in the order of a save
 
 
