@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ def _wanted(
 
 
 def _kernels() -> Any:
-    """Triton's operators, loaded by name as the registry loads every kernel: no kernel is imported from below."""
-    importlib.import_module("triton_kernels.projector")
+    """Triton's operators, which are there once the registry has loaded an implementation of the projector."""
+    if not hasattr(torch.ops.phi4rv_triton, "projector_backward"):
+        raise RuntimeError("the projector's gradient needs Triton's kernels: pip install triton")
     return torch.ops.phi4rv_triton

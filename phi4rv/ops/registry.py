@@ -32,14 +32,18 @@ VERIFIED: dict[str, dict[str, tuple[str, ...]]] = {}
 class Implementation:
     """One way to run an operation: ``function`` of ``module``, which is imported when it is selected.
 
-    ``unavailable_reason(device)`` is None where it runs, else the reason.
+    ``unavailable_reason(device)`` is None where it runs, else the reason. gradient: a further module of kernels that
+    only its backward pass needs, imported where Triton is installed.
     """
 
     module: str
     function: str
     unavailable_reason: Callable[[torch.device], str | None] = lambda device: None
+    gradient: str | None = None
 
     def load(self) -> Callable[..., Any]:
+        if self.gradient and importlib.util.find_spec("triton"):
+            importlib.import_module(self.gradient)
         function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
         return function
 
@@ -89,11 +93,11 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "gelu_erf": _triton_and_torch("gelu_erf", "gelu"),
     "patch_embed": _triton_and_torch("patch_embed"),
     "projector": {
-        "cuda": Implementation("phi4rv.ops.cuda", "projector", cuda.unavailable_reason),
+        "cuda": Implementation("phi4rv.ops.cuda", "projector", cuda.unavailable_reason, "triton_kernels.projector"),
         **_triton_and_torch("projector"),
     },
     "project_into": {
-        "cuda": Implementation("phi4rv.ops.cuda", "project_into", cuda.unavailable_reason),
+        "cuda": Implementation("phi4rv.ops.cuda", "project_into", cuda.unavailable_reason, "triton_kernels.projector"),
         **_triton_and_torch("project_into", "projector"),
     },
     "quantized_projector": {

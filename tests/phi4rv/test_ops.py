@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from phi4rv import UserError
 from phi4rv.ops import cuda, reference, registry
 from phi4rv.ops.registry import IMPLEMENTATIONS, Operations
+from tests.small import ROOT
 
 CPU = torch.device("cpu")
 
@@ -79,3 +82,15 @@ def test_auto_takes_only_what_is_verified(monkeypatch: pytest.MonkeyPatch) -> No
     assert Operations("auto").backends["rms_norm"] == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
     assert Operations("auto").backends["rms_norm"] == "torch"
+
+
+def test_the_cuda_projector_brings_the_kernels_of_its_gradient() -> None:
+    """In a process where nothing else has imported them."""
+    code = (
+        "import torch; from phi4rv.ops.registry import IMPLEMENTATIONS\n"
+        "assert not hasattr(torch.ops.phi4rv_triton, 'projector_backward')\n"
+        "IMPLEMENTATIONS['projector']['cuda'].load()\n"
+        "assert hasattr(torch.ops.phi4rv_triton, 'projector_backward')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
