@@ -230,7 +230,7 @@ def draw_all(devices: dict[str, list[Result]], folder: Path) -> list[Path]:
 
 
 def make_parser() -> Parser:
-    return Parser("benchmarks.report", "Writes all results as text and charts: RESULTS.md and the table of docs/measurements.md.")
+    return Parser("benchmarks.report", "Writes all results as text and charts: RESULTS.md, docs/measurements.md.")
 
 
 def command(args: argparse.Namespace) -> None:
